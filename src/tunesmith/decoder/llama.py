@@ -1,0 +1,250 @@
+"""The forward pass of the Llama family, one for trainer and engine, so that their numbers cannot differ.
+
+Covers checkpoints of Llama, Mistral, Qwen2 and Qwen3 type. Tokens of all sequences lie one after another; what a token
+may attend to is decided by the `attend` that the caller passes in: causal rows in training, a KV cache in the engine.
+
+Legend: N = tokens, D = model width, H = query heads, K = key/value heads, d = head width, F = feed-forward width,
+V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from tunesmith.adapters.lora import Adapters
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaConfig:
+    """The shape of a model, read from the `config.json` of its checkpoint."""
+
+    vocabulary_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    feed_forward_width: int
+    context_tokens: int
+    rope_theta: float
+    norm_epsilon: float
+    tied: bool
+    """Whether the output projection is the embedding matrix."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> LlamaConfig:
+        """Raises ValueError for a model type or an option that this forward pass does not compute."""
+        kind = config.get("model_type")
+        if kind not in MODEL_TYPES:
+            raise ValueError(f"model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ValueError(f"rope scaling {rope!r} is not supported")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        context = config["max_position_embeddings"]
+        if config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window"):
+            context = min(context, config["sliding_window"])  # within the window, sliding equals full attention
+        return cls(
+            vocabulary_size=config["vocab_size"],
+            width=width,
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_width=config.get("head_dim") or width // heads,
+            feed_forward_width=config["intermediate_size"],
+            context_tokens=context,
+            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+            norm_epsilon=config["rms_norm_eps"],
+            tied=config.get("tie_word_embeddings", False),
+            qkv_bias=config.get("attention_bias", kind == "qwen2"),
+            qk_norm=kind == "qwen3",
+        )
+
+    @property
+    def query_width(self) -> int:
+        """H * d."""
+        return self.heads * self.head_width
+
+    @property
+    def key_width(self) -> int:
+        """K * d."""
+        return self.kv_heads * self.head_width
+
+
+class Attend(Protocol):
+    """Causal attention over whatever each token's sequence has seen so far."""
+
+    def __call__(self, layer: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
+        """The attention output [N, H, d]; positions are already rotated into q and k."""
+
+
+@dataclass(slots=True)
+class Layer:
+    """The weights of one layer; products that read the same input are stacked along their outputs."""
+
+    attention_norm_D: Tensor
+    qkv: Tensor  # [(H + 2K) d, D]
+    qkv_bias: Tensor | None
+    q_norm_d: Tensor | None
+    k_norm_d: Tensor | None
+    o: Tensor  # [D, H d]
+    feed_norm_D: Tensor
+    gate_up: Tensor  # [2 F, D]
+    down: Tensor  # [D, F]
+
+
+@dataclass(slots=True)
+class Llama:
+    """The weights of a model and its forward pass."""
+
+    config: LlamaConfig
+    embedding_VD: Tensor
+    layers: list[Layer]
+    norm_D: Tensor
+    head_VD: Tensor
+
+    def hidden(
+        self, token_ids_N: Tensor, positions_N: Tensor, attend: Attend, adapters: Adapters | None = None
+    ) -> Tensor:
+        """The normed output of the last layer, [N, D]: `logits` of a row is the prediction of the token after it."""
+        config = self.config
+        cos_Nd, sin_Nd = _rotation(positions_N, config.head_width, config.rope_theta, self.embedding_VD.dtype)
+        x_ND = F.embedding(token_ids_N, self.embedding_VD)
+        for index, layer in enumerate(self.layers):
+            y_ND = self._norm(x_ND, layer.attention_norm_D)
+            qkv = _add(F.linear(y_ND, layer.qkv, layer.qkv_bias), adapters and adapters.delta(index, "qkv", y_ND))
+            q, k, v = qkv.split([config.query_width, config.key_width, config.key_width], dim=-1)
+            q_NHd = q.unflatten(-1, (config.heads, config.head_width))
+            k_NKd = k.unflatten(-1, (config.kv_heads, config.head_width))
+            if layer.q_norm_d is not None and layer.k_norm_d is not None:
+                q_NHd, k_NKd = self._norm(q_NHd, layer.q_norm_d), self._norm(k_NKd, layer.k_norm_d)
+            q_NHd, k_NKd = _rotate(q_NHd, cos_Nd, sin_Nd), _rotate(k_NKd, cos_Nd, sin_Nd)
+            v_NKd = v.unflatten(-1, (config.kv_heads, config.head_width))
+            a_ND = attend(index, q_NHd, k_NKd, v_NKd).flatten(-2)
+            x_ND = x_ND + _add(F.linear(a_ND, layer.o), adapters and adapters.delta(index, "o", a_ND))
+
+            y_ND = self._norm(x_ND, layer.feed_norm_D)
+            gate_up = _add(F.linear(y_ND, layer.gate_up), adapters and adapters.delta(index, "gate_up", y_ND))
+            gate_NF, up_NF = gate_up.chunk(2, dim=-1)
+            z_NF = F.silu(gate_NF) * up_NF
+            x_ND = x_ND + _add(F.linear(z_NF, layer.down), adapters and adapters.delta(index, "down", z_NF))
+        return self._norm(x_ND, self.norm_D)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Unnormalised log-probabilities of the next token, [N, V]. Ask only for the rows you need: V is wide."""
+        return F.linear(hidden_ND, self.head_VD)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Every weight once, in a fixed order."""
+        yield from (tensor for _, tensor in self._stacked())
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights under the names of an ordinary checkpoint, unstacked."""
+        config, named = self.config, {}
+        for name, tensor in self._stacked():
+            prefix, _, site = name.rpartition(".")
+            if site in ("qkv", "qkv_bias"):
+                sizes = [config.query_width, config.key_width, config.key_width]
+                suffix = "bias" if site == "qkv_bias" else "weight"
+                for part, rows in zip("qkv", tensor.split(sizes), strict=True):
+                    named[f"{prefix}.self_attn.{part}_proj.{suffix}"] = rows
+            elif site == "gate_up":
+                for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
+                    named[f"{prefix}.mlp.{part}_proj.weight"] = rows
+            else:
+                named[name] = tensor
+        return named
+
+    def _stacked(self) -> Iterator[tuple[str, Tensor]]:
+        yield "model.embed_tokens.weight", self.embedding_VD
+        for index, layer in enumerate(self.layers):
+            prefix = f"model.layers.{index}"
+            yield f"{prefix}.input_layernorm.weight", layer.attention_norm_D
+            yield f"{prefix}.qkv", layer.qkv
+            if layer.qkv_bias is not None:
+                yield f"{prefix}.qkv_bias", layer.qkv_bias
+            if layer.q_norm_d is not None and layer.k_norm_d is not None:
+                yield f"{prefix}.self_attn.q_norm.weight", layer.q_norm_d
+                yield f"{prefix}.self_attn.k_norm.weight", layer.k_norm_d
+            yield f"{prefix}.self_attn.o_proj.weight", layer.o
+            yield f"{prefix}.post_attention_layernorm.weight", layer.feed_norm_D
+            yield f"{prefix}.gate_up", layer.gate_up
+            yield f"{prefix}.mlp.down_proj.weight", layer.down
+        yield "model.norm.weight", self.norm_D
+        if not self.config.tied:
+            yield "lm_head.weight", self.head_VD
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.config.norm_epsilon)
+
+
+def from_state(config: LlamaConfig, state: dict[str, Tensor]) -> Llama:
+    """A model from weights under checkpoint names. Raises KeyError naming a weight that is missing."""
+    layers = []
+    for index in range(config.layers):
+        prefix = f"model.layers.{index}."
+        attention = [state[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkv"]
+        biases = [state[f"{prefix}self_attn.{part}_proj.bias"] for part in "qkv"] if config.qkv_bias else None
+        layers.append(
+            Layer(
+                attention_norm_D=state[f"{prefix}input_layernorm.weight"],
+                qkv=torch.cat(attention),
+                qkv_bias=torch.cat(biases) if biases else None,
+                q_norm_d=state[f"{prefix}self_attn.q_norm.weight"] if config.qk_norm else None,
+                k_norm_d=state[f"{prefix}self_attn.k_norm.weight"] if config.qk_norm else None,
+                o=state[f"{prefix}self_attn.o_proj.weight"],
+                feed_norm_D=state[f"{prefix}post_attention_layernorm.weight"],
+                gate_up=torch.cat([state[f"{prefix}mlp.{part}_proj.weight"] for part in ("gate", "up")]),
+                down=state[f"{prefix}mlp.down_proj.weight"],
+            )
+        )
+    embedding = state["model.embed_tokens.weight"]
+    head = embedding if config.tied else state["lm_head.weight"]
+    return Llama(config, embedding, layers, state["model.norm.weight"], head)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Llama:
+    """A model from a checkpoint folder: `config.json` and one or more safetensors files.
+
+    Raises ValueError if the checkpoint is of another architecture, FileNotFoundError if it has no safetensors.
+    """
+    config = LlamaConfig.from_json(json.loads((folder / "config.json").read_text()))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {folder}; pickled weights are never read")
+    state: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt", device=device) as tensors:
+            state |= {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}
+    return from_state(config, state)
+
+
+def _add(product: Tensor, delta: Tensor | None) -> Tensor:
+    return product if delta is None else product + delta
+
+
+def _rotation(positions_N: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions_N.device) / head_width
+    angles = positions_N[:, None].float() * (1.0 / theta**exponents)
+    angles_Nd = torch.cat([angles, angles], dim=-1)[:, None, :]
+    return angles_Nd.cos().to(dtype), angles_Nd.sin().to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

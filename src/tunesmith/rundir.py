@@ -1,0 +1,212 @@
+"""The run folder: the only thing platform and trainer share. Knows names and formats, does no training and no SQL.
+
+The platform writes `spec.json` and the data, then starts a trainer on the folder; the trainer writes the rest:
+
+    spec.json        RunSpec: everything that decides the result
+    train.jsonl      the training file, one {"prompt", "completion"} object a line
+    valid.jsonl      the validation file, where there is one
+    lock             held (flock) by the one trainer that may write here
+    progress.jsonl   what the trainer reports: one ProgressLine a line, dense `seq` from 1
+    heartbeat        touched while the trainer is alive
+    checkpoints/     step-<n>/ folders of safetensors + JSON, manifest written last
+    results.csv      one row a step
+    adapter/         adapter_config.json, adapter_model.safetensors (PEFT's format)
+    parity.json      rows of the validation (or training) file with the trainer's own log-probabilities
+    outcome.json     Outcome, written last and renamed into place: no outcome, no success
+    trainer.log      the operator's log
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedHyperparameters:
+    """What a run trains with: every default filled in."""
+
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+    prompt_loss_weight: float
+    compute_classification_metrics: bool = False
+    classification_n_classes: int | None = None
+    """None where no metrics are computed; 2 where only a positive class was given."""
+    classification_positive_class: str | None = None
+    """None where no metrics are computed, or for more than two classes."""
+    classification_betas: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """Everything that decides the result of a run. The same spec and data give the same bytes."""
+
+    run_id: str
+    job_id: str
+    base_dir: str
+    """Checkpoint folder of the base model, with its tokenizer.json."""
+    parent_adapter_dir: str | None
+    """Adapter to go on training from, for a model that is already fine-tuned."""
+    context_tokens: int
+    hyperparameters: ResolvedHyperparameters
+    base_learning_rate: float
+    """Peak learning rate = this times `learning_rate_multiplier`."""
+    lora_rank: int
+    lora_alpha: float
+    seed: int
+    threads: int
+    checkpoint_interval_s: float
+    """0 takes a checkpoint after every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressLine:
+    """One report of the trainer; becomes one event of the job. A resumed trainer repeats equal lines with equal seq."""
+
+    seq: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    data: dict[str, float] | None = None
+    """Numbers for machines, such as {"step": 10, "training_loss": 0.4}."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. `stopped`: asked to end (checkpointed, can be taken up again)."""
+
+    status: Literal["succeeded", "failed", "stopped"]
+    error: str | None = None
+    """One sentence for the user, when failed."""
+    trained_tokens: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The paths of one run folder."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        """Written by the platform."""
+        return self.path / "spec.json"
+
+    @property
+    def training_file(self) -> Path:
+        """Written by the platform."""
+        return self.path / "train.jsonl"
+
+    @property
+    def validation_file(self) -> Path:
+        """Written by the platform; may be absent."""
+        return self.path / "valid.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the trainer."""
+        return self.path / "lock"
+
+    @property
+    def progress(self) -> Path:
+        """Appended to by the trainer."""
+        return self.path / "progress.jsonl"
+
+    @property
+    def heartbeat(self) -> Path:
+        """Touched by the trainer."""
+        return self.path / "heartbeat"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def results(self) -> Path:
+        """Written by the trainer."""
+        return self.path / "results.csv"
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the finished adapter."""
+        return self.path / "adapter"
+
+    @property
+    def parity(self) -> Path:
+        """Written by the trainer before the outcome."""
+        return self.path / "parity.json"
+
+    @property
+    def outcome(self) -> Path:
+        """Written last."""
+        return self.path / "outcome.json"
+
+    @property
+    def log(self) -> Path:
+        """Output of the trainer process."""
+        return self.path / "trainer.log"
+
+    def write_spec(self, spec: RunSpec) -> None:
+        """Durable before it returns."""
+        write_json(self.spec, asdict(spec))
+
+    def read_spec(self) -> RunSpec:
+        """Raises ValueError naming a field that is unknown or missing."""
+        raw = json.loads(self.spec.read_text())
+        known = {f.name for f in fields(RunSpec)}
+        if raw.keys() != known:
+            raise ValueError(f"{self.spec}: fields differ from RunSpec: {sorted(raw.keys() ^ known)}")
+        asked = raw["hyperparameters"]
+        asked["classification_betas"] = tuple(asked["classification_betas"])
+        return RunSpec(**raw | {"hyperparameters": ResolvedHyperparameters(**asked)})
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        """Durable before it returns; the last thing a trainer does."""
+        write_json(self.outcome, asdict(outcome))
+
+    def read_outcome(self) -> Outcome | None:
+        """None while the run has not ended."""
+        try:
+            return Outcome(**json.loads(self.outcome.read_text()))
+        except FileNotFoundError:
+            return None
+
+    def read_progress(self, after_seq: int) -> list[ProgressLine]:
+        """Lines with `seq > after_seq`; a last line still being written is left for the next call."""
+        try:
+            content = self.progress.read_bytes()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = [ProgressLine(**json.loads(line)) for line in whole.splitlines()]
+        return [line for line in lines if line.seq > after_seq]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside, syncs and renames, so that a reader sees the old content or the new, whole."""
+    write_bytes(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes beside, syncs and renames; the folder entry is durable too when this returns."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the entries of a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

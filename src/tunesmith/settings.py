@@ -1,0 +1,94 @@
+"""Settings of one server process: the environment, read once, typed; what does not parse stops with a sentence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+PREFIX = "TUNESMITH_"
+
+
+def _default_threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Each field is read from `TUNESMITH_<FIELD>` in capitals, for example `TUNESMITH_HOME`."""
+
+    home: Path = field(default_factory=lambda: Path.home() / ".tunesmith")
+    """Where everything is kept: database, files, runs, adapters, unpacked bases."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than loopback needs `owner_key`, so that no default key guards a network."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    owner_key: str | None = None
+    """The owner's API key. Absent: the first start makes one and writes it to `<home>/owner.key`."""
+    organization: str = "personal"
+    """Title of the organisation that the first start creates; it stands in the names of tuned models."""
+    database_url: str | None = None
+    """SQLAlchemy URL. Absent: SQLite in `<home>/tunesmith.db`."""
+    blobs_url: str | None = None
+    """Where uploaded and result bytes live: a folder or an object store URL. Absent: `<home>/files`."""
+    max_upload_bytes: int = 1_000_000_000
+    """Largest file accepted."""
+    max_concurrent_runs: int = 1
+    """How many jobs train at once."""
+    trainer_threads: int = field(default_factory=_default_threads)
+    """CPU threads of one trainer process."""
+    trainer_niceness: int = 10
+    """Scheduling niceness of trainer processes, so that answering comes before training."""
+    engine: str = "embedded"
+    """`embedded` (torch, in a process of its own) or `scripted` (fixed answers, for tests of clients)."""
+    engine_threads: int = field(default_factory=_default_threads)
+    """CPU threads of the engine process."""
+    max_resident_adapters: int = 64
+    """Adapters kept in memory; the least recently used make room."""
+    lease_s: float = 60.0
+    """How long a dispatcher may be silent before another may take over its job."""
+    checkpoint_interval_s: float = 30.0
+    """At most this much training is lost to a crash."""
+    heartbeat_s: float = 15.0
+    """Pause between keep-alive comments on event streams."""
+
+    @property
+    def database(self) -> str:
+        """The database URL in force."""
+        return self.database_url or f"sqlite:///{self.home / 'tunesmith.db'}"
+
+    @property
+    def blobs(self) -> str:
+        """The blob URL in force."""
+        return self.blobs_url or (self.home / "files").as_uri()
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """Settings from `TUNESMITH_*` variables. Raises ValueError naming the variable for one unknown or unreadable."""
+    kinds = {f.name: str(f.type) for f in fields(Settings)}
+    values: dict[str, object] = {}
+    for name, text in environment.items():
+        if not name.startswith(PREFIX):
+            continue
+        key = name.removeprefix(PREFIX).lower()
+        if key not in kinds:
+            known = ", ".join(PREFIX + k.upper() for k in kinds)
+            raise ValueError(f"{name} is not a setting of tunesmith. Settings are: {known}.")
+        try:
+            values[key] = _parse(kinds[key], text)
+        except ValueError as error:
+            raise ValueError(f"{name}={text!r} is not a valid {kinds[key]}: {error}") from error
+    return Settings(**values)  # type: ignore[arg-type]
+
+
+def _parse(kind: str, text: str) -> object:
+    match kind.removesuffix(" | None"):
+        case "int":
+            return int(text)
+        case "float":
+            return float(text)
+        case "Path":
+            return Path(text).expanduser().absolute()
+        case _:
+            return text

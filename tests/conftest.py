@@ -1,0 +1,21 @@
+"""Fixtures that several packages of tests use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_tiny_base
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a tiny random Llama with the box tokenizer."""
+    return make_tiny_base(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Asynchronous tests (`@pytest.mark.anyio`) run on asyncio."""
+    return "asyncio"
