@@ -1,6 +1,6 @@
 """Tokenises corpus shards into one flat file of 16-bit token ids, each document followed by `<|endoftext|>`.
 
-    python -m pretraining.pack --tokenizer build/tokenizer.json --out build/train.bin CORPUS/train-0*.txt.xz
+python -m pretraining.pack --tokenizer build/tokenizer.json --out build/train.bin CORPUS/train-0*.txt.xz
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pretraining.shapes import SHAPES, to_json
@@ -39,8 +39,8 @@ class Recipe:
     long_row_tokens: int = 2_048
     long_share: float = 0.15
     """Share of the tokens, at the end, that is trained in long rows."""
-    muon_learning_rate: float = 0.02
-    adam_learning_rate: float = 0.006
+    muon_learning_rate: float = 0.01
+    adam_learning_rate: float = 0.003
     warmup_steps: int = 100
     decay_share: float = 0.45
     seed: int = 0
@@ -106,8 +106,6 @@ def with_parameters(model: Llama, parameters: list[Tensor]) -> Llama:
     return Llama(model.config, embedding, layers, next(supply), embedding)
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class CausalRows:
     """Each row attends to its own past."""
@@ -125,6 +123,7 @@ class HeadLoss(torch.autograd.Function):
     """Summed cross-entropy through a tied head, chunk by chunk: the [N, V] logits never exist as a whole."""
 
     CHUNK = 256
+    """Rows at once."""
 
     @staticmethod
     def forward(ctx, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -136,6 +135,7 @@ class HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden_ND), HeadLoss.CHUNK):
             rows = slice(start, start + HeadLoss.CHUNK)
             h, target = hidden_ND[rows], target_N[rows, None]
+            narrow, logits = narrow[: len(h)], logits[: len(h)]
             logits.copy_(torch.mm(h, head_VD.T, out=narrow))
             logits -= logits.amax(-1, keepdim=True)
             target_logit = logits.gather(1, target)
@@ -184,9 +184,7 @@ class Optimizer:
                 first.lerp_(grad, 0.1)
                 second.lerp_(grad.square(), 0.05)
                 bias_1, bias_2 = 1 - 0.9 ** (step + 1), 1 - 0.95 ** (step + 1)
-                parameter.sub_(
-                    rate * recipe.adam_learning_rate * (first / bias_1) / ((second / bias_2).sqrt() + 1e-8)
-                )
+                parameter.sub_(rate * recipe.adam_learning_rate * (first / bias_1) / ((second / bias_2).sqrt() + 1e-8))
             parameter.grad = None
 
 
@@ -237,7 +235,10 @@ def train(name: str, data: Path, out: Path, recipe: Recipe, device: str, checkpo
 
         if step % 20 == 0 or step == recipe.steps:
             speed = (step - start_step) * recipe.batch_tokens / (time.monotonic() - started)
-            print(f"step {step}/{recipe.steps} loss {loss_sum / recipe.batch_tokens:.4f} {speed:,.0f} tokens/s", flush=True)
+            print(
+                f"step {step}/{recipe.steps} loss {loss_sum / recipe.batch_tokens:.4f} {speed:,.0f} tokens/s",
+                flush=True,
+            )
         if step % checkpoint_every_steps == 0:
             save(out, optimizer, step)
     save(out, optimizer, step)
@@ -249,7 +250,7 @@ def save(out: Path, optimizer: Optimizer, step: int) -> None:
     groups = {"parameter": optimizer.parameters, "first": optimizer.first, "second": optimizer.second}
     tensors = {f"{kind}.{i}": t.detach().contiguous() for kind, ts in groups.items() for i, t in enumerate(ts)}
     save_file(tensors, out / "checkpoint.tmp", metadata={"step": str(step)})
-    os.replace(out / "checkpoint.tmp", out / "checkpoint.safetensors")
+    (out / "checkpoint.tmp").replace(out / "checkpoint.safetensors")
 
 
 def resume(out: Path, optimizer: Optimizer) -> int:
@@ -257,15 +258,12 @@ def resume(out: Path, optimizer: Optimizer) -> int:
     path = out / "checkpoint.safetensors"
     if not path.exists():
         return 0
-    tensors = load_file(path)
     groups = {"parameter": optimizer.parameters, "first": optimizer.first, "second": optimizer.second}
-    with torch.no_grad():
+    with safe_open(path, framework="pt") as tensors, torch.no_grad():
         for kind, targets in groups.items():
             for index, target in enumerate(targets):
-                target.copy_(tensors[f"{kind}.{index}"])
-    header_bytes = int.from_bytes(path.open("rb").read(8), "little")
-    header = json.loads(path.open("rb").read(8 + header_bytes)[8:])
-    return int(header["__metadata__"]["step"])
+                target.copy_(tensors.get_tensor(f"{kind}.{index}"))
+        return int(tensors.metadata()["step"])
 
 
 def write_model(out: Path, model: Llama) -> None:

@@ -1,15 +1,15 @@
 """The error tree: what went wrong, for whom, which field. Status codes are chosen in `api/errors.py`, nowhere else.
 
-    TunesmithError
-    ├── InvalidRequest          a field breaks a rule
-    │   └── UnsupportedMedia    the body is of a kind that is not read here
-    ├── AuthenticationFailed    no key, or one that is not ours
-    ├── PermissionDenied        the key is ours, its role does not allow this
-    ├── NotFound                no such object, or another organisation's
-    ├── RateLimited             come back in `retry_after_s`
-    ├── StorageFull             nothing was kept, the disk has no room
-    ├── EngineUnavailable       the engine is starting or has died; asking again can help
-    └── LeaseLost               another dispatcher holds the job (never reaches a client)
+TunesmithError
+├── InvalidRequest          a field breaks a rule
+│   └── UnsupportedMedia    the body is of a kind that is not read here
+├── AuthenticationFailed    no key, or one that is not ours
+├── PermissionDenied        the key is ours, its role does not allow this
+├── NotFound                no such object, or another organisation's
+├── RateLimited             come back in `retry_after_s`
+├── StorageFull             nothing was kept, the disk has no room
+├── EngineUnavailable       the engine is starting or has died; asking again can help
+└── LeaseLost               another dispatcher holds the job (never reaches a client)
 """
 
 from __future__ import annotations

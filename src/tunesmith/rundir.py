@@ -1,5 +1,8 @@
 """The run folder: the only thing platform and trainer share. Knows names and formats, does no training and no SQL.
 
+A trainer is `python -m tunesmith.training <run folder>`. It exits 0 once `outcome.json` is written, 75 when SIGTERM
+asked it to stop (checkpointed, no outcome: start it again and it goes on), anything else when it died.
+
 The platform writes `spec.json` and the data, then starts a trainer on the folder; the trainer writes the rest:
 
     spec.json        RunSpec: everything that decides the result
@@ -11,7 +14,8 @@ The platform writes `spec.json` and the data, then starts a trainer on the folde
     checkpoints/     step-<n>/ folders of safetensors + JSON, manifest written last
     results.csv      one row a step
     adapter/         adapter_config.json, adapter_model.safetensors (PEFT's format)
-    parity.json      rows of the validation (or training) file with the trainer's own log-probabilities
+    parity.json      {"rows": [{"token_ids", "completion_start", "logprobs"}]}: rows of the validation (or training)
+                     file; `logprobs` are the trainer's own for the tokens from `completion_start` on
     outcome.json     Outcome, written last and renamed into place: no outcome, no success
     trainer.log      the operator's log
 """
@@ -76,9 +80,9 @@ class ProgressLine:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended. `stopped`: asked to end (checkpointed, can be taken up again)."""
+    """How a run ended. A run that was asked to stop leaves a checkpoint and no outcome: it can be taken up again."""
 
-    status: Literal["succeeded", "failed", "stopped"]
+    status: Literal["succeeded", "failed"]
     error: str | None = None
     """One sentence for the user, when failed."""
     trained_tokens: int = 0
@@ -199,7 +203,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside.replace(path)
     sync_folder(path.parent)
 
 

@@ -1,0 +1,1 @@
+"""Low-rank adapters: their arithmetic and their files."""

@@ -50,6 +50,6 @@ class Lora:
         """See `Adapters`."""
         parts = [self.factors[layer][name] for name in SITE_LAYERS[site]]
         a_stacked = torch.cat([part.a_RI for part in parts]) if len(parts) > 1 else parts[0].a_RI
-        hidden = (x_NI @ a_stacked.T * self.scale).split([part.a_RI.shape[0] for part in parts], dim=-1)
+        hidden = (x_NI @ a_stacked.T * self.scale).split_with_sizes([part.a_RI.shape[0] for part in parts], dim=-1)
         deltas = [h_NR @ part.b_OR.T for h_NR, part in zip(hidden, parts, strict=True)]
         return torch.cat(deltas, dim=-1) if len(deltas) > 1 else deltas[0]

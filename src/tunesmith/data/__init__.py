@@ -1,0 +1,1 @@
+"""Training data as text: pure functions, no torch, no printing."""

@@ -1,0 +1,1 @@
+"""The forward pass, one for trainer and engine, so that their numbers cannot differ."""

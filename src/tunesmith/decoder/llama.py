@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from tunesmith.adapters.lora import Adapters
+from tunesmith.adapters.lora import Adapters, Site
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -127,8 +127,8 @@ class Llama:
         x_ND = F.embedding(token_ids_N, self.embedding_VD)
         for index, layer in enumerate(self.layers):
             y_ND = self._norm(x_ND, layer.attention_norm_D)
-            qkv = _add(F.linear(y_ND, layer.qkv, layer.qkv_bias), adapters and adapters.delta(index, "qkv", y_ND))
-            q, k, v = qkv.split([config.query_width, config.key_width, config.key_width], dim=-1)
+            qkv = _adapted(y_ND, layer.qkv, layer.qkv_bias, adapters, index, "qkv")
+            q, k, v = qkv.split_with_sizes([config.query_width, config.key_width, config.key_width], dim=-1)
             q_NHd = q.unflatten(-1, (config.heads, config.head_width))
             k_NKd = k.unflatten(-1, (config.kv_heads, config.head_width))
             if layer.q_norm_d is not None and layer.k_norm_d is not None:
@@ -136,13 +136,13 @@ class Llama:
             q_NHd, k_NKd = _rotate(q_NHd, cos_Nd, sin_Nd), _rotate(k_NKd, cos_Nd, sin_Nd)
             v_NKd = v.unflatten(-1, (config.kv_heads, config.head_width))
             a_ND = attend(index, q_NHd, k_NKd, v_NKd).flatten(-2)
-            x_ND = x_ND + _add(F.linear(a_ND, layer.o), adapters and adapters.delta(index, "o", a_ND))
+            x_ND = x_ND + _adapted(a_ND, layer.o, None, adapters, index, "o")
 
             y_ND = self._norm(x_ND, layer.feed_norm_D)
-            gate_up = _add(F.linear(y_ND, layer.gate_up), adapters and adapters.delta(index, "gate_up", y_ND))
+            gate_up = _adapted(y_ND, layer.gate_up, None, adapters, index, "gate_up")
             gate_NF, up_NF = gate_up.chunk(2, dim=-1)
             z_NF = F.silu(gate_NF) * up_NF
-            x_ND = x_ND + _add(F.linear(z_NF, layer.down), adapters and adapters.delta(index, "down", z_NF))
+            x_ND = x_ND + _adapted(z_NF, layer.down, None, adapters, index, "down")
         return self._norm(x_ND, self.norm_D)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Llama:
             if site in ("qkv", "qkv_bias"):
                 sizes = [config.query_width, config.key_width, config.key_width]
                 suffix = "bias" if site == "qkv_bias" else "weight"
-                for part, rows in zip("qkv", tensor.split(sizes), strict=True):
+                for part, rows in zip("qkv", tensor.split_with_sizes(sizes), strict=True):
                     named[f"{prefix}.self_attn.{part}_proj.{suffix}"] = rows
             elif site == "gate_up":
                 for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
@@ -230,11 +230,15 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     state: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt", device=device) as tensors:
-            state |= {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}
+            state |= {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
     return from_state(config, state)
 
 
-def _add(product: Tensor, delta: Tensor | None) -> Tensor:
+def _adapted(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters | None, layer: int, site: Site
+) -> Tensor:
+    product = F.linear(x, weight, bias)
+    delta = None if adapters is None else adapters.delta(layer, site, x)
     return product if delta is None else product + delta
 
 

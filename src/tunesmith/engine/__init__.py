@@ -1,0 +1,1 @@
+"""The engine: token ids in, sampled tokens out. Knows no text."""

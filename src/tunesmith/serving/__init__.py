@@ -1,0 +1,1 @@
+"""From text to choices: everything the engines need not know."""

@@ -1,0 +1,1 @@
+"""The trainer: reads a run folder and fills it. Knows no HTTP and no database."""
