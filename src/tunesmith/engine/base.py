@@ -58,7 +58,7 @@ class TokenScore:
     logprob: float | None
     """None for the first token of a prompt, and where no log-probabilities were asked."""
     top: tuple[tuple[int, float], ...] = ()
-    """The most likely (token id, log-probability), best first; the token itself stands here only if it is among them."""
+    """The most likely (token id, log-probability), best first; the token itself is here only if it is among them."""
 
 
 @dataclass(frozen=True, slots=True)
