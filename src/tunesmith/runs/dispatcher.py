@@ -1,0 +1,295 @@
+"""The only loop over jobs: claim -> prepare folder -> start -> watch -> register.
+
+Knows jobs, run folders and an executor; nothing of HTTP or training. All that matters is in the store and the run
+folders, so a dispatcher can be killed at any line: the next one goes on from what they hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from tunesmith.core.bases import Bases
+from tunesmith.core.files import Files
+from tunesmith.core.jobs import Claim, Jobs
+from tunesmith.core.models import Models
+from tunesmith.errors import InvalidRequest, LeaseLost, NotFound, PermissionDenied
+from tunesmith.rundir import Outcome, RunDir, RunSpec
+from tunesmith.runs import folder
+from tunesmith.runs.executor import Executor, RunState
+
+logger = logging.getLogger(__name__)
+
+Parity = Callable[[RunDir, RunSpec], str | None]
+"""Why the adapter in a run folder may not be served, in words for the user; None if it may. See `runs/parity.py`."""
+
+LORA_RANK = 16
+LORA_ALPHA = 32.0
+"""Twice the rank, the usual choice (Hu et al. 2021, section 5.5; PEFT's documentation)."""
+FRUITLESS_STARTS = 3
+"""A trainer that died is started again this often without getting further; then the job fails with its last words."""
+FAULTS = 8
+"""This often in a row a step of one job may meet an error of ours before the job fails; about two minutes."""
+LONGEST_PAUSE_S = 30.0
+
+
+@dataclass(slots=True)
+class _Run:
+    """A job this dispatcher holds, and what it remembers about the attempt between ticks."""
+
+    claim: Claim
+    run_dir: RunDir
+    handle: str | None
+    recorded_seq: int
+    pulse_at: float
+    """When the heartbeat file was last seen to change."""
+    pulse: int | None = None
+    reached: tuple[int, str | None] | None = None
+    """How far the run had come when it was last started."""
+    fruitless: int = 0
+    faults: int = 0
+    not_before: float = 0.0
+    verdict: str | None = None
+    """Why the job is to fail; written as soon as the store takes it."""
+
+
+@dataclass
+class Dispatcher:
+    """Keeps up to `max_concurrent_runs` jobs training.
+
+    `tick` does one round and never waits for a run, except that it asks the engine for parity. It is to be called from
+    one thread that lives until `drain` has returned: trainers end with the thread that started them.
+    """
+
+    jobs: Jobs
+    files: Files
+    bases: Bases
+    models: Models
+    executor: Executor
+    parity: Parity
+    home: Path
+    holder: str
+    """Names this dispatcher in leases; a successor of the same name takes its jobs up at once."""
+    max_concurrent_runs: int = 1
+    trainer_threads: int = 1
+    checkpoint_interval_s: float = 30.0
+    lease_s: float = 60.0
+    stalled_after_s: float = 120.0
+    """A trainer whose heartbeat file is silent for so long is killed and started again."""
+    drain_s: float = 30.0
+    """How long trainers may take for their checkpoint when the server stops."""
+    tick_s: float = 0.25
+    """Pause between rounds; a cancelled job's trainer is gone after about this long."""
+    monotonic: Callable[[], float] = time.monotonic
+    _runs: dict[str, _Run] = field(default_factory=dict, init=False)
+    _leaving: list[str] = field(default_factory=list, init=False)
+    """Handles of runs to be ended by force, until they are seen to be gone."""
+
+    def run(self, stop: threading.Event) -> None:
+        """Ticks until `stop` is set, then drains."""
+        self._survive("take over", lambda: self.jobs.release_all(self.holder))
+        self._survive("tidy", self._tidy)
+        while not stop.is_set():
+            self.tick()
+            stop.wait(self.tick_s)
+        self.drain()
+
+    def tick(self) -> None:
+        """One round over the jobs held, then new ones as far as there is room."""
+        # Jobs held come first: their leases are renewed before the round looks for expired ones to take over.
+        for run in list(self._runs.values()):
+            self._advance(run)
+        self._survive("see off", self._see_off)
+        self._survive("take", self._take)
+
+    def drain(self) -> None:
+        """Stops the trainers at a checkpoint, waits for them at most `drain_s`, and gives the jobs back."""
+        waiting = [run.handle for run in self._runs.values() if run.handle is not None]
+        while waiting or self._leaving:
+            for handle in waiting:
+                self.executor.stop(handle, self.drain_s)
+            waiting = [handle for handle in waiting if self.executor.state(handle) is RunState.RUNNING]
+            self._see_off()
+            time.sleep(0.02)
+        for run in self._runs.values():
+            self._survive("release", partial(self.jobs.release, run.claim))
+        self._runs.clear()
+
+    def _take(self) -> None:
+        self.jobs.enqueue()
+        while len(self._runs) < self.max_concurrent_runs:
+            claim = self.jobs.claim(self.holder, self.lease_s)
+            if claim is None:
+                return
+            logger.info("job claimed job=%s run=%s lease=%d", claim.job.id, claim.run_id, claim.lease)
+            run_dir = RunDir(self.home / "runs" / claim.run_id)
+            run = _Run(claim, run_dir, claim.handle, claim.progress_seq, pulse_at=self.monotonic())
+            self._runs[claim.run_id] = run
+            self._advance(run)
+
+    def _advance(self, run: _Run) -> None:
+        """One step of one job; whatever goes wrong stays with this job."""
+        error = self._survive(f"step of job={run.claim.job.id}", partial(self._step, run))
+        match error:
+            case None:
+                pass
+            case LeaseLost():
+                logger.info("job cancelled or taken over job=%s", run.claim.job.id)
+                self._part(run)
+            case InvalidRequest() | NotFound() | PermissionDenied():
+                run.verdict = error.message  # asking again would not mend these
+            case _:
+                run.faults += 1
+                run.not_before = self.monotonic() + min(2.0**run.faults, LONGEST_PAUSE_S)
+                if run.faults > FAULTS and run.verdict is None:
+                    run.verdict = f"The server could not go on with this run: {type(error).__name__}: {error}"
+
+    def _step(self, run: _Run) -> None:
+        self.jobs.heartbeat(run.claim, self.lease_s)
+        if self.monotonic() < run.not_before:
+            return
+        if run.verdict is not None:
+            self._fail(run, run.verdict)
+        else:
+            self._watch(run)
+        run.faults = 0
+
+    def _watch(self, run: _Run) -> None:
+        # The state is read before the folder: when a run has ended, all it wrote is then there to read.
+        state = RunState.LOST if run.handle is None else self.executor.state(run.handle)
+        self._record(run)
+        if state is RunState.RUNNING:
+            self._feel_pulse(run)
+            return
+        outcome = run.run_dir.read_outcome()
+        if outcome is None:
+            self._start(run)
+        elif outcome.status == "failed":
+            self._fail(run, outcome.error or "The trainer gave no reason.")
+        else:
+            self._register(run, outcome)
+
+    def _start(self, run: _Run) -> None:
+        """Starts a trainer, for the first time or again: it goes on from its last checkpoint."""
+        reached = (run.recorded_seq, folder.newest_checkpoint(run.run_dir))
+        run.fruitless = run.fruitless + 1 if reached == run.reached else 0
+        if run.fruitless > FRUITLESS_STARTS:
+            words = folder.last_words(run.run_dir)
+            self._fail(run, f"The trainer ended {run.fruitless} times without getting further. Its last words: {words}")
+            return
+        spec = self._prepare(run)
+        run.reached, run.pulse, run.pulse_at = reached, None, self.monotonic()
+        run.handle = self.executor.start(run.run_dir.path)
+        logger.info("run started run=%s handle=%s fruitless=%d", run.claim.run_id, run.handle, run.fruitless)
+        self.jobs.started(run.claim, run.handle, spec.hyperparameters)
+
+    def _prepare(self, run: _Run) -> RunSpec:
+        """The run folder, ready for a trainer. The spec is written last and once: a run keeps the values it began with."""
+        run_dir, job = run.run_dir, run.claim.job
+        if run_dir.spec.exists():
+            return run_dir.read_spec()
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+        folder.place(run_dir.training_file, partial(self.files.fetch, job.training_file))
+        if job.validation_file is not None:
+            folder.place(run_dir.validation_file, partial(self.files.fetch, job.validation_file))
+        base = self.bases.get(job.base_name)
+        spec = RunSpec(
+            run_id=run.claim.run_id,
+            job_id=job.id,
+            base_dir=str(self.bases.folder(job.base_name)),
+            parent_adapter_dir=self._parent_adapter(job),
+            context_tokens=base.context_tokens,
+            hyperparameters=self.jobs.hyperparameters(job, folder.count_examples(run_dir.training_file)),
+            base_learning_rate=base.learning_rate,
+            lora_rank=LORA_RANK,
+            lora_alpha=LORA_ALPHA,
+            seed=job.seed,
+            threads=self.trainer_threads,
+            checkpoint_interval_s=self.checkpoint_interval_s,
+        )
+        run_dir.write_spec(spec)
+        return spec
+
+    def _record(self, run: _Run) -> None:
+        lines = run.run_dir.read_progress(run.recorded_seq)
+        if lines:
+            self.jobs.record(run.claim, lines)
+            run.recorded_seq = lines[-1].seq
+
+    def _feel_pulse(self, run: _Run) -> None:
+        """Ends a trainer whose heartbeat file no longer changes: it is frozen. It is then started again."""
+        # Changes of the file are timed by our own monotonic clock, so that setting the machine's clock kills nothing.
+        try:
+            pulse = run.run_dir.heartbeat.stat().st_mtime_ns
+        except FileNotFoundError:
+            pulse = None
+        now = self.monotonic()
+        if pulse != run.pulse:
+            run.pulse, run.pulse_at = pulse, now
+        elif now - run.pulse_at > self.stalled_after_s and run.handle is not None:
+            logger.warning("run stalled for %.0f s run=%s", now - run.pulse_at, run.claim.run_id)
+            self.executor.stop(run.handle, 0.0)
+
+    def _register(self, run: _Run, outcome: Outcome) -> None:
+        """Makes the adapter a model. After a crash at any line, doing it again gives the same model once."""
+        kept = self.home / "adapters" / run.claim.run_id
+        if not kept.exists():
+            reason = self.parity(run.run_dir, run.run_dir.read_spec())
+            if reason is not None:
+                self._fail(run, reason)
+                return
+            folder.keep_adapter(run.run_dir.adapter, kept)
+        self.jobs.succeed(
+            run.claim,
+            adapter_dir=kept,
+            results_csv=run.run_dir.results,
+            trained_tokens=outcome.trained_tokens,
+        )
+        self._part(run)
+
+    def _fail(self, run: _Run, reason: str) -> None:
+        run.verdict = reason
+        self.jobs.fail(run.claim, reason)
+        self._part(run)
+
+    def _part(self, run: _Run) -> None:
+        """Forgets a job that is no longer ours; what is left of its run is seen off."""
+        del self._runs[run.claim.run_id]
+        if run.handle is not None:
+            self.executor.stop(run.handle, 0.0)
+            self._leaving.append(run.handle)
+
+    def _see_off(self) -> None:
+        left = [handle for handle in self._leaving if self.executor.state(handle) is RunState.RUNNING]
+        for handle in left:
+            self.executor.stop(handle, 0.0)
+        if len(left) < len(self._leaving):
+            self._leaving = left
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Takes from the folders of ended runs what nobody needs any more."""
+        folders = [path for path in (self.home / "runs").glob("*") if path.name not in self._runs]
+        unpruned = {path.name: RunDir(path) for path in folders if RunDir(path).training_file.exists()}
+        for run_id, status in self.jobs.run_statuses(list(unpruned)).items():
+            if status in ENDED:
+                folder.prune(unpruned[run_id])
+                if status is not JobStatus.SUCCEEDED:
+                    shutil.rmtree(self.home / "adapters" / run_id, ignore_errors=True)
+
+    def _survive(self, what: str, step: Callable[[], None]) -> Exception | None:
+        """Does `step`; gives back what it raised instead of letting it end the loop over all jobs."""
+        try:
+            step()
+        except LeaseLost as lost:
+            return lost
+        except Exception as error:
+            logger.exception("dispatcher: %s", what)
+            return error
+        return None

@@ -1,0 +1,95 @@
+"""The gate before `succeeded`: the served adapter reproduces the trainer's log-probabilities.
+
+The trainer leaves rows and its own log-probabilities for them in `parity.json`. Here the engine scores the same rows
+with the adapter as it will be served: from its files, over the engine's own path. What a user measures on a model is
+then what its training reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.engine.base import Engine, GenerateRequest, PromptScored, SamplingParams
+from tunesmith.rundir import RunDir, RunSpec
+
+TOLERANCE_NATS = 1e-4
+"""Two fp32 computations of the same log-probability, with different batches and caches, differ by about 1e-5."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParityRow:
+    """One row of training or validation data with the trainer's opinion of it."""
+
+    token_ids: tuple[int, ...]
+    completion_start: int
+    logprobs: tuple[float, ...]
+    """The trainer's log-probabilities of `token_ids[completion_start:]`."""
+
+
+def read_rows(run_dir: RunDir) -> list[ParityRow]:
+    """The rows the trainer left; at least one. Raises ValueError if there is none, FileNotFoundError without file."""
+    rows = [
+        ParityRow(tuple(row["token_ids"]), row["completion_start"], tuple(row["logprobs"]))
+        for row in json.loads(run_dir.parity.read_text())["rows"]
+    ]
+    if not rows:
+        raise ValueError(f"{run_dir.parity} has no rows")
+    return rows
+
+
+async def check(engine: Engine, run_dir: RunDir, spec: RunSpec, adapter_dir: Path) -> str | None:
+    """Why the adapter may not be served, as one sentence for the user; None if it may.
+
+    The adapter is unloaded again. Raises EngineUnavailable if the engine dies meanwhile: then ask again.
+    """
+    rows = read_rows(run_dir)
+    base_dir = Path(spec.base_dir)
+    try:
+        handle = await engine.load(base_dir, adapter_dir)
+    except ValueError as error:
+        return f"The engine cannot load the trained adapter: {error}"
+    try:
+        served = await score_rows(engine, handle, rows)
+    finally:
+        await engine.unload(handle)
+    untuned = await score_rows(engine, await engine.load(base_dir, None), rows)
+    return compare(rows, served, untuned)
+
+
+async def score_rows(engine: Engine, handle: str, rows: list[ParityRow]) -> list[tuple[float, ...]]:
+    """The engine's log-probabilities of each row's completion tokens, all rows in flight at once."""
+    return await asyncio.gather(*(_score(engine, handle, row) for row in rows))
+
+
+def compare(rows: list[ParityRow], served: list[tuple[float, ...]], untuned: list[tuple[float, ...]]) -> str | None:
+    """Why `served` does not stand for the trained model, or None. `untuned` are the base's own log-probabilities."""
+    for index, (row, found) in enumerate(zip(rows, served, strict=True)):
+        for offset, (trained, answered) in enumerate(zip(row.logprobs, found, strict=True)):
+            difference = abs(trained - answered)
+            if not difference <= TOLERANCE_NATS:  # written so that NaN does not pass
+                return (
+                    f"The served model does not give the numbers of its training: for token {offset + 1} of row "
+                    f"{index + 1} the trainer's log-probability is {trained:.6f} and the served one {answered:.6f}, "
+                    f"which may differ by at most {TOLERANCE_NATS:g}."
+                )
+    if served == untuned:
+        return "The served model answers exactly as its base does: the trained adapter has no effect."
+    return None
+
+
+async def _score(engine: Engine, handle: str, row: ParityRow) -> tuple[float, ...]:
+    request = GenerateRequest(
+        handle=handle,
+        prompt_ids=row.token_ids,
+        sampling=SamplingParams(max_tokens=0, temperature=0.0),
+        top_logprobs=0,
+        score_prompt=True,
+    )
+    async for output in engine.generate(request):
+        if isinstance(output, PromptScored):
+            scores = [score.logprob for score in output.scores[row.completion_start :]]
+            return tuple(float("nan") if score is None else score for score in scores)
+    raise AssertionError("an engine asked to score the prompt yields PromptScored first")
