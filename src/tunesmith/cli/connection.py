@@ -1,0 +1,42 @@
+"""Which server a command talks to, and with which key."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+
+from tunesmith.cli.output import UsageError
+from tunesmith.client import Client, is_loopback
+from tunesmith.settings import read_settings
+
+BASE_VARIABLES = ("TUNESMITH_BASE_URL", "OPENAI_BASE_URL", "OPENAI_API_BASE")
+"""The first that is set wins: ours, then the one of today's clients, then the one of the old clients."""
+DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
+
+
+def connect(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Client:
+    """A client for the server that flags and environment name. Raises UsageError where no key is to be had."""
+    base_url = args.api_base or next(
+        (environment[name] for name in BASE_VARIABLES if environment.get(name)), DEFAULT_BASE_URL
+    )
+    if not base_url.startswith(("http://", "https://")):
+        raise UsageError(f"The base URL {base_url!r} does not start with http:// or https://.")
+    api_key = args.api_key or environment.get("OPENAI_API_KEY") or _owner_key(base_url, environment)
+    if not api_key.isascii() or not api_key.isprintable():
+        raise UsageError("The API key holds characters that no key has; check -k/--api-key and OPENAI_API_KEY.")
+    return Client(base_url, api_key, args.organization)
+
+
+def _owner_key(base_url: str, environment: Mapping[str, str]) -> str:
+    """The key in the local home folder, which is for a server on this machine alone."""
+    if not is_loopback(base_url):
+        raise UsageError(f"{base_url} needs an API key: set OPENAI_API_KEY, or give -k/--api-key.")
+    home = read_settings({name: value for name, value in environment.items() if name == "TUNESMITH_HOME"}).home
+    try:
+        return (home / "owner.key").read_text().strip()
+    except OSError as error:
+        raise UsageError(
+            f"No API key: neither -k/--api-key nor OPENAI_API_KEY is given, and {home / 'owner.key'} cannot be read "
+            f"({error.strerror}). `tunesmith serve` makes it; TUNESMITH_HOME says where to look."
+        ) from error

@@ -1,0 +1,119 @@
+"""The flags of every command, with no import beyond the standard library: help answers in a few hundredths of a second.
+
+Each command names the function that runs it as "module:function"; `main` loads it. Why argparse and not a library:
+docs/design/decisions/cli.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from tunesmith import __version__
+from tunesmith.cli.legacy import add_api
+
+EXIT_CODES = "exit codes: 0 done, 1 the server refused or the job failed, 2 wrong usage, 130 interrupted"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="tunesmith",
+        description="Fine-tune and serve language models on your own machine, behind OpenAI's API.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "-v", "--verbose", action="count", dest="verbosity", default=0, help="Log more; twice for everything."
+    )
+    parser.add_argument(
+        "-b",
+        "--api-base",
+        help="Base URL of the server, with /v1. Otherwise the first that is set of TUNESMITH_BASE_URL, "
+        "OPENAI_BASE_URL and OPENAI_API_BASE; otherwise http://127.0.0.1:8000/v1.",
+    )
+    parser.add_argument(
+        "-k",
+        "--api-key",
+        help="API key. Otherwise OPENAI_API_KEY; otherwise, for a server on this machine, the owner key "
+        "in its home folder.",
+    )
+    parser.add_argument("-o", "--organization", help="Sent along as the OpenAI-Organization header.")
+    parser.add_argument("--json", action="store_true", help="JSON on standard output, and nothing else.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    everywhere = argparse.ArgumentParser(add_help=False)
+    everywhere.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="JSON on standard output, and nothing else."
+    )
+    _add_serve(commands, everywhere)
+    _add_demo(commands, everywhere)
+    _add_keys(commands, everywhere)
+    models = commands.add_parser(
+        "models",
+        parents=[everywhere],
+        help="List the models that can be called and tuned, and what stands behind each.",
+    )
+    models.set_defaults(run="tunesmith.cli.models:list_models")
+    add_api(commands, everywhere)
+    return parser
+
+
+Commands = argparse._SubParsersAction  # the only name argparse has for what add_subparsers returns
+
+
+def _add_serve(commands: Commands[argparse.ArgumentParser], everywhere: argparse.ArgumentParser) -> None:
+    serve = commands.add_parser(
+        "serve",
+        parents=[everywhere],
+        help="Start the server: API, training and generation.",
+        description="Start the server. Every flag may also be given as TUNESMITH_<FLAG>, for example TUNESMITH_HOME. "
+        "The first start makes an owner key, shows it once and keeps it in <home>/owner.key.",
+    )
+    serve.add_argument("--home", help="Folder for everything that is kept (default: ~/.tunesmith).")
+    serve.add_argument(
+        "--host", help="Address to listen on (default: 127.0.0.1). Any other than loopback needs TUNESMITH_OWNER_KEY."
+    )
+    serve.add_argument("--port", help="Port to listen on; 0 takes a free one (default: 8000).")
+    serve.add_argument(
+        "--organization",
+        dest="organization_title",
+        help="Title of the organisation that the first start creates; it stands in model names (default: personal).",
+    )
+    serve.add_argument("--max-concurrent-runs", help="How many jobs train at once (default: 1).")
+    serve.set_defaults(run="tunesmith.cli.serve:serve")
+
+
+def _add_demo(commands: Commands[argparse.ArgumentParser], everywhere: argparse.ArgumentParser) -> None:
+    demo = commands.add_parser(
+        "demo",
+        parents=[everywhere],
+        help="Fine-tune a small model on real tweets, end to end, in a few minutes.",
+        description="Starts a server of its own on a free port, fine-tunes ada to tell positive from negative tweets, "
+        "and compares it with the base model on tweets it has not seen. Nothing is left running.",
+    )
+    demo.add_argument(
+        "--home", default=".demo", help="Folder the demo works in (default: ./.demo); it stays afterwards."
+    )
+    demo.add_argument(
+        "--keep", action="store_true", help="Go on in the home of an earlier demo instead of starting it afresh."
+    )
+    demo.set_defaults(run="tunesmith.cli.demo:demo")
+
+
+def _add_keys(commands: Commands[argparse.ArgumentParser], everywhere: argparse.ArgumentParser) -> None:
+    keys = commands.add_parser("keys", help="API keys of the organisation.")
+    verbs = keys.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    listing = verbs.add_parser("list", parents=[everywhere], help="List the keys; secrets are never shown again.")
+    listing.set_defaults(run="tunesmith.cli.keys:list_keys")
+    create = verbs.add_parser("create", parents=[everywhere], help="Make a key and show its secret, once.")
+    create.add_argument(
+        "--role",
+        choices=["owner", "member"],
+        default="member",
+        help="Owners may delete models and manage keys (default: member).",
+    )
+    create.add_argument("--name", required=True, help="What the key is for, for people.")
+    create.set_defaults(run="tunesmith.cli.keys:create_key")
+    revoke = verbs.add_parser("revoke", parents=[everywhere], help="End a key at once.")
+    revoke.add_argument("-i", "--id", required=True, help="Id of the key, from `tunesmith keys list`.")
+    revoke.set_defaults(run="tunesmith.cli.keys:revoke_key")

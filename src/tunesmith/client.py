@@ -1,0 +1,214 @@
+"""A small HTTP client of our own /v1. Knows the wire and nothing of the server behind it; prints nothing.
+
+with Client("http://127.0.0.1:8000/v1", api_key) as client:
+    job = client.post("fine-tunes", body={"training_file": "file-..."})
+    for event in client.follow(job["id"]):
+        ...
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from tunesmith.errors import TunesmithError
+
+USUAL_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+"""A request may wait for a model to load, as the published clients do: ten minutes."""
+STREAM_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+"""Event streams carry a comment every few seconds: a minute of silence is a dead connection."""
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 5.0
+PATIENCE_S = 600.0
+"""How long `follow` keeps trying a server that does not answer."""
+
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+class ApiError(TunesmithError):
+    """The server refused a request, in OpenAI's error shape."""
+
+    def __init__(
+        self, status: int, message: str, error_type: str | None, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.status = status
+        self.error_type = error_type
+
+
+class ServerUnreachable(TunesmithError):
+    """Nothing answers at the base URL, or the connection broke before the answer was whole."""
+
+
+def is_loopback(base_url: str) -> bool:
+    """Whether a URL names this very machine."""
+    return urlsplit(base_url).hostname in LOOPBACK
+
+
+class Client:
+    """One base URL and one key. Paths are given as segments, each quoted: `client.get("models", "ada:ft-x")`.
+
+    Every method raises ApiError for a refusal and ServerUnreachable where there was no answer.
+    """
+
+    def __init__(self, base_url: str, api_key: str, organization: str | None = None) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"}
+        if organization is not None:
+            headers["OpenAI-Organization"] = organization
+        self.base_url = base_url.rstrip("/")
+        # A proxy of the environment is for the world outside; it cannot reach this machine's loopback.
+        self._http = httpx.Client(headers=headers, timeout=USUAL_TIMEOUT, trust_env=not is_loopback(base_url))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. Idempotent."""
+        self._http.close()
+
+    def get(self, *segments: str, **query: str | int) -> Any:
+        """The JSON answer to GET."""
+        return self._ask("GET", segments, params=query).json()
+
+    def post(self, *segments: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON answer to POST, with a JSON body or none at all."""
+        return self._ask("POST", segments, json=body).json()
+
+    def delete(self, *segments: str) -> Any:
+        """The JSON answer to DELETE."""
+        return self._ask("DELETE", segments).json()
+
+    def content(self, file_id: str) -> bytes:
+        """The bytes of a file."""
+        return self._ask("GET", ("files", file_id, "content")).content
+
+    def upload(self, filename: str, file: BinaryIO, purpose: str) -> Any:
+        """The file object of an upload; `file` is read once from its position, in pieces."""
+        return self._ask("POST", ("files",), data={"purpose": purpose}, files={"file": (filename, file)}).json()
+
+    def stream(self, *segments: str, body: dict[str, Any]) -> Iterator[Any]:
+        """The JSON chunks of a streamed POST, up to `[DONE]`. An error inside the stream is an ApiError."""
+        with self._open("POST", segments, json=body) as response:
+            for _, data in _messages(response.iter_lines()):
+                if data == "[DONE]":
+                    return
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise _api_error(response.status_code, chunk)
+                yield chunk
+
+    def follow(
+        self,
+        job_id: str,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+        interrupted: Callable[[str], None] = lambda reason: None,
+    ) -> Iterator[dict[str, Any]]:
+        """The events of a legacy fine-tune, past and to come, each once, until the job has ended.
+
+        A connection that breaks (the server restarts, say) is opened again after the last event seen, by
+        `Last-Event-ID`. `interrupted` hears the reason of each break; after PATIENCE_S without an answer
+        ServerUnreachable is raised.
+        """
+        last_id: str | None = None
+        pause_s, waited_s = FIRST_PAUSE_S, 0.0
+        while True:
+            try:
+                for event_id, data in self._events(job_id, last_id):
+                    pause_s, waited_s = FIRST_PAUSE_S, 0.0
+                    if data == "[DONE]":
+                        return
+                    last_id = event_id
+                    yield json.loads(data)
+                reason = "the event stream ended before the job did"
+            except ServerUnreachable as error:
+                reason = error.message
+            except ApiError as error:
+                if error.status < 500:  # a refusal stays one; a server that is just starting does not
+                    raise
+                reason = error.message
+            if waited_s >= PATIENCE_S:
+                raise ServerUnreachable(f"Gave up following {job_id} after {PATIENCE_S:.0f} s: {reason}")
+            interrupted(reason)
+            sleep(pause_s)
+            pause_s, waited_s = min(2 * pause_s, LONGEST_PAUSE_S), waited_s + pause_s
+
+    def _events(self, job_id: str, last_id: str | None) -> Iterator[tuple[str | None, str]]:
+        """(event id, data) of one connection to the event stream."""
+        headers = {} if last_id is None else {"Last-Event-ID": last_id}
+        segments = ("fine-tunes", job_id, "events")
+        with self._open(
+            "GET", segments, params={"stream": "true"}, headers=headers, timeout=STREAM_TIMEOUT
+        ) as response:
+            yield from _messages(response.iter_lines())
+
+    def _url(self, segments: Iterable[str]) -> str:
+        return "/".join([self.base_url, *(quote(segment, safe="") for segment in segments)])
+
+    def _ask(self, method: str, segments: tuple[str, ...], **request: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, self._url(segments), **request)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        _raise_for(response)
+        return response
+
+    @contextmanager
+    def _open(self, method: str, segments: tuple[str, ...], **request: Any) -> Iterator[httpx.Response]:
+        try:
+            with self._http.stream(method, self._url(segments), **request) as response:
+                if response.is_error:
+                    response.read()
+                _raise_for(response)
+                yield response
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: httpx.TransportError) -> ServerUnreachable:
+        return ServerUnreachable(
+            f"No answer from {self.base_url} ({error or type(error).__name__}). "
+            "Start a server with `tunesmith serve`, or name another with -b/--api-base."
+        )
+
+
+def _messages(lines: Iterable[str]) -> Iterator[tuple[str | None, str]]:
+    """(last id given, data) of each server-sent event; comments and other fields are passed over."""
+    event_id: str | None = None
+    data: list[str] = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "id":
+            event_id = value
+        elif name == "data":
+            data.append(value)
+        elif line == "" and data:
+            yield event_id, "\n".join(data)
+            data = []
+
+
+def _raise_for(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    raise _api_error(response.status_code, body, response.text)
+
+
+def _api_error(status: int, body: Any, text: str = "") -> ApiError:
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+        return ApiError(status, f"HTTP {status}, with no error of this API in it: {text[:200]!r}", None)
+    return ApiError(status, error["message"], error.get("type"), error.get("param"), error.get("code"))
