@@ -1,0 +1,485 @@
+"""Jobs: what users ask to be trained, and who is at work on it. Knows rows and leases; starts and watches nothing.
+
+A dispatcher works on a job under a lease. Every claim makes the job's `lease` number grow, and every write of a
+dispatcher is guarded by that number (a fencing token), so one that was thought dead and comes back writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, func, insert, or_, select, update
+from sqlalchemy.exc import SQLAlchemyError
+
+from tunesmith.core import requests
+from tunesmith.core.accounts import Caller
+from tunesmith.core.admission import admit
+from tunesmith.core.bases import Bases
+from tunesmith.core.blobs import read_chunks
+from tunesmith.core.events import Events
+from tunesmith.core.files import DELETED, FINE_TUNE, FINE_TUNE_RESULTS, File, Files, file_from_row
+from tunesmith.core.models import Model, Models
+from tunesmith.core.requests import FineTuneRequest
+from tunesmith.core.schema import files, jobs, organizations
+from tunesmith.core.statuses import ENDED, MOVES, JobStatus
+from tunesmith.core.store import Store
+from tunesmith.core.usage import Ledger
+from tunesmith.data.formats import Example
+from tunesmith.errors import InvalidRequest, LeaseLost, NotFound
+from tunesmith.rundir import ProgressLine, ResolvedHyperparameters
+from tunesmith.tokenizer import Tokenizer
+
+__all__ = ["MOVES", "Claim", "FineTuneRequest", "Job", "JobStatus", "Jobs"]
+
+SEED = 0
+"""The same for every job: the same file and hyperparameters give the same model."""
+RESULTS_FILENAME = "compiled_results.csv"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A fine-tune as clients see it."""
+
+    id: str
+    organization_id: str
+    model: str
+    """As asked."""
+    base_name: str
+    parent_name: str | None
+    """The tuned model that training goes on from; None when it starts from the base."""
+    status: JobStatus
+    created_unix: int
+    updated_unix: int
+    fine_tuned_model: str | None
+    """Set by success; kept when that model is deleted."""
+    asked: FineTuneRequest
+    hyperparameters: ResolvedHyperparameters | None
+    """None until training has started."""
+    training_file: File
+    validation_file: File | None
+    result_files: tuple[File, ...]
+    error: str | None
+    seed: int
+    training_examples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to work on a job until the lease runs out."""
+
+    job: Job
+    lease: int
+    """Fencing token: grows with every claim."""
+    run_id: str
+    """The same for every claim of the job."""
+    handle: str | None
+    """What an executor returned to an earlier dispatcher."""
+    progress_seq: int
+    """Progress lines up to here are recorded."""
+
+
+class Waiting(NamedTuple):
+    """A pending job, as far as its place in the queue goes."""
+
+    job_id: str
+    organization_id: str
+    position: int
+    last_turn: int
+    queue_number: int | None
+
+
+class Jobs:
+    """The jobs of all organisations."""
+
+    def __init__(self, store: Store, files: Files, models: Models, bases: Bases, events: Events) -> None:
+        self._store = store
+        self._files = files
+        self._models = models
+        self._bases = bases
+        self._events = events
+        self._ledger = Ledger(store)
+
+    # For users
+
+    def create(self, caller: Caller, request: FineTuneRequest) -> Job:
+        """Check everything, then make a pending job and its first event.
+
+        Raises InvalidRequest naming the field for hyperparameters out of bounds, an unknown or unfit file, rows that
+        are too long, and flags that contradict the data; NotFound for an unknown model. Then nothing was made.
+        """
+        requests.check(request)
+        with self._store.reading() as connection:
+            model, training, validation = self._named(connection, caller, request)
+        training_examples = self._admit(request, model, training, validation)
+        job_id = self._store.new_id("ft-")
+        now = int(self._store.clock())
+        with self._store.transaction() as connection:
+            self._named(connection, caller, request)  # again: what was deleted meanwhile is unknown now
+            connection.execute(
+                insert(jobs).values(
+                    id=job_id,
+                    organization_id=caller.organization_id,
+                    key_id=caller.key_id,
+                    model=request.model,
+                    base_name=model.base_name,
+                    parent_name=None if model.adapter_dir is None else model.name,
+                    status=JobStatus.PENDING,
+                    created_unix=now,
+                    updated_unix=now,
+                    asked=asdict(request),
+                    training_file_id=training.id,
+                    validation_file_id=None if validation is None else validation.id,
+                    training_examples=training_examples,
+                    seed=SEED,
+                    lease=0,
+                    progress_seq=0,
+                )
+            )
+            self._events.append(connection, job_id, "info", f"Created fine-tune: {job_id}")
+            return self._get(connection, caller, job_id)
+
+    def get(self, caller: Caller, job_id: str) -> Job:
+        """Raises NotFound for an id that is unknown or another organisation's."""
+        with self._store.reading() as connection:
+            return self._get(connection, caller, job_id)
+
+    def cancel(self, caller: Caller, job_id: str) -> Job:
+        """End a job at once; its dispatcher finds the lease gone. Raises NotFound, InvalidRequest if it has ended."""
+        with self._store.transaction() as connection:
+            status = self._get(connection, caller, job_id).status
+            if status in ENDED:
+                raise InvalidRequest(
+                    f"{job_id} has ended already: it is {status}. Only pending or running fine-tunes can be cancelled.",
+                    param="id",
+                )
+            self._move(connection, job_id, JobStatus.CANCELLED)
+            self._events.append(connection, job_id, "info", "Fine-tune cancelled")
+            return self._get(connection, caller, job_id)
+
+    def hyperparameters(self, job: Job, n_examples: int) -> ResolvedHyperparameters:
+        """What the job trains with: as asked, defaults filled in."""
+        return requests.resolve(job.asked, n_examples)
+
+    # For the dispatcher
+
+    def enqueue(self) -> None:
+        """Tell pending jobs their place: how many pending jobs are before each. Says nothing where nothing changed."""
+        with self._store.transaction() as connection:
+            self._announce(connection)
+
+    def claim(self, holder: str, lease_s: float) -> Claim | None:
+        """Take a job for `lease_s` seconds; None if there is none.
+
+        Running jobs that nobody holds any more come first, oldest first; then pending ones, an organisation's oldest
+        at a time, the organisation first whose last turn is longest ago.
+        """
+        with self._store.transaction() as connection:
+            self._announce(connection)
+            job_id = self._abandoned(connection) or self._start_next(connection)
+            if job_id is None:
+                return None
+            connection.execute(
+                update(jobs)
+                .where(jobs.c.id == job_id)
+                .values(
+                    lease=jobs.c.lease + 1,
+                    lease_holder=holder,
+                    lease_expires_unix=self._store.clock() + lease_s,
+                    run_id=func.coalesce(jobs.c.run_id, self._store.new_id("run-")),
+                )
+            )
+            row = connection.execute(_with_files(jobs.c.id == job_id)).mappings().one()
+            return Claim(
+                job=_job(row),
+                lease=row[jobs.c.lease],
+                run_id=row[jobs.c.run_id],
+                handle=row[jobs.c.handle],
+                progress_seq=row[jobs.c.progress_seq],
+            )
+
+    def started(self, claim: Claim, handle: str, hyperparameters: ResolvedHyperparameters) -> None:
+        """Note the executor's handle; the first time, also what the job trains with. Raises LeaseLost."""
+        job_id = claim.job.id
+        with self._store.transaction() as connection:
+            self._held(connection, claim, handle=handle, updated_unix=self._now())
+            if connection.scalar(select(jobs.c.hyperparameters).where(jobs.c.id == job_id)) is None:
+                self._held(connection, claim, hyperparameters=asdict(hyperparameters))
+                self._events.append(connection, job_id, "info", "Fine-tune started")
+
+    def heartbeat(self, claim: Claim, lease_s: float) -> None:
+        """Hold the job for `lease_s` seconds from now. Raises LeaseLost."""
+        with self._store.transaction() as connection:
+            self._held(connection, claim, lease_expires_unix=self._store.clock() + lease_s)
+
+    def record(self, claim: Claim, lines: Sequence[ProgressLine]) -> None:
+        """Turn the trainer's lines into events, each once: lines recorded before are passed over. Raises LeaseLost."""
+        job_id = claim.job.id
+        with self._store.transaction() as connection:
+            self._held(connection, claim)
+            recorded = connection.scalars(select(jobs.c.progress_seq).where(jobs.c.id == job_id)).one()
+            new = [line for line in lines if line.seq > recorded]
+            for line in new:
+                self._events.append(connection, job_id, line.level, line.message, line.data)
+            if new:
+                self._held(connection, claim, progress_seq=new[-1].seq, updated_unix=self._now())
+
+    def succeed(self, claim: Claim, *, adapter_dir: Path, results_csv: Path, trained_tokens: int) -> Job:
+        """Make the adapter a model and the results a file, and end the job, all or nothing.
+
+        Both are copied, so that after a crash it can be done again. Raises LeaseLost and StorageFull: then nothing of
+        it is left.
+        """
+        with ExitStack() as undo:
+            model_id = self._models.keep(adapter_dir)
+            undo.callback(self._models.discard, model_id)
+            file_id, size_bytes = self._files.keep(read_chunks(results_csv))
+            undo.callback(self._files.discard, file_id)
+            try:
+                with self._store.transaction() as connection:
+                    self._held(connection, claim)
+                    ended = self._register(connection, claim.job, model_id, file_id, size_bytes, trained_tokens)
+            except SQLAlchemyError:
+                undo.pop_all()  # whether the commit took place is not known: the sweeps find out
+                raise
+            undo.pop_all()
+            return ended
+
+    def fail(self, claim: Claim, error: str) -> None:
+        """End the job with one sentence for the user. Raises LeaseLost."""
+        with self._store.transaction() as connection:
+            self._held(connection, claim)
+            self._fail(connection, claim.job.id, error)
+
+    def release(self, claim: Claim) -> None:
+        """Give the lease back; the job stays running and the next claim takes it up. Nothing happens if it is lost."""
+        with self._store.transaction() as connection:
+            connection.execute(update(jobs).where(*_held_by(claim)).values(_NOBODY))
+
+    def release_all(self, holder: str) -> None:
+        """Give back every lease of `holder`, for its successor to claim."""
+        with self._store.transaction() as connection:
+            connection.execute(update(jobs).where(jobs.c.lease_holder == holder).values(_NOBODY))
+
+    def list(self, caller: Caller) -> list[Job]:
+        """The organisation's jobs, oldest first."""
+        query = _with_files(jobs.c.organization_id == caller.organization_id).order_by(jobs.c.position)
+        with self._store.reading() as connection:
+            return [_job(row) for row in connection.execute(query).mappings()]
+
+    def _named(
+        self, connection: Connection, caller: Caller, request: FineTuneRequest
+    ) -> tuple[Model, File, File | None]:
+        """What the request names, all of it there and of the right kind."""
+        training = self._data(connection, caller, "training_file", request.training_file)
+        validation = None
+        if request.validation_file is not None:
+            validation = self._data(connection, caller, "validation_file", request.validation_file)
+        return self._models.find(connection, caller.organization_id, request.model), training, validation
+
+    def _data(self, connection: Connection, caller: Caller, param: str, file_id: str) -> File:
+        try:
+            file = self._files.find(connection, caller, file_id)
+        except NotFound as error:
+            raise InvalidRequest(
+                f"No such File object: {file_id}. Upload the file with purpose `{FINE_TUNE}`, then give its id as "
+                f"{param}.",
+                param=param,
+            ) from error
+        if file.purpose != FINE_TUNE:
+            raise InvalidRequest(
+                f"{param} {file_id} was uploaded with purpose `{file.purpose}`; training data has purpose "
+                f"`{FINE_TUNE}`. Upload it again with that purpose.",
+                param=param,
+            )
+        return file
+
+    def _admit(self, request: FineTuneRequest, model: Model, training: File, validation: File | None) -> int:
+        return admit(
+            request,
+            self._files.examples(training),
+            None if validation is None else self._files.examples(validation),
+            # Most files have no row long enough for its tokens to be counted: the tokenizer is loaded when one has.
+            count_tokens=lambda example: _tokens(self._bases.folder(model.base_name), example),
+            limit_tokens=self._bases.get(model.base_name).context_tokens,
+        )
+
+    def _get(self, connection: Connection, caller: Caller, job_id: str) -> Job:
+        query = _with_files(jobs.c.id == job_id, jobs.c.organization_id == caller.organization_id)
+        row = connection.execute(query).mappings().one_or_none()
+        if row is None:
+            raise NotFound(f"No such fine-tune: {job_id}", param="id")
+        return _job(row)
+
+    def _announce(self, connection: Connection) -> None:
+        for number, waiting in enumerate(_queue(connection)):
+            if waiting.queue_number == number:
+                continue
+            if waiting.queue_number is None:
+                self._events.append(connection, waiting.job_id, "info", "Fine-tune costs $0.00")
+                message = f"Fine-tune enqueued. Queue number: {number}"
+            else:
+                message = f"Fine-tune is in the queue. Queue number: {number}"
+            self._events.append(connection, waiting.job_id, "info", message)
+            connection.execute(update(jobs).where(jobs.c.id == waiting.job_id).values(queue_number=number))
+
+    def _abandoned(self, connection: Connection) -> str | None:
+        nobodys = or_(jobs.c.lease_holder.is_(None), jobs.c.lease_expires_unix <= self._store.clock())
+        query = select(jobs.c.id).where(jobs.c.status == JobStatus.RUNNING, nobodys).order_by(jobs.c.position)
+        return connection.scalar(query.limit(1))
+
+    def _start_next(self, connection: Connection) -> str | None:
+        """Move the first pending job of the queue to running; jobs on the way that have lost their data fail."""
+        for waiting in _queue(connection):
+            job = _job(connection.execute(_with_files(jobs.c.id == waiting.job_id)).mappings().one())
+            gone = [file for file in (job.training_file, job.validation_file) if file and file.status == DELETED]
+            if gone:
+                self._fail(
+                    connection,
+                    job.id,
+                    f"The file {gone[0].id} ({gone[0].filename}) was deleted before training began. Upload it again "
+                    "and create a new fine-tune.",
+                )
+                continue
+            turns = select(func.max(organizations.c.last_turn) + 1).scalar_subquery()
+            connection.execute(
+                update(organizations).where(organizations.c.id == job.organization_id).values(last_turn=turns)
+            )
+            self._move(connection, job.id, JobStatus.RUNNING)
+            return job.id
+        return None
+
+    def _register(
+        self, connection: Connection, job: Job, model_id: str, file_id: str, size_bytes: int, trained_tokens: int
+    ) -> Job:
+        self._files.insert(
+            connection,
+            file_id,
+            organization_id=job.organization_id,
+            filename=RESULTS_FILENAME,
+            purpose=FINE_TUNE_RESULTS,
+            size_bytes=size_bytes,
+        )
+        name = self._models.insert(
+            connection,
+            model_id,
+            organization_id=job.organization_id,
+            job_id=job.id,
+            base_name=job.base_name,
+            parent_name=job.parent_name,
+            suffix=job.asked.suffix,
+        )
+        key_id = connection.scalars(select(jobs.c.key_id).where(jobs.c.id == job.id)).one()
+        self._ledger.record(connection, key_id, name, trained_tokens=trained_tokens)
+        for message in (f"Uploaded model: {name}", f"Uploaded result file: {file_id}", "Fine-tune succeeded"):
+            self._events.append(connection, job.id, "info", message)
+        self._move(connection, job.id, JobStatus.SUCCEEDED, fine_tuned_model=name, result_file_id=file_id)
+        return _job(connection.execute(_with_files(jobs.c.id == job.id)).mappings().one())
+
+    def _fail(self, connection: Connection, job_id: str, error: str) -> None:
+        self._move(connection, job_id, JobStatus.FAILED, error=error)
+        self._events.append(connection, job_id, "error", f"Fine-tune failed. {error}")
+
+    def _move(self, connection: Connection, job_id: str, to: JobStatus, **values: object) -> None:
+        """The one place where a status changes. Nobody holds a job that has just started or ended."""
+        origins = [status for status, targets in MOVES.items() if to in targets]
+        changed = connection.execute(
+            update(jobs)
+            .where(jobs.c.id == job_id, jobs.c.status.in_(origins))
+            .values(_NOBODY | values | {"status": to, "updated_unix": self._now()})
+        ).rowcount
+        assert changed == 1, f"{job_id} cannot become {to}"  # callers have looked, within this transaction
+
+    def _held(self, connection: Connection, claim: Claim, **values: object) -> None:
+        """Write under the lease. Raises LeaseLost if another claim, a cancellation or an ending has taken it."""
+        guarded = update(jobs).where(*_held_by(claim)).values({"lease": claim.lease} | values)
+        if not connection.execute(guarded).rowcount:
+            raise LeaseLost(f"The lease {claim.lease} on {claim.job.id} is lost: nothing was written.")
+
+    def _now(self) -> int:
+        return int(self._store.clock())
+
+
+_NOBODY: dict[str, object] = {"lease_holder": None, "lease_expires_unix": None}
+_training, _validation, _result = (files.alias(name) for name in ("training", "validation", "result"))
+
+
+def in_turn(waiting: Iterable[Waiting]) -> list[Waiting]:
+    """The order in which pending jobs start: round by round, in each the oldest of every organisation.
+
+    Within a round the organisation comes first whose last turn is longest ago; between such that never had one, the
+    one that has waited longest.
+    """
+    by_organization: dict[str, list[Waiting]] = {}
+    for job in sorted(waiting, key=lambda job: job.position):
+        by_organization.setdefault(job.organization_id, []).append(job)
+    turns = sorted(by_organization.values(), key=lambda jobs: (jobs[0].last_turn, jobs[0].position))
+    return [job for round_ in zip_longest(*turns) for job in round_ if job is not None]
+
+
+def _queue(connection: Connection) -> list[Waiting]:
+    query = (
+        select(jobs.c.id, jobs.c.organization_id, jobs.c.position, organizations.c.last_turn, jobs.c.queue_number)
+        .join(organizations)
+        .where(jobs.c.status == JobStatus.PENDING)
+    )
+    return in_turn(Waiting(*row) for row in connection.execute(query))
+
+
+def _held_by(claim: Claim) -> tuple[ColumnElement[bool], ...]:
+    # A holder means the job is running: the table has a constraint.
+    return jobs.c.id == claim.job.id, jobs.c.lease == claim.lease, jobs.c.lease_holder.is_not(None)
+
+
+def _with_files(*conditions: ColumnElement[bool]) -> Select[Any]:
+    return (
+        select(jobs, _training, _validation, _result)
+        .join(_training, _training.c.id == jobs.c.training_file_id)
+        .outerjoin(_validation, _validation.c.id == jobs.c.validation_file_id)
+        .outerjoin(_result, _result.c.id == jobs.c.result_file_id)
+        .where(*conditions)
+    )
+
+
+def _job(row: RowMapping) -> Job:
+    asked, resolved = dict(row[jobs.c.asked]), row[jobs.c.hyperparameters]
+    if asked["classification_betas"] is not None:  # JSON has no tuples
+        asked["classification_betas"] = tuple(asked["classification_betas"])
+    if resolved is not None:
+        resolved = ResolvedHyperparameters(
+            **resolved | {"classification_betas": tuple(resolved["classification_betas"])}
+        )
+    return Job(
+        id=row[jobs.c.id],
+        organization_id=row[jobs.c.organization_id],
+        model=row[jobs.c.model],
+        base_name=row[jobs.c.base_name],
+        parent_name=row[jobs.c.parent_name],
+        status=JobStatus(row[jobs.c.status]),
+        created_unix=row[jobs.c.created_unix],
+        updated_unix=row[jobs.c.updated_unix],
+        fine_tuned_model=row[jobs.c.fine_tuned_model],
+        asked=FineTuneRequest(**asked),
+        hyperparameters=resolved,
+        training_file=file_from_row(row, _training),
+        validation_file=None if row[_validation.c.id] is None else file_from_row(row, _validation),
+        result_files=() if row[_result.c.id] is None else (file_from_row(row, _result),),
+        error=row[jobs.c.error],
+        seed=row[jobs.c.seed],
+        training_examples=row[jobs.c.training_examples],
+    )
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(folder)
+
+
+def _tokens(base_dir: Path, example: Example) -> int:
+    tokenizer = _tokenizer(base_dir)
+    return len(tokenizer.prompt_ids(example.prompt)) + len(tokenizer.encode(example.completion))

@@ -1,0 +1,246 @@
+"""Models: what can be called by name. Bases come from the catalogue, tuned models are rows with an adapter folder.
+
+An adapter is copied to `<home>/adapters/<model id>` before its row is written and removed after its row is gone, so a
+row always has its adapter; what a crash leaves in between, `sweep` removes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, delete, insert, select
+
+from tunesmith.core import names
+from tunesmith.core.accounts import Caller, Role
+from tunesmith.core.bases import Base, Bases
+from tunesmith.core.blobs import read_chunks, write_durably
+from tunesmith.core.schema import jobs, models, organizations
+from tunesmith.core.statuses import LIVE
+from tunesmith.core.store import Store
+from tunesmith.errors import InvalidRequest, NotFound, PermissionDenied
+from tunesmith.rundir import sync_folder
+
+BASE_OWNER = "tunesmith"
+SWEEP_AFTER_S = 3_600
+"""An adapter folder without a row younger than this may be about to get one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as clients see it, and where its adapter is."""
+
+    name: str
+    created_unix: int
+    owned_by: str
+    base_name: str
+    """The base at the root of its lineage; its own name for a base."""
+    parent_name: str | None
+    """What it was trained from; None for a base."""
+    organization_id: str | None
+    """None for a base: everybody's."""
+    adapter_dir: Path | None
+    """None for a base."""
+    note: str | None = None
+    """One line for people: what stands behind a base."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """What an engine needs to run a model."""
+
+    name: str
+    base_name: str
+    base_dir: Path
+    adapter_dir: Path | None
+    context_tokens: int
+    """Prompt and completion together: one more than a training example may have, as the last is never fed back."""
+
+
+class Models:
+    """The models of all organisations."""
+
+    def __init__(self, store: Store, bases: Bases, home: Path) -> None:
+        self._store = store
+        self._bases = bases
+        self._adapters = home / "adapters"
+
+    def get(self, caller: Caller, name: str) -> Model:
+        """Raises NotFound (code `model_not_found`) for a name that is unknown or another organisation's."""
+        with self._store.reading() as connection:
+            return self.find(connection, caller.organization_id, name)
+
+    def resolve(self, caller: Caller, name: str) -> ModelRef:
+        """What to run for `name`. Raises NotFound."""
+        return self.resolve_in(caller.organization_id, name)
+
+    def resolve_in(self, organization_id: str, name: str) -> ModelRef:
+        """As `resolve`, for work on behalf of an organisation, such as its jobs."""
+        with self._store.reading() as connection:
+            model = self.find(connection, organization_id, name)
+        return ModelRef(
+            name=model.name,
+            base_name=model.base_name,
+            base_dir=self._bases.folder(model.base_name),
+            adapter_dir=model.adapter_dir,
+            context_tokens=self._bases.get(model.base_name).context_tokens + 1,
+        )
+
+    def delete(self, caller: Caller, name: str) -> None:
+        """Remove a tuned model: row, then adapter. Jobs keep its name.
+
+        Raises NotFound; PermissionDenied for a base or for a key that is no owner's; InvalidRequest while a job that
+        has not ended is to train on from it.
+        """
+        with self._store.transaction() as connection:
+            model = self.find(connection, caller.organization_id, name)
+            if model.adapter_dir is None:
+                raise PermissionDenied(f"{name} is a base model and cannot be deleted.", param="model")
+            if caller.role is not Role.OWNER:
+                raise PermissionDenied(
+                    f"Deleting {name} needs an API key with role owner; this key has role member. Ask an owner.",
+                    param="model",
+                )
+            needing = select(jobs.c.id, jobs.c.status).where(jobs.c.parent_name == name, jobs.c.status.in_(LIVE))
+            job = connection.execute(needing).first()
+            if job is not None:
+                raise InvalidRequest(
+                    f"{name} is needed by fine-tune {job.id}, which is {job.status}. Wait until it has ended, or "
+                    "cancel it first.",
+                    param="model",
+                )
+            connection.execute(delete(models).where(models.c.name == name))
+        _remove(model.adapter_dir)
+
+    def find(self, connection: Connection, organization_id: str, name: str) -> Model:
+        """As `get`, within a transaction."""
+        try:
+            return _base_model(self._bases.get(name))
+        except KeyError:
+            row = connection.execute(_tuned(organization_id).where(models.c.name == name)).one_or_none()
+        if row is None:
+            raise NotFound(f"The model `{name}` does not exist", param="model", code="model_not_found")
+        return self._model(row)
+
+    def keep(self, adapter_dir: Path) -> str:
+        """Copy a finished adapter to where models live; return the new model's id. `insert` or `discard` comes next.
+
+        Durable before it returns. Raises StorageFull: then nothing is left.
+        """
+        model_id = self._store.new_id("model-")
+        folder = self._adapters / model_id
+        folder.mkdir(parents=True)
+        try:
+            for source in sorted(adapter_dir.iterdir()):
+                write_durably(folder / source.name, read_chunks(source))
+            sync_folder(self._adapters)
+        except BaseException:
+            _remove(folder)
+            raise
+        return model_id
+
+    def insert(
+        self,
+        connection: Connection,
+        model_id: str,
+        *,
+        organization_id: str,
+        job_id: str,
+        base_name: str,
+        parent_name: str | None,
+        suffix: str | None,
+    ) -> str:
+        """Make a model of an adapter that `keep` copied, within a writing transaction; return its name.
+
+        `parent_name` is None for a model trained from its base.
+        """
+        now = int(self._store.clock())
+        name = self.fine_tuned_name(connection, organization_id, base_name, suffix, now)
+        connection.execute(
+            insert(models).values(
+                id=model_id,
+                name=name,
+                organization_id=organization_id,
+                base_name=base_name,
+                parent_name=parent_name,
+                job_id=job_id,
+                created_unix=now,
+            )
+        )
+        return name
+
+    def fine_tuned_name(
+        self, connection: Connection, organization_id: str, base_name: str, suffix: str | None, at_unix: int
+    ) -> str:
+        """A free name for a model made at `at_unix`; a second later for each that is taken by a model or a job."""
+        slug = connection.scalars(select(organizations.c.slug).where(organizations.c.id == organization_id)).one()
+        while True:
+            name = names.fine_tuned_name(base_name, slug, suffix, at_unix)
+            taken = select(models.c.id).where(models.c.name == name)
+            once = select(jobs.c.id).where(jobs.c.fine_tuned_model == name)  # a deleted model's name is not given again
+            if connection.execute(taken.union_all(once)).first() is None:
+                return name
+            at_unix += 1
+
+    def discard(self, model_id: str) -> None:
+        """Remove an adapter that `keep` copied and `insert` did not take up. Idempotent."""
+        _remove(self._adapters / model_id)
+
+    def sweep(self) -> int:
+        """Remove adapters that no model owns, left by a process that died between two steps; return how many."""
+        if not self._adapters.is_dir():
+            return 0
+        before_unix = self._store.clock() - SWEEP_AFTER_S
+        old = [folder for folder in self._adapters.iterdir() if folder.stat().st_mtime < before_unix]
+        with self._store.reading() as connection:
+            owned = set(connection.scalars(select(models.c.id)))
+        orphans = [folder for folder in old if folder.name not in owned]
+        for folder in orphans:
+            _remove(folder)
+        return len(orphans)
+
+    def list(self, caller: Caller) -> list[Model]:
+        """Every base, then the organisation's tuned models, oldest first."""
+        with self._store.reading() as connection:
+            rows = connection.execute(_tuned(caller.organization_id).order_by(models.c.position)).all()
+        return [_base_model(base) for base in self._bases.list()] + [self._model(row) for row in rows]
+
+    def _model(self, row: Row[Any]) -> Model:
+        return Model(
+            name=row.name,
+            created_unix=row.created_unix,
+            owned_by=row.slug,
+            base_name=row.base_name,
+            parent_name=row.parent_name or row.base_name,
+            organization_id=row.organization_id,
+            adapter_dir=self._adapters / row.id,
+        )
+
+
+def _base_model(base: Base) -> Model:
+    return Model(
+        name=base.name,
+        created_unix=base.created_unix,
+        owned_by=BASE_OWNER,
+        base_name=base.name,
+        parent_name=None,
+        organization_id=None,
+        adapter_dir=None,
+        note=base.note,
+    )
+
+
+def _tuned(organization_id: str) -> Select[Any]:
+    return select(models, organizations.c.slug).join(organizations).where(models.c.organization_id == organization_id)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: whoever looks for the adapter finds it whole or not at all.
+    trash = folder.with_name(folder.name + ".trash")
+    try:
+        folder.rename(trash)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(trash)

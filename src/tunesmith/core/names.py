@@ -1,0 +1,30 @@
+"""Names that people read: organisations in model names, suffixes, names of tuned models. Pure functions."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from datetime import UTC, datetime
+
+_NOT_A_WORD = re.compile(r"[\W_]+")
+
+
+def slug(text: str) -> str:
+    """Lower case, every run of punctuation and white space one dash, none at the ends; "" if no letter is left.
+
+    >>> slug("Custom model  name!")
+    'custom-model-name'
+    """
+    return _NOT_A_WORD.sub("-", unicodedata.normalize("NFKC", text).lower()).strip("-")
+
+
+def fine_tuned_name(base_name: str, organization_slug: str, suffix: str | None, at_unix: float) -> str:
+    """What a model made at `at_unix` is called. The suffix is as asked; it has at least one letter or digit.
+
+    >>> fine_tuned_name("ada", "your-org", "Custom model name", 1644897864)
+    'ada:ft-your-org:custom-model-name-2022-02-15-04-04-24'
+    >>> fine_tuned_name("curie", "personal", None, 1644897864)
+    'curie:ft-personal-2022-02-15-04-04-24'
+    """
+    stamp = datetime.fromtimestamp(at_unix, UTC).strftime("%Y-%m-%d-%H-%M-%S")
+    return f"{base_name}:ft-{organization_slug}{'-' if suffix is None else f':{slug(suffix)}-'}{stamp}"

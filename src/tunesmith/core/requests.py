@@ -1,0 +1,185 @@
+"""What a user asks of a fine-tune: its fields, their bounds and their defaults. Pure; knows no file and no row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tunesmith.core.names import slug
+from tunesmith.errors import InvalidRequest
+from tunesmith.rundir import ResolvedHyperparameters
+
+MAX_SUFFIX_CHARACTERS = 40
+DEFAULT_N_EPOCHS = 4
+MAX_N_EPOCHS = 50
+MAX_BATCH_SIZE = 256
+BATCH_SHARE = 0.002
+"""The default batch size is about this share of the training examples."""
+DEFAULT_LEARNING_RATE_MULTIPLIERS = ((1, 0.1), (16, 0.2))
+"""(from this batch size on, multiplier), rising.
+
+The fine-tuning guide (2023) names 0.05, 0.1 and 0.2 "depending on final batch size" and no thresholds. Published jobs
+with batch size 1 show 0.1, and a larger batch never gets a smaller rate, so 0.05 is never the default.
+"""
+MAX_LEARNING_RATE_MULTIPLIER = 10.0
+DEFAULT_PROMPT_LOSS_WEIGHT = 0.01
+MAX_BETAS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuneRequest:
+    """A fine-tune as asked. None: not given, the default counts."""
+
+    training_file: str
+    model: str
+    validation_file: str | None = None
+    suffix: str | None = None
+    n_epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate_multiplier: float | None = None
+    prompt_loss_weight: float | None = None
+    compute_classification_metrics: bool = False
+    classification_n_classes: int | None = None
+    classification_positive_class: str | None = None
+    classification_betas: tuple[float, ...] | None = None
+
+    @property
+    def n_classes(self) -> int | None:
+        """How many classes the metrics are for; None without metrics. A positive class alone means two."""
+        if not self.compute_classification_metrics:
+            return None
+        return 2 if self.classification_n_classes is None else self.classification_n_classes
+
+
+def check(request: FineTuneRequest) -> None:
+    """Raises InvalidRequest for the first field that is out of bounds or does not go with the others."""
+    _check_suffix(request.suffix)
+    _check_range("n_epochs", request.n_epochs, 1, MAX_N_EPOCHS)
+    _check_range("batch_size", request.batch_size, 1, MAX_BATCH_SIZE)
+    multiplier = request.learning_rate_multiplier
+    if multiplier is not None and not 0 < multiplier <= MAX_LEARNING_RATE_MULTIPLIER:
+        raise InvalidRequest(
+            f"learning_rate_multiplier must be above 0 and at most {MAX_LEARNING_RATE_MULTIPLIER:g}; you gave "
+            f"{multiplier!r}. Values from 0.02 to 0.2 usually work best.",
+            param="learning_rate_multiplier",
+        )
+    _check_range("prompt_loss_weight", request.prompt_loss_weight, 0, 1)
+    if request.compute_classification_metrics:
+        _check_metrics(request)
+    else:
+        _check_no_metrics(request)
+
+
+def resolve(request: FineTuneRequest, training_examples: int) -> ResolvedHyperparameters:
+    """Fill in every default. `request` has passed `check`; `training_examples` is at least 1."""
+    batch_size = default_batch_size(training_examples) if request.batch_size is None else request.batch_size
+    multiplier = request.learning_rate_multiplier
+    return ResolvedHyperparameters(
+        n_epochs=DEFAULT_N_EPOCHS if request.n_epochs is None else request.n_epochs,
+        batch_size=batch_size,
+        learning_rate_multiplier=default_learning_rate_multiplier(batch_size) if multiplier is None else multiplier,
+        prompt_loss_weight=(
+            DEFAULT_PROMPT_LOSS_WEIGHT if request.prompt_loss_weight is None else request.prompt_loss_weight
+        ),
+        compute_classification_metrics=request.compute_classification_metrics,
+        classification_n_classes=request.n_classes,
+        classification_positive_class=request.classification_positive_class,
+        classification_betas=(1.0,) if request.classification_betas is None else request.classification_betas,
+    )
+
+
+def default_batch_size(training_examples: int) -> int:
+    """The largest power of two that is at most 0.2 % of the examples, from 1 to 256.
+
+    >>> [default_batch_size(n) for n in (1, 999, 1_000, 9_000, 10**9)]
+    [1, 1, 2, 16, 256]
+    """
+    share = max(1, min(MAX_BATCH_SIZE, math.floor(BATCH_SHARE * training_examples)))
+    return 1 << (share.bit_length() - 1)
+
+
+def default_learning_rate_multiplier(batch_size: int) -> float:
+    """0.1 for batches under 16, 0.2 from there on; see DEFAULT_LEARNING_RATE_MULTIPLIERS."""
+    return max(multiplier for least, multiplier in DEFAULT_LEARNING_RATE_MULTIPLIERS if batch_size >= least)
+
+
+def _check_suffix(suffix: str | None) -> None:
+    if suffix is None:
+        return
+    if not 1 <= len(suffix) <= MAX_SUFFIX_CHARACTERS:
+        raise InvalidRequest(
+            f"suffix must have 1 to {MAX_SUFFIX_CHARACTERS} characters; yours has {len(suffix)}. "
+            + ("Leave it out for a name without suffix." if not suffix else "Shorten it."),
+            param="suffix",
+        )
+    if not slug(suffix):
+        raise InvalidRequest(
+            f"suffix {suffix!r} has no letter or digit, and all else becomes dashes in the model's name. Add one.",
+            param="suffix",
+        )
+
+
+def _check_range(name: str, value: float | None, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
+        raise InvalidRequest(
+            f"{name} must be from {least} to {most}; you gave {value!r}. Leave it out for the default.", param=name
+        )
+
+
+def _check_no_metrics(request: FineTuneRequest) -> None:
+    for name in ("classification_n_classes", "classification_positive_class", "classification_betas"):
+        if getattr(request, name) is not None:
+            raise InvalidRequest(
+                f"{name} is only used for classification metrics. Set compute_classification_metrics to true and give "
+                f"a validation_file, or leave {name} out.",
+                param=name,
+            )
+
+
+def _check_metrics(request: FineTuneRequest) -> None:
+    if request.validation_file is None:
+        raise InvalidRequest(
+            "compute_classification_metrics needs a validation_file: the metrics are measured on it. Give one, or "
+            "leave compute_classification_metrics out.",
+            param="validation_file",
+        )
+    positive, n_classes, betas = (
+        request.classification_positive_class,
+        request.classification_n_classes,
+        request.classification_betas,
+    )
+    if positive is None and n_classes is None:
+        raise InvalidRequest(
+            "compute_classification_metrics needs classification_n_classes, or classification_positive_class for two "
+            "classes. Give one of them.",
+            param="classification_n_classes",
+        )
+    if n_classes is not None and n_classes < 2:
+        raise InvalidRequest(
+            f"classification_n_classes must be at least 2; you gave {n_classes}.", param="classification_n_classes"
+        )
+    if positive is not None and n_classes is not None and n_classes > 2:
+        raise InvalidRequest(
+            f"classification_positive_class is for two classes and classification_n_classes is {n_classes}. Leave one "
+            "of them out.",
+            param="classification_positive_class",
+        )
+    if positive == "":
+        raise InvalidRequest(
+            "classification_positive_class must be a completion of the training file, its leading space included; "
+            "you gave an empty string.",
+            param="classification_positive_class",
+        )
+    if betas is None:
+        return
+    if positive is None:
+        raise InvalidRequest(
+            "classification_betas are for two classes with a classification_positive_class. Give that too, or leave "
+            "classification_betas out.",
+            param="classification_betas",
+        )
+    if not 1 <= len(betas) <= MAX_BETAS or len(set(betas)) < len(betas) or not all(0 < b < math.inf for b in betas):
+        raise InvalidRequest(
+            f"classification_betas must be 1 to {MAX_BETAS} different numbers above 0; you gave {list(betas)!r}.",
+            param="classification_betas",
+        )
