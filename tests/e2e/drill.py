@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,7 @@ def undisturbed(inputs: RunDir) -> Traces:
 
 def traces(server: Server, client: Client, job: dict[str, Any]) -> Traces:
     """What a job that succeeded has given."""
-    (adapter,) = [path for path in (server.home / "adapters").iterdir() if path.name == _run_id(server, job["id"])]
+    adapter = server.home / "adapters" / _model_id(server, job["id"])
     messages = [IDS.sub("ID", event["message"]) for event in job["events"]]
     return Traces(
         adapter=_adapter(adapter),
@@ -96,8 +98,10 @@ def traces(server: Server, client: Client, job: dict[str, Any]) -> Traces:
     )
 
 
-def _run_id(server: Server, job_id: str) -> str:
-    return run_dir_of(server, job_id).path.name
+def _model_id(server: Server, job_id: str) -> str:
+    with closing(sqlite3.connect(f"file:{server.home / 'tunesmith.db'}?mode=ro", uri=True)) as database:
+        ((model_id,),) = database.execute("SELECT id FROM models WHERE job_id = ?", (job_id,)).fetchall()
+    return str(model_id)
 
 
 def _adapter(folder: Path) -> dict[str, bytes]:

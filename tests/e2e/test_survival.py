@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -98,8 +99,6 @@ def test_sigterm_drains_and_a_restart_goes_on(home: Path) -> None:
 
 def test_a_frozen_server_group_leaves_no_orphans(home: Path) -> None:
     """A trainer that cannot run, not even to notice that its parent died, must not outlive it."""
-    import signal
-
     with Server(home, SETTINGS) as server:
         with server.client() as client:
             job_id = _create(client)

@@ -13,30 +13,9 @@ def run_dir(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path)
 
 
-def test_what_is_placed_is_whole_or_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-
-    def torn(target: Path) -> None:
-        target.write_bytes(b"half")
-        raise OSError("the store went away")
-
-    with pytest.raises(OSError, match="went away"):
-        folder.place(path, torn)
-    assert not path.exists()
-    folder.place(path, lambda target: target.write_bytes(b"whole") and None)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["train.jsonl"]
-    assert path.read_bytes() == b"whole"
-
-
-def test_examples_are_the_lines_that_hold_something(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(b'{"a": 1}\n\n  \r\n{"b": 2}\r\n{"c": 3}')
-    assert folder.count_examples(path) == 3
-
-
 def test_checkpoints_are_ordered_by_number(run_dir: RunDir) -> None:
     assert folder.newest_checkpoint(run_dir) is None
-    for name in ("step-9", "step-100", "step-20", "other"):
+    for name in ("step-9", "step-100", "step-20", "step-101.tmp", "other"):
         (run_dir.checkpoints / name).mkdir(parents=True)
     assert folder.newest_checkpoint(run_dir) == "step-100"
 
@@ -62,16 +41,6 @@ def test_last_words(run_dir: RunDir, log: str, expected: str) -> None:
 
 def test_last_words_of_a_trainer_that_never_spoke(run_dir: RunDir) -> None:
     assert folder.last_words(run_dir) == "nothing"
-
-
-def test_an_adapter_is_moved_once(tmp_path: Path) -> None:
-    adapter, kept = tmp_path / "runs" / "1" / "adapter", tmp_path / "adapters" / "1"
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    folder.keep_adapter(adapter, kept)
-    folder.keep_adapter(adapter, kept)  # after a crash between the move and the transaction
-    assert not adapter.exists()
-    assert (kept / "adapter_model.safetensors").read_bytes() == b"weights"
 
 
 def test_pruning_keeps_what_tells_how_a_run_went(run_dir: RunDir) -> None:

@@ -7,7 +7,6 @@ folders, so a dispatcher can be killed at any line: the next one goes on from wh
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -190,22 +189,23 @@ class Dispatcher:
         self.jobs.started(run.claim, run.handle, spec.hyperparameters)
 
     def _prepare(self, run: _Run) -> RunSpec:
-        """The run folder, ready for a trainer. The spec is written last and once: a run keeps the values it began with."""
+        """The run folder, ready for a trainer. The spec is written last, and once: a run keeps what it began with."""
         run_dir, job = run.run_dir, run.claim.job
         if run_dir.spec.exists():
             return run_dir.read_spec()
         run_dir.path.mkdir(parents=True, exist_ok=True)
-        folder.place(run_dir.training_file, partial(self.files.fetch, job.training_file))
+        self.files.fetch(job.training_file, run_dir.training_file)
         if job.validation_file is not None:
-            folder.place(run_dir.validation_file, partial(self.files.fetch, job.validation_file))
+            self.files.fetch(job.validation_file, run_dir.validation_file)
         base = self.bases.get(job.base_name)
+        start = self.models.resolve_in(job.organization_id, job.parent_name or job.base_name)
         spec = RunSpec(
             run_id=run.claim.run_id,
             job_id=job.id,
-            base_dir=str(self.bases.folder(job.base_name)),
-            parent_adapter_dir=self._parent_adapter(job),
+            base_dir=str(start.base_dir),
+            parent_adapter_dir=None if start.adapter_dir is None else str(start.adapter_dir),
             context_tokens=base.context_tokens,
-            hyperparameters=self.jobs.hyperparameters(job, folder.count_examples(run_dir.training_file)),
+            hyperparameters=self.jobs.hyperparameters(job, job.training_examples),
             base_learning_rate=base.learning_rate,
             lora_rank=LORA_RANK,
             lora_alpha=LORA_ALPHA,
@@ -237,17 +237,14 @@ class Dispatcher:
             self.executor.stop(run.handle, 0.0)
 
     def _register(self, run: _Run, outcome: Outcome) -> None:
-        """Makes the adapter a model. After a crash at any line, doing it again gives the same model once."""
-        kept = self.home / "adapters" / run.claim.run_id
-        if not kept.exists():
-            reason = self.parity(run.run_dir, run.run_dir.read_spec())
-            if reason is not None:
-                self._fail(run, reason)
-                return
-            folder.keep_adapter(run.run_dir.adapter, kept)
+        """Makes the adapter a model, if it serves as it trained. The store does so once, however often it is asked."""
+        reason = self.parity(run.run_dir, run.run_dir.read_spec())
+        if reason is not None:
+            self._fail(run, reason)
+            return
         self.jobs.succeed(
             run.claim,
-            adapter_dir=kept,
+            adapter_dir=run.run_dir.adapter,
             results_csv=run.run_dir.results,
             trained_tokens=outcome.trained_tokens,
         )
@@ -275,13 +272,9 @@ class Dispatcher:
 
     def _tidy(self) -> None:
         """Takes from the folders of ended runs what nobody needs any more."""
-        folders = [path for path in (self.home / "runs").glob("*") if path.name not in self._runs]
-        unpruned = {path.name: RunDir(path) for path in folders if RunDir(path).training_file.exists()}
-        for run_id, status in self.jobs.run_statuses(list(unpruned)).items():
-            if status in ENDED:
-                folder.prune(unpruned[run_id])
-                if status is not JobStatus.SUCCEEDED:
-                    shutil.rmtree(self.home / "adapters" / run_id, ignore_errors=True)
+        unpruned = {path.parent.name: RunDir(path.parent) for path in (self.home / "runs").glob("*/train.jsonl")}
+        for run_id in self.jobs.ended_runs(unpruned.keys() - self._runs.keys()):
+            folder.prune(unpruned[run_id])
 
     def _survive(self, what: str, step: Callable[[], None]) -> Exception | None:
         """Does `step`; gives back what it raised instead of letting it end the loop over all jobs."""
