@@ -1,7 +1,8 @@
 """The run folder: the only thing platform and trainer share. Knows names and formats, does no training and no SQL.
 
 A trainer is `python -m tunesmith.training <run folder>`. It exits 0 once `outcome.json` is written, 75 when SIGTERM
-asked it to stop (checkpointed, no outcome: start it again and it goes on), anything else when it died.
+asked it to stop (checkpointed, no outcome: start it again and it goes on), anything else when it died. It ends with
+the process whose pid stands in the environment variable PARENT_PID, by default the one that started it.
 
 The platform writes `spec.json` and the data, then starts a trainer on the folder; the trainer writes the rest:
 
@@ -27,6 +28,9 @@ import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+PARENT_PID = "TRAINER_PARENT_PID"
+"""Given from outside, for a parent may die before its child can ask who it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tunesmith.rundir import RunDir
+from tunesmith.rundir import PARENT_PID, RunDir
 from tunesmith.runs.executor import RunState
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ def trainer_environment(inherited: Mapping[str, str], threads: int) -> dict[str,
     """Environment of a trainer: the inherited one with the settings that must be there before its libraries load."""
     return {
         **inherited,
+        PARENT_PID: str(os.getpid()),
         "OMP_NUM_THREADS": str(threads),
         # Idle OpenMP threads sleep instead of spinning on a core that the engine needs to answer.
         "OMP_WAIT_POLICY": "passive",
