@@ -5,7 +5,7 @@ Every engine (embedded, remote, scripted, vLLM) passes the same suite, `tests/co
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -108,8 +108,8 @@ class Engine(Protocol):
     async def unload(self, handle: str) -> None:
         """Give the adapter's memory back. Requests already running end as they would have. Unknown handles pass."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[EngineOutput]:
-        """The tokens of one sequence as they come. Closing the iterator frees its place in the batch at once.
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineOutput, None]:
+        """The tokens of one sequence as they come. Closing it (`aclose`) frees its place in the batch at once.
 
         Raises EngineUnavailable if the engine dies meanwhile, KeyError for a handle that is not loaded.
         """

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,7 @@ class ScriptedEngine:
         """See `Engine.unload`."""
         self._models.pop(handle, None)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[EngineOutput]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineOutput, None]:
         """See `Engine.generate`. Gives way to other tasks before each token."""
         if self._closed:
             raise EngineUnavailable("The engine is closed.")

@@ -1,0 +1,250 @@
+"""From a request in text to choices in text: encode, load, generate, write. Plain and streamed have one generator.
+
+Knows nothing of HTTP, keys or the database; the engine behind it knows nothing of text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections import defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.engine.base import Engine, GenerateRequest, SamplingParams
+from tunesmith.engine.chance import derive
+from tunesmith.errors import InvalidRequest, NotFound
+from tunesmith.serving.choice import Choice, ChoiceDelta, ChoiceWriter, Logprobs
+from tunesmith.serving.request import CompletionRequest, Prompt
+from tunesmith.serving.residency import Lease, Residency
+from tunesmith.tokenizer import Tokenizer
+
+__all__ = [
+    "Choice",
+    "ChoiceDelta",
+    "Completer",
+    "Completion",
+    "CompletionRequest",
+    "CompletionStream",
+    "Logprobs",
+    "Usage",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost. Prompts count once each; every generated token counts, shown or not."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Both."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A plain answer."""
+
+    choices: tuple[Choice, ...]
+    """By index: sample s of prompt p has index p * n + s."""
+    usage: Usage
+
+
+class CompletionStream(AsyncIterator[ChoiceDelta | Usage]):
+    """The pieces of all choices as they come, the Usage last. Close it if it is not read to the end."""
+
+    def __init__(self, pieces: AsyncGenerator[ChoiceDelta | Usage, None], lease: Lease) -> None:
+        self._pieces = pieces
+        # A stream that is dropped before it is read never runs the generator: the lease must not hang on it.
+        self._release = weakref.finalize(self, lease.release)
+
+    async def __anext__(self) -> ChoiceDelta | Usage:
+        try:
+            return await anext(self._pieces)
+        except BaseException:
+            self._release()
+            raise
+
+    async def aclose(self) -> None:
+        """Ends all sequences and frees their places. Idempotent."""
+        await self._pieces.aclose()
+        self._release()
+
+
+class Completer:
+    """Answers completion requests with one engine. For one event loop."""
+
+    def __init__(self, engine: Engine, *, max_resident_adapters: int, new_seed: Callable[[], int]) -> None:
+        """`new_seed` is asked once for each request that brings no seed of its own."""
+        self._engine = engine
+        self._residency = Residency(engine, max_adapters=max_resident_adapters)
+        self._new_seed = new_seed
+        self._tokenizers: dict[Path, Tokenizer] = {}
+
+    async def open(self, request: CompletionRequest) -> CompletionStream:
+        """Checks everything and loads the model; what is wrong with a request is known when this returns.
+
+        Raises InvalidRequest naming the field, NotFound if the model's files are gone, EngineUnavailable. The stream
+        raises EngineUnavailable if the engine dies meanwhile.
+        """
+        model = request.model
+        tokenizer = await self._tokenizer(model.base_dir)
+        request.check(self._engine.capabilities, tokenizer.vocabulary_size)
+        prompts = await asyncio.to_thread(_encode, tokenizer, request.prompts)
+        longest = max(map(len, prompts))
+        if longest + request.max_tokens > model.context_tokens:
+            raise InvalidRequest(
+                f"This model's maximum context length is {model.context_tokens} tokens, however you requested "
+                f"{longest + request.max_tokens} tokens ({longest} in your prompt; {request.max_tokens} for the "
+                "completion). Please reduce your prompt; or completion length."
+            )
+        try:
+            lease = await self._residency.acquire(model.base_dir, model.adapter_dir)
+        except ValueError as error:
+            # Between looking the model up and opening its files it was deleted.
+            raise NotFound(f"The model `{model.name}` does not exist", code="model_not_found") from error
+        sequences = list(self._sequences(request, tokenizer, prompts, lease.handle))
+        return CompletionStream(_run(self._engine, request, sequences), lease)
+
+    async def complete(self, request: CompletionRequest) -> Completion:
+        """The same as `open`, collected."""
+        pieces: defaultdict[int, list[ChoiceDelta]] = defaultdict(list)
+        usage = Usage(0, 0)
+        async with aclosing(await self.open(request)) as stream:
+            async for piece in stream:
+                if isinstance(piece, Usage):
+                    usage = piece
+                else:
+                    pieces[piece.index].append(piece)
+        return Completion(tuple(Choice.join(pieces[index]) for index in sorted(pieces)), usage)
+
+    async def _tokenizer(self, base_dir: Path) -> Tokenizer:
+        if base_dir not in self._tokenizers:
+            self._tokenizers[base_dir] = await asyncio.to_thread(Tokenizer.from_folder, base_dir)
+        return self._tokenizers[base_dir]
+
+    def _sequences(
+        self, request: CompletionRequest, tokenizer: Tokenizer, prompts: list[tuple[int, ...]], handle: str
+    ) -> Iterator[_Sequence]:
+        seed = self._new_seed() if request.seed is None else request.seed
+        with_table = request.logprobs is not None
+        for p, (prompt, prompt_ids) in enumerate(zip(request.prompts, prompts, strict=True)):
+            for s in range(request.samples):
+                sampling = SamplingParams(
+                    max_tokens=request.max_tokens,
+                    temperature=request.temperature,
+                    top_p=request.top_p,
+                    presence_penalty=request.presence_penalty,
+                    frequency_penalty=request.frequency_penalty,
+                    logit_bias=request.logit_bias,
+                    seed=derive(seed, p, s),
+                    stop_token_ids=(tokenizer.end_of_text_id,),
+                )
+                top = request.logprobs if with_table or not request.ranked else 0  # ranking needs each token's own
+                writer = ChoiceWriter(
+                    tokenizer,
+                    index=p * request.n + s,
+                    prompt=prompt,
+                    prompt_ids=prompt_ids,
+                    echo=request.echo,
+                    with_table=with_table,
+                    stop=request.stop,
+                )
+                generate = GenerateRequest(handle, prompt_ids, sampling, top, request.echo and with_table)
+                yield _Sequence(generate, writer, [])
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """One sample of one prompt."""
+
+    generate: GenerateRequest
+    writer: ChoiceWriter
+    pieces: list[ChoiceDelta]
+    """What it has written, where that has to wait for ranking."""
+
+
+def _encode(tokenizer: Tokenizer, prompts: tuple[Prompt, ...]) -> list[tuple[int, ...]]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    try:
+        encoded = iter(tokenizer.encode_many(texts))
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"'prompt' holds half of a surrogate pair ({error.object[error.start]!r}), no character. Remove it.",
+            param="prompt",
+        ) from error
+    start = (tokenizer.end_of_text_id,)
+    return [
+        tuple(next(encoded)) or start if isinstance(prompt, str) else _known(tokenizer, prompt) or start
+        for prompt in prompts
+    ]
+
+
+def _known(tokenizer: Tokenizer, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+    for position, token_id in enumerate(prompt_ids):
+        if not 0 <= token_id < tokenizer.vocabulary_size:
+            raise InvalidRequest(
+                f"'prompt' holds token id {token_id} at position {position}; this model's ids are 0 to "
+                f"{tokenizer.vocabulary_size - 1}.",
+                param="prompt",
+            )
+    return prompt_ids
+
+
+async def _run(
+    engine: Engine, request: CompletionRequest, sequences: list[_Sequence]
+) -> AsyncGenerator[ChoiceDelta | Usage, None]:
+    """All sequences at once; the pieces in the order in which they come, or ranked when all have ended."""
+    came: asyncio.Queue[ChoiceDelta | asyncio.Task[None]] = asyncio.Queue()
+    show = None if request.ranked else came.put_nowait
+    tasks = [asyncio.create_task(_write(engine, sequence, show)) for sequence in sequences]
+    for task in tasks:
+        task.add_done_callback(came.put_nowait)
+    running = len(tasks)
+    try:
+        while running:
+            piece = await came.get()
+            if isinstance(piece, ChoiceDelta):
+                yield piece
+            else:
+                running -= 1
+                piece.result()  # raises what ended it
+        for choice in _best(request, sequences) if request.ranked else ():
+            yield choice
+        prompt_tokens = sum(len(sequence.generate.prompt_ids) for sequence in sequences[:: request.samples])
+        yield Usage(prompt_tokens, sum(sequence.writer.generated_tokens for sequence in sequences))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _write(engine: Engine, sequence: _Sequence, show: Callable[[ChoiceDelta], None] | None) -> None:
+    """Writes one choice to its end, keeping the pieces in `sequence` unless they are shown at once."""
+    show = show or sequence.pieces.append
+    writer = sequence.writer
+    if opening := writer.opening():
+        show(opening)
+    if sequence.generate.sampling.max_tokens or sequence.generate.score_prompt:
+        async with aclosing(engine.generate(sequence.generate)) as outputs:
+            async for output in outputs:
+                if piece := writer.push(output):
+                    show(piece)
+                    if piece.finish_reason:
+                        return
+    show(writer.end("length"))  # only where no tokens were asked for
+
+
+def _best(request: CompletionRequest, sequences: list[_Sequence]) -> Iterator[ChoiceDelta]:
+    """The `n` likeliest samples of each prompt, best first, each as one piece."""
+    for p, start in enumerate(range(0, len(sequences), request.samples)):
+        samples = sequences[start : start + request.samples]
+        ranked = sorted(samples, key=lambda sequence: -sequence.writer.mean_logprob)  # stable: ties keep their order
+        for rank, sequence in enumerate(ranked[: request.n]):
+            choice = Choice.join(sequence.pieces)
+            yield ChoiceDelta(p * request.n + rank, choice.text, choice.logprobs, choice.finish_reason)
