@@ -7,6 +7,7 @@ folders, so a dispatcher can be killed at any line: the next one goes on from wh
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -86,6 +87,7 @@ class Dispatcher:
     tick_s: float = 0.25
     """Pause between rounds; a cancelled job's trainer is gone after about this long."""
     monotonic: Callable[[], float] = time.monotonic
+    _ticked_at: float | None = field(default=None, init=False)
     _runs: dict[str, _Run] = field(default_factory=dict, init=False)
     _leaving: list[str] = field(default_factory=list, init=False)
     """Handles of runs to be ended by force, until they are seen to be gone."""
@@ -106,6 +108,12 @@ class Dispatcher:
             self._advance(run)
         self._survive("see off", self._see_off)
         self._survive("take", self._take)
+        self._ticked_at = self.monotonic()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the last whole round; infinite before the first. Safe to read from any thread."""
+        return math.inf if self._ticked_at is None else self.monotonic() - self._ticked_at
 
     def drain(self) -> None:
         """Stops the trainers at a checkpoint, waits for them at most `drain_s`, and gives the jobs back."""
