@@ -122,7 +122,7 @@ class Dispatcher:
             for handle in waiting:
                 self.executor.stop(handle, self.drain_s)
             waiting = [handle for handle in waiting if self.executor.state(handle) is RunState.RUNNING]
-            self._see_off()
+            self._survive("see off", self._see_off)
             time.sleep(0.02)
         for run in self._runs.values():
             self._survive("release", partial(self.jobs.release, run.claim))

@@ -1,0 +1,466 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import until
+from tunesmith.core.accounts import Accounts, Caller
+from tunesmith.core.bases import Bases
+from tunesmith.core.blobs import Blobs
+from tunesmith.core.events import Events
+from tunesmith.core.files import Files
+from tunesmith.core.jobs import FineTuneRequest, Job, Jobs, JobStatus
+from tunesmith.core.models import Models
+from tunesmith.core.store import Store
+from tunesmith.errors import EngineUnavailable
+from tunesmith.rundir import Outcome, ProgressLine, RunDir, RunSpec
+from tunesmith.runs.dispatcher import FAULTS, FRUITLESS_STARTS, Dispatcher
+from tunesmith.runs.executor import Executor, InlineExecutor, RunState
+from tunesmith.runs.local import LocalExecutor
+
+Train = Callable[[Path], None]
+
+
+def report(run_dir: RunDir, *messages: str) -> None:
+    lines = [ProgressLine(seq, "info", message) for seq, message in enumerate(messages, start=1)]
+    text = "".join(json.dumps({"seq": li.seq, "level": li.level, "message": li.message}) + "\n" for li in lines)
+    run_dir.progress.write_text(text)
+
+
+def finish(path: Path) -> None:
+    """What a trainer leaves behind, without the training."""
+    run_dir = RunDir(path)
+    report(run_dir, "Completed epoch 1/1")
+    run_dir.results.write_text("step,training_loss\n1,0.5\n")
+    run_dir.adapter.mkdir(exist_ok=True)
+    (run_dir.adapter / "adapter_config.json").write_text("{}")
+    (run_dir.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    run_dir.checkpoints.mkdir(exist_ok=True)
+    run_dir.write_outcome(Outcome("succeeded", trained_tokens=12, steps=1))
+
+
+@dataclass
+class Clock:
+    now: float = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Platform:
+    """The real nouns on a temporary home, one caller, and dispatchers on demand."""
+
+    home: Path
+    clock: Clock
+    store: Store
+    caller: Caller
+    files: Files
+    models: Models
+    bases: Bases
+    jobs: Jobs
+    events: Events
+    parity: Callable[[RunDir, RunSpec], str | None] = field(default=lambda run_dir, spec: None)
+
+    def dispatcher(self, executor: Executor, **settings: object) -> Dispatcher:
+        return Dispatcher(
+            jobs=self.jobs,
+            files=self.files,
+            bases=self.bases,
+            models=self.models,
+            executor=executor,
+            parity=lambda run_dir, spec: self.parity(run_dir, spec),
+            home=self.home,
+            holder="here",
+            monotonic=self.clock,
+            **settings,  # type: ignore[arg-type]
+        )
+
+    def create(self, rows: int = 3, validation: bool = False, **asked: object) -> Job:
+        content = b'{"prompt": "a ->", "completion": " b"}\n' * rows
+        first = self.files.create(self.caller, filename="t.jsonl", purpose="fine-tune", chunks=io.BytesIO(content))
+        second = None
+        if validation:
+            second = self.files.create(self.caller, filename="v.jsonl", purpose="fine-tune", chunks=io.BytesIO(content))
+        return self.jobs.create(
+            self.caller,
+            FineTuneRequest(
+                training_file=first.id,
+                validation_file=None if second is None else second.id,
+                **({"model": "ada"} | asked),  # type: ignore[arg-type]
+            ),
+        )
+
+    def get(self, job: Job) -> Job:
+        return self.jobs.get(self.caller, job.id)
+
+    def messages(self, job: Job) -> list[str]:
+        return [event.message for event in self.events.list(job.id)]
+
+    def run_dir(self) -> RunDir:
+        (path,) = (self.home / "runs").iterdir()
+        return RunDir(path)
+
+
+@pytest.fixture
+def platform(tmp_path: Path, tiny_base: Path) -> Iterator[Platform]:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "bases.toml").write_text(f"[ada]\nfolder = {json.dumps(str(tiny_base))}\n")
+    clock = Clock()
+    store = Store(f"sqlite:///{home / 'tunesmith.db'}", clock=clock)
+    store.migrate()
+    accounts = Accounts(store)
+    secret = accounts.bootstrap("personal", None)
+    assert secret is not None
+    bases, events = Bases(home), Events(store)
+    files = Files(store, Blobs((home / "files").as_uri()), 1_000_000)
+    models = Models(store, bases, home)
+    jobs = Jobs(store, files, models, bases, events)
+    yield Platform(home, clock, store, accounts.authenticate(secret), files, models, bases, jobs, events)
+    store.close()
+
+
+def test_a_job_becomes_a_model(platform: Platform, tiny_base: Path) -> None:
+    specs: list[RunSpec] = []
+
+    def train(path: Path) -> None:
+        specs.append(RunDir(path).read_spec())
+        assert RunDir(path).training_file.read_bytes().count(b"\n") == 3
+        assert RunDir(path).validation_file.read_bytes().count(b"\n") == 3
+        finish(path)
+
+    job = platform.create(validation=True, n_epochs=2)
+    dispatcher = platform.dispatcher(InlineExecutor(train), trainer_threads=3, checkpoint_interval_s=7.0)
+    dispatcher.tick()
+    dispatcher.tick()
+
+    ended = platform.get(job)
+    assert ended.status is JobStatus.SUCCEEDED
+    assert ended.fine_tuned_model is not None
+    assert platform.messages(job) == [
+        f"Created fine-tune: {job.id}",
+        "Fine-tune costs $0.00",
+        "Fine-tune enqueued. Queue number: 0",
+        "Fine-tune started",
+        "Completed epoch 1/1",
+        f"Uploaded model: {ended.fine_tuned_model}",
+        f"Uploaded result file: {ended.result_files[0].id}",
+        "Fine-tune succeeded",
+    ]
+    adapter_dir = platform.models.get(platform.caller, ended.fine_tuned_model).adapter_dir
+    assert adapter_dir is not None
+    assert (adapter_dir / "adapter_model.safetensors").read_bytes() == b"weights"
+    (spec,) = specs
+    assert (spec.job_id, spec.threads, spec.checkpoint_interval_s, spec.seed) == (job.id, 3, 7.0, job.seed)
+    assert (spec.base_dir, spec.parent_adapter_dir) == (str(tiny_base), None)
+    assert spec.hyperparameters == ended.hyperparameters
+    assert spec.hyperparameters.n_epochs == 2
+
+    dispatcher.tick()
+    left = {path.name for path in platform.run_dir().path.iterdir()}
+    assert left == {"spec.json", "progress.jsonl", "results.csv", "outcome.json"}
+
+
+def test_tuning_a_tuned_model_starts_from_its_adapter(platform: Platform) -> None:
+    dispatcher = platform.dispatcher(InlineExecutor(finish))
+    first = platform.create()
+    for _ in range(3):
+        dispatcher.tick()
+    parent = platform.get(first).fine_tuned_model
+    assert parent is not None
+    second = platform.create(model=parent)
+    for _ in range(3):
+        dispatcher.tick()
+    assert platform.get(second).status is JobStatus.SUCCEEDED
+    specs = [RunDir(path).read_spec() for path in (platform.home / "runs").iterdir()]
+    adapters = {spec.job_id: spec.parent_adapter_dir for spec in specs}
+    assert adapters == {
+        first.id: None,
+        second.id: str(platform.models.get(platform.caller, parent).adapter_dir),
+    }
+
+
+def test_what_the_trainer_says_is_the_users_reason(platform: Platform) -> None:
+    job = platform.create()
+    dispatcher = platform.dispatcher(
+        InlineExecutor(lambda path: RunDir(path).write_outcome(Outcome("failed", error="The loss was not a number.")))
+    )
+    dispatcher.tick()
+    dispatcher.tick()
+    assert platform.get(job).status is JobStatus.FAILED
+    assert platform.get(job).error == "The loss was not a number."
+    assert platform.messages(job)[-1] == "Fine-tune failed. The loss was not a number."
+
+
+def test_an_adapter_that_does_not_serve_as_it_trained_is_not_registered(platform: Platform) -> None:
+    platform.parity = lambda run_dir, spec: "token 1 of row 3 differs"
+    job = platform.create()
+    dispatcher = platform.dispatcher(InlineExecutor(finish))
+    dispatcher.tick()
+    dispatcher.tick()
+    assert platform.get(job).error == "token 1 of row 3 differs"
+    assert platform.get(job).fine_tuned_model is None
+    assert len(platform.models.list(platform.caller)) == len(platform.bases.list())
+
+
+def test_a_trainer_that_dies_is_started_again_and_goes_on(platform: Platform) -> None:
+    starts = 0
+
+    def train(path: Path) -> None:
+        nonlocal starts
+        starts += 1
+        if starts < 8:  # more often than fruitless starts are allowed, but each gets further
+            (RunDir(path).checkpoints / f"step-{starts}").mkdir(parents=True)
+            raise MemoryError
+        finish(path)
+
+    job = platform.create()
+    dispatcher = platform.dispatcher(InlineExecutor(train))
+    for _ in range(10):
+        dispatcher.tick()
+    assert platform.get(job).status is JobStatus.SUCCEEDED
+    assert platform.messages(job).count("Fine-tune started") == 1
+
+
+def test_a_trainer_that_keeps_dying_at_one_place_fails_the_job_with_its_last_words(platform: Platform) -> None:
+    starts = 0
+
+    def train(path: Path) -> None:
+        nonlocal starts
+        starts += 1
+        raise MemoryError("no room for 3 GiB")
+
+    job = platform.create()
+    dispatcher = platform.dispatcher(InlineExecutor(train))
+    for _ in range(10):
+        dispatcher.tick()
+    assert starts == 1 + FRUITLESS_STARTS
+    assert platform.get(job).status is JobStatus.FAILED
+    assert "MemoryError: no room for 3 GiB" in (platform.get(job).error or "")
+
+
+def test_one_bad_job_never_blocks_the_rest(platform: Platform) -> None:
+    bad, good = platform.create(), platform.create()
+
+    def train(path: Path) -> None:
+        if RunDir(path).read_spec().job_id == bad.id:
+            RunDir(path).progress.write_text("not JSON\n")
+        else:
+            finish(path)
+
+    dispatcher = platform.dispatcher(InlineExecutor(train), max_concurrent_runs=2)
+    for _ in range(3):
+        dispatcher.tick()
+    assert platform.get(good).status is JobStatus.SUCCEEDED
+    assert platform.get(bad).status is JobStatus.RUNNING
+    for _ in range(FAULTS + 2):
+        platform.clock.now += 31
+        dispatcher.tick()
+    assert platform.get(bad).status is JobStatus.FAILED
+    assert "JSONDecodeError" in (platform.get(bad).error or "")
+
+
+def test_an_engine_that_is_starting_again_delays_a_job_and_does_not_fail_it(platform: Platform) -> None:
+    asked = 0
+
+    def parity(run_dir: RunDir, spec: RunSpec) -> str | None:
+        nonlocal asked
+        asked += 1
+        if asked < 4:
+            raise EngineUnavailable("The engine is being started again.")
+        return None
+
+    platform.parity = parity
+    job = platform.create()
+    dispatcher = platform.dispatcher(InlineExecutor(finish))
+    for _ in range(2):
+        dispatcher.tick()
+    dispatcher.tick()
+    assert asked == 1, "asked again without a pause"
+    for _ in range(4):
+        platform.clock.now += 31
+        dispatcher.tick()
+    assert platform.get(job).status is JobStatus.SUCCEEDED
+
+
+def test_leases_are_renewed_before_expired_ones_are_taken_over(platform: Platform) -> None:
+    job = platform.create()
+    dispatcher = platform.dispatcher(Watched(), max_concurrent_runs=2, lease_s=60.0)
+    dispatcher.tick()
+    platform.clock.now += 3600  # the machine slept
+    dispatcher.tick()
+    dispatcher.tick()
+    assert platform.get(job).status is JobStatus.RUNNING
+    assert len(dispatcher._runs) == 1
+    assert dispatcher._runs[platform.run_dir().path.name].claim.lease == 1
+
+
+class Watched:
+    """An executor of runs that last until they are told otherwise."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, RunState] = {}
+        self.stopped: list[tuple[str, float]] = []
+        self.deaf = False
+
+    def start(self, run_dir: Path) -> str:
+        handle = f"{run_dir.name}/{len(self.states)}"
+        self.states[handle] = RunState.RUNNING
+        return handle
+
+    def state(self, handle: str) -> RunState:
+        return self.states.get(handle, RunState.LOST)
+
+    def stop(self, handle: str, grace_s: float) -> None:
+        self.stopped.append((handle, grace_s))
+        if not self.deaf and handle in self.states:
+            self.states[handle] = RunState.EXITED
+
+
+def test_a_cancelled_job_is_stopped_at_once_and_its_folder_pruned(platform: Platform) -> None:
+    executor = Watched()
+    executor.deaf = True
+    job = platform.create()
+    dispatcher = platform.dispatcher(executor)
+    dispatcher.tick()
+    (handle,) = executor.states
+    platform.jobs.cancel(platform.caller, job.id)
+    dispatcher.tick()
+    assert executor.stopped[0] == (handle, 0.0)
+    assert platform.run_dir().training_file.exists(), "pruned under a living trainer"
+    executor.deaf = False
+    dispatcher.tick()
+    dispatcher.tick()
+    assert not platform.run_dir().training_file.exists()
+    assert platform.get(job).status is JobStatus.CANCELLED
+
+
+def test_a_job_taken_over_is_let_go_but_not_pruned(platform: Platform) -> None:
+    executor = Watched()
+    platform.create()
+    first = platform.dispatcher(executor, lease_s=60.0)
+    first.tick()
+    platform.clock.now += 61
+    second = platform.dispatcher(executor, lease_s=60.0)
+    second.holder = "elsewhere"
+    second.tick()
+    first.tick()
+    first.tick()
+    assert not first._runs
+    assert platform.run_dir().training_file.exists()
+    assert len(second._runs) == 1
+
+
+def test_a_successor_takes_up_a_living_run_by_its_handle(platform: Platform) -> None:
+    executor = Watched()
+    job = platform.create()
+    platform.dispatcher(executor).tick()
+    successor = platform.dispatcher(executor)
+    platform.jobs.release_all("here")
+    successor.tick()
+    assert len(executor.states) == 1, "started a second trainer on the folder of a living one"
+    finish(platform.run_dir().path)
+    executor.states = dict.fromkeys(executor.states, RunState.EXITED)
+    successor.tick()
+    assert platform.get(job).status is JobStatus.SUCCEEDED
+
+
+def test_a_crash_after_training_only_registers(platform: Platform) -> None:
+    executor = Watched()
+    job = platform.create()
+    platform.dispatcher(executor).tick()
+    finish(platform.run_dir().path)
+    platform.jobs.release_all("here")
+    after_restart = Watched()
+    platform.dispatcher(after_restart).tick()
+    assert platform.get(job).status is JobStatus.SUCCEEDED
+    assert not after_restart.states
+
+
+def test_a_frozen_trainer_is_killed_and_started_again(platform: Platform) -> None:
+    executor = Watched()
+    platform.create()
+    dispatcher = platform.dispatcher(executor, stalled_after_s=120.0)
+    dispatcher.tick()
+    heartbeat = platform.run_dir().heartbeat
+    for beat in range(1, 5):
+        platform.clock.now += 100
+        heartbeat.touch()
+        os.utime(heartbeat, (beat, beat))
+        dispatcher.tick()
+    assert executor.stopped == []
+    platform.clock.now += 119
+    dispatcher.tick()
+    assert executor.stopped == []
+    platform.clock.now += 2
+    dispatcher.tick()
+    (handle,) = executor.states
+    assert executor.stopped == [(handle, 0.0)]
+    dispatcher.tick()
+    assert len(executor.states) == 2
+
+
+def test_the_spec_a_run_began_with_stays(platform: Platform) -> None:
+    executor = Watched()
+    platform.create()
+    platform.dispatcher(executor, trainer_threads=1).tick()
+    before = platform.run_dir().spec.read_bytes()
+    platform.jobs.release_all("here")
+    executor.states.clear()
+    platform.dispatcher(executor, trainer_threads=8).tick()
+    assert platform.run_dir().spec.read_bytes() == before
+
+
+def test_a_model_deleted_before_its_child_began_fails_the_child_by_name(platform: Platform) -> None:
+    dispatcher = platform.dispatcher(InlineExecutor(finish))
+    first = platform.create()
+    for _ in range(3):
+        dispatcher.tick()
+    job = platform.create()
+    (platform.home / "files" / job.training_file.id).unlink()  # as if an operator had removed it
+    for _ in range(3):
+        dispatcher.tick()
+    assert platform.get(first).status is JobStatus.SUCCEEDED
+    assert platform.get(job).status is JobStatus.FAILED
+    assert job.training_file.id in (platform.get(job).error or "")
+
+
+TRAINER = """
+import os, signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+def checkpoint(*_):
+    (folder / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
+    os._exit(75)
+signal.signal(signal.SIGTERM, checkpoint)
+(folder / "heartbeat").touch()
+time.sleep(600)
+"""
+
+
+def test_the_loop_drains_real_trainers_and_a_second_one_goes_on(platform: Platform) -> None:
+    executor = LocalExecutor(threads=1, niceness=0, command=(sys.executable, "-c", TRAINER))
+    jobs = [platform.create(), platform.create()]
+    dispatcher = platform.dispatcher(executor, max_concurrent_runs=2, tick_s=0.02)
+    stop = threading.Event()
+    thread = threading.Thread(target=dispatcher.run, args=(stop,))
+    thread.start()
+    folders = until(lambda: (found := list((platform.home / "runs").glob("*/heartbeat"))) and len(found) == 2 and found)
+    assert dispatcher.silent_s < 60
+    stop.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    for folder in folders:
+        assert (folder.parent / "checkpoints" / "step-1").is_dir()
+        assert RunDir(folder.parent).log.read_text() == "The trainer process exited with code 75.\n"
+    assert {platform.get(job).status for job in jobs} == {JobStatus.RUNNING}
+    assert platform.jobs.claim("anyone", 60.0) is not None  # the leases are given back
