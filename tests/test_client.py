@@ -139,15 +139,24 @@ def test_a_streamed_completion_ends_at_done_and_an_error_in_it_is_raised() -> No
             list(client.stream("completions", body={"fail": True}))
 
 
-@pytest.mark.parametrize("broken", [True, False], ids=["connection breaks", "stream ends without [DONE]"])
-def test_follow_goes_on_after_the_last_event_it_saw(broken: bool) -> None:
+SHUTTING_DOWN = (
+    f"data: {json.dumps({'error': {'message': 'The server is shutting down.', 'type': 'server_error'}})}\n\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("last_frames", "broken"),
+    [([], True), ([], False), ([SHUTTING_DOWN], False)],
+    ids=["connection breaks", "stream ends without [DONE]", "server says it is shutting down"],
+)
+def test_follow_goes_on_after_the_last_event_it_saw(last_frames: list[str], broken: bool) -> None:
     asked: list[str | None] = []
 
     async def events(request: Request) -> Response:
         assert request.query_params["stream"] == "true"
         asked.append(request.headers.get("last-event-id"))
         if len(asked) == 1:
-            frames, breaks = sse(*enumerate(EVENTS[:2], start=1)), broken
+            frames, breaks = sse(*enumerate(EVENTS[:2], start=1)) + last_frames, broken
         elif len(asked) == 2:
             return JSONResponse({"error": {"message": "starting", "type": "server_error"}}, status_code=503)
         else:

@@ -125,12 +125,14 @@ class Client:
         while True:
             try:
                 for event_id, data in self._events(job_id, last_id):
-                    pause_s, waited_s = FIRST_PAUSE_S, 0.0
                     if data == "[DONE]":
                         return
-                    last_id = event_id
-                    yield json.loads(data)
-                reason = "the event stream ended before the job did"
+                    event = json.loads(data)
+                    if "error" in event:  # the server says why it ends the stream early; the job is not touched by it
+                        raise _api_error(500, event)
+                    pause_s, waited_s, last_id = FIRST_PAUSE_S, 0.0, event_id
+                    yield event
+                reason = "The event stream ended before the job did."
             except ServerUnreachable as error:
                 reason = error.message
             except ApiError as error:

@@ -61,7 +61,7 @@ class RecordView:
 
     def interrupted(self, reason: str) -> None:
         """Told on standard error: it is no event of the job."""
-        sys.stderr.write(f"{reason}; trying again\n")
+        sys.stderr.write(f"{reason} Trying again...\n")
 
 
 class LineView:

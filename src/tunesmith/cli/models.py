@@ -24,4 +24,4 @@ def list_models(args: argparse.Namespace, output: Output) -> int:
 def _story(model: dict[str, Any]) -> str:
     if model["parent"] is not None:
         return f"fine-tuned from {model['parent']}"
-    return str(model.get("description", "base"))
+    return model["description"] or "base"

@@ -1,0 +1,142 @@
+"""Our own command line through the guide's whole flow, against a real server on a tiny base."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.harness import OWNER_KEY, Server, put_base, reviews
+from tests.sdk import flow
+from tests.sdk.conftest import write_rows
+from tests.sdk.environments import client_environment
+from tests.sdk.flow import CommandLine
+
+PROGRAM = [sys.executable, "-m", "tunesmith"]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("cli-home")
+    put_base(home, "ada", tiny_base)
+    with Server(home) as server:
+        yield server
+
+
+@pytest.fixture
+def cli(server: Server, tmp_path: Path) -> CommandLine:
+    for name, count, seed in (("train", 40, 1), ("valid", 12, 2), ("long", 400, 3)):
+        write_rows(tmp_path / f"{name}.jsonl", reviews(count, seed))
+    return CommandLine(PROGRAM, client_environment(server.base_url, OWNER_KEY), tmp_path)
+
+
+def command(cli: CommandLine, *words: str) -> subprocess.CompletedProcess[str]:
+    """Any command of ours, not only those under `api`."""
+    return subprocess.run(
+        [*cli.program, *words], env=dict(cli.environment), cwd=cli.folder, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_whole_flow(cli: CommandLine) -> None:
+    flow.check_whole_flow(cli, steps=10, training_rows=40)
+
+
+def test_follow_after_ctrl_c(cli: CommandLine) -> None:
+    flow.check_interrupted_follow(cli)
+
+
+def test_cancel(cli: CommandLine) -> None:
+    flow.check_cancel(cli)
+
+
+def test_files(cli: CommandLine) -> None:
+    flow.check_files(cli)
+
+
+def test_members_are_made_refused_and_revoked(cli: CommandLine, server: Server) -> None:
+    made = json.loads(command(cli, "keys", "create", "--name", "a colleague", "--json").stdout)
+    member = CommandLine(PROGRAM, client_environment(server.base_url, made["secret"]), cli.folder)
+    created = json.loads(member.run("fine_tunes.create", "-t", "train.jsonl", "-m", "ada", "--json").splitlines()[-1])
+    flow.check_deletion(cli, member, created["fine_tuned_model"])
+    listed = command(cli, "keys", "list").stdout
+    assert made["id"] in listed
+    assert made["secret"] not in listed
+    assert command(cli, "keys", "revoke", "-i", made["id"]).returncode == 0
+    refused = member.finished("models.list")
+    assert refused.returncode == 1
+    assert "HTTP status code: 401" in refused.stderr
+
+
+def test_models_says_which_names_share_a_checkpoint(cli: CommandLine) -> None:
+    told = command(cli, "models").stdout
+    assert re.search(r"^babbage +in the box: the ada checkpoint; .*curie.* name the same weights$", told, re.MULTILINE)
+    listed = json.loads(command(cli, "models", "--json").stdout)
+    assert [model["id"] for model in listed][:4] == ["ada", "babbage", "curie", "davinci"]
+
+
+def test_results_and_errors_for_machines(cli: CommandLine) -> None:
+    lines = [
+        json.loads(line)
+        for line in cli.run("fine_tunes.create", "-t", "train.jsonl", "-m", "ada", "--json").splitlines()
+    ]
+    job = lines[-1]
+    assert lines[0]["id"] == job["id"]
+    assert [line["message"] for line in lines[1:-1]] == [event["message"] for event in job["events"]]
+    rows = json.loads(cli.run("fine_tunes.results", "-i", job["id"], "--json"))
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    failed = cli.finished("models.get", "-i", "no-such-model", "--json")
+    assert failed.returncode == 1
+    assert json.loads(failed.stderr)["error"]["code"] == "model_not_found"
+
+
+def test_wrong_local_files_are_wrong_usage(cli: CommandLine) -> None:
+    missing = cli.finished("files.create", "-f", "not-there.jsonl", "-p", "fine-tune")
+    assert missing.returncode == 2
+    assert "not-there.jsonl cannot be read" in missing.stderr
+
+
+def test_a_file_uploaded_before_can_be_used_again(cli: CommandLine) -> None:
+    write_rows(cli.folder / "once.jsonl", reviews(8, 7))
+    file = json.loads(cli.run("files.create", "-f", "once.jsonl", "-p", "fine-tune"))
+    done = subprocess.run(
+        [*PROGRAM, "api", "fine_tunes.create", "-t", "once.jsonl", "-m", "ada", "--no_follow"],
+        env=dict(cli.environment),
+        cwd=cli.folder,
+        input=f"file-wrong\n{file['id']}\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "is not one of these" in done.stdout
+    assert f"Reusing already uploaded file: {file['id']}" in done.stdout
+    job = json.loads(done.stdout[done.stdout.index("{") :])
+    assert job["training_files"][0]["id"] == file["id"]
+    cli.finished("fine_tunes.cancel", "-i", job["id"])
+
+
+def test_follow_survives_a_restart_of_the_server(tiny_base: Path, tmp_path: Path) -> None:
+    put_base(tmp_path / "home", "ada", tiny_base)
+    write_rows(tmp_path / "long.jsonl", reviews(400, 3))
+    with Server(tmp_path / "home") as server:
+        cli = CommandLine(PROGRAM, client_environment(server.base_url, OWNER_KEY), tmp_path)
+        job_id = cli.create()
+        with cli.start("fine_tunes.follow", "-i", job_id) as following:
+            seen = flow.read_until(following, "Fine-tune started")
+            assert server.terminate() == 0
+            server.settings["TUNESMITH_PORT"] = server.base_url.split(":")[2].removesuffix("/v1")
+            server.start()
+            with server.client() as client:
+                client.post("fine-tunes", job_id, "cancel")
+            rest, errors = following.communicate(timeout=flow.COMMAND_WITHIN_S)
+        with server.client() as client:
+            messages = [event["message"] for event in client.get("fine-tunes", job_id)["events"]]
+    assert "Trying again" in errors
+    lines = [line.partition("] ")[2] for line in (seen + rest).splitlines() if line.startswith("[")]
+    assert lines == messages
+    assert following.returncode == 1  # the job was cancelled

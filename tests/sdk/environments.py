@@ -1,0 +1,56 @@
+"""Published clients, unmodified, each in an environment of its own beside these tests; made once, then kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+INSTALL_WITHIN_S = 300
+
+
+def python_with(requirement: str) -> Path:
+    """The interpreter of an environment with one requirement and what it needs; skips where no registry answers."""
+    folder = HERE / ".venvs" / requirement.replace("==", "-")
+    python, ready = folder / "bin" / "python", folder / ".ready"
+    if not ready.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        _install([sys.executable, "-m", "venv", str(folder)])
+        _install([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", requirement])
+        ready.touch()
+    return python
+
+
+def node_modules() -> Path:
+    """The folder of tests/sdk, with what its package.json asks for installed; skips without node, npm or registry."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed")
+    if not (HERE / "node_modules" / "openai" / "package.json").exists():
+        _install(["npm", "install", "--prefix", str(HERE), "--no-audit", "--no-fund", "--no-package-lock", "--silent"])
+    return HERE
+
+
+def client_environment(base_url: str, api_key: str) -> dict[str, str]:
+    """What `tunesmith serve` tells to export, in an environment that knows of no other server."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "TUNESMITH_"))}
+    return kept | {
+        "OPENAI_API_BASE": base_url,
+        "OPENAI_BASE_URL": base_url,
+        "OPENAI_API_KEY": api_key,
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONWARNINGS": "default",
+    }
+
+
+def _install(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"no registry answered within {INSTALL_WITHIN_S} s: {' '.join(command)}")
+    if done.returncode != 0:
+        pytest.skip(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")

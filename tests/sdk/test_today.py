@@ -1,0 +1,49 @@
+"""Clients beside the legacy Python one call a tuned model: today's openai from PyPI, and npm openai 3.3.0."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sdk.environments import HERE
+from tests.sdk.flow import COMMAND_WITHIN_S
+
+pytestmark = pytest.mark.sdk
+
+
+def report(command: list[str | Path], environment: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        command, env=dict(environment), cwd=folder, capture_output=True, text=True, timeout=COMMAND_WITHIN_S
+    )
+    assert done.returncode == 0, done.stderr
+    printed: dict[str, Any] = json.loads(done.stdout)
+    return printed
+
+
+def test_newest_python(python_newest: Path, environment: dict[str, str], data: Path, tuned: str) -> None:
+    seen = report([python_newest, HERE / "programs" / "newest.py", tuned], environment, data)
+    assert seen["streamed"] == seen["plain"]
+    assert seen["completion_tokens"] == seen["logprobs"] == 2
+    assert seen["listed"] is True
+    assert seen["file"][1:] == ["valid.jsonl", "fine-tune"]
+    assert seen["file"][0] in seen["files"]
+    assert seen["content"] is True
+    assert seen["deleted"] is True
+    assert seen["wrong_model"] == ["model_not_found", "model", True]
+
+
+def test_npm_330(node_folder: Path, environment: dict[str, str], data: Path, tuned: str) -> None:
+    program = node_folder / "programs" / "npm_330.js"
+    seen = report(["node", program, tuned, "long.jsonl"], environment, data)
+    assert seen["streamed"] == seen["plain"]
+    assert seen["done"] is True
+    assert seen["file"] == ["long.jsonl", "fine-tune"]
+    assert (seen["cancelled"], seen["lastEvent"]) == ("cancelled", "Fine-tune cancelled")
+    assert seen["listed"] is True
+    assert seen["retrieved"] == tuned
+    assert seen["wrongModel"] == [404, "model_not_found"]
