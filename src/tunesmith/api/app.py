@@ -1,0 +1,106 @@
+"""The app: the route table on one page, and the layers every request goes through.
+
+It owns nothing with a life of its own: store, engine and dispatcher are begun and ended by `server.py`, which hands
+them over as `Services`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import BaseRoute, Route
+
+from tunesmith.api.completions import CompletionsApi
+from tunesmith.api.errors import EXCEPTION_HANDLERS
+from tunesmith.api.files import FilesApi
+from tunesmith.api.fine_tunes import FineTunesApi
+from tunesmith.api.health import Check, HealthApi
+from tunesmith.api.models import ModelsApi
+from tunesmith.api.organization import OrganizationApi
+from tunesmith.api.routing import Keyed
+from tunesmith.api.transport import LastResort, RegularPath, Stamp
+from tunesmith.core.accounts import Accounts
+from tunesmith.core.events import Events
+from tunesmith.core.files import Files
+from tunesmith.core.jobs import Jobs
+from tunesmith.core.models import Models
+from tunesmith.core.store import Clock, NewId
+from tunesmith.serving.completer import Completer
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the endpoints call, and the few values they need."""
+
+    accounts: Accounts
+    files: Files
+    models: Models
+    jobs: Jobs
+    events: Events
+    completer: Completer
+    clock: Clock
+    new_id: NewId
+    spool: Path
+    """Folder for uploads on their way in, on the disk where they end."""
+    max_upload_bytes: int
+    heartbeat_s: float
+    checks: Mapping[str, Check]
+    """What `/readyz` asks, by the name of the part."""
+    is_stopping: Callable[[], bool]
+    """True from the moment the server is asked to end: streams without an end in sight then end."""
+
+
+def create_app(services: Services) -> Starlette:
+    """The ASGI app. Layers from the outside in: regular path, id and headers, last resort, error shape, routes."""
+    return Starlette(
+        routes=routes(services),
+        middleware=[
+            Middleware(RegularPath),
+            Middleware(Stamp, new_id=services.new_id),
+            Middleware(LastResort, unread_limit_bytes=services.max_upload_bytes),
+        ],
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
+
+
+def routes(services: Services) -> list[BaseRoute]:
+    """Every URL. Ids are matched percent-encoded, so `{id}` is one segment whatever is in it."""
+    at = Keyed(services.accounts).at
+    health = HealthApi(services.checks)
+    organization = OrganizationApi(services.accounts)
+    files = FilesApi(services.files, max_upload_bytes=services.max_upload_bytes, spool=services.spool)
+    models = ModelsApi(services.models)
+    completions = CompletionsApi(
+        services.completer,
+        services.models,
+        clock=services.clock,
+        new_id=services.new_id,
+        heartbeat_s=services.heartbeat_s,
+    )
+    fine_tunes = FineTunesApi(
+        services.jobs, services.events, heartbeat_s=services.heartbeat_s, is_stopping=services.is_stopping
+    )
+    return [
+        Route("/healthz", health.alive),
+        Route("/readyz", health.ready),
+        at("/v1/organization", GET=organization.get),
+        at("/v1/organization/keys", GET=organization.list_keys, POST=organization.create_key),
+        at("/v1/organization/keys/{id}", DELETE=organization.delete_key),
+        at("/v1/files", GET=files.list, POST=files.create),
+        at("/v1/files/{id}", GET=files.get, DELETE=files.delete),
+        at("/v1/files/{id}/content", GET=files.content),
+        at("/v1/fine-tunes", GET=fine_tunes.list, POST=fine_tunes.create),
+        at("/v1/fine-tunes/{id}", GET=fine_tunes.get),
+        at("/v1/fine-tunes/{id}/cancel", POST=fine_tunes.cancel),
+        at("/v1/fine-tunes/{id}/events", GET=fine_tunes.list_events),
+        at("/v1/models", GET=models.list),
+        at("/v1/models/{id}", GET=models.get, DELETE=models.delete),
+        at("/v1/engines", GET=models.list_engines),
+        at("/v1/engines/{id}", GET=models.get_engine),
+        at("/v1/engines/{id}/completions", POST=completions.create_for_engine),
+        at("/v1/completions", POST=completions.create),
+    ]

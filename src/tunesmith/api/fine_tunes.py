@@ -1,0 +1,195 @@
+"""`/v1/fine-tunes`, the dialect of 2021-2023: parse, call `core.jobs` and `core.events`, render."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from tunesmith.api.body import Fields, read_json
+from tunesmith.api.files import file_to_wire
+from tunesmith.api.pages import envelope
+from tunesmith.api.routing import path_id
+from tunesmith.api.sse import DONE, EventStream, frame
+from tunesmith.core.accounts import Caller
+from tunesmith.core.events import Event, Events
+from tunesmith.core.jobs import MOVES, Job, Jobs
+from tunesmith.core.requests import DEFAULT_N_EPOCHS, DEFAULT_PROMPT_LOSS_WEIGHT, FineTuneRequest
+from tunesmith.errors import EngineUnavailable, InvalidRequest
+
+DEFAULT_MODEL = "curie"
+POLL_S = 0.2
+"""Between two looks at the events of a job that is being followed."""
+
+
+class FineTunesApi:
+    """The verbs of fine-tunes."""
+
+    def __init__(self, jobs: Jobs, events: Events, *, heartbeat_s: float, is_stopping: Callable[[], bool]) -> None:
+        self.jobs = jobs
+        self.events = events
+        self.heartbeat_s = heartbeat_s
+        self.is_stopping = is_stopping
+
+    async def create(self, request: Request, caller: Caller) -> Response:
+        """POST /v1/fine-tunes."""
+        asked = request_from_wire(await read_json(request))
+        return await self._with_events(await run_in_threadpool(self.jobs.create, caller, asked))
+
+    async def list(self, _request: Request, caller: Caller) -> Response:
+        """GET /v1/fine-tunes: all of them, oldest first, without their events."""
+        jobs = await run_in_threadpool(self.jobs.list, caller)
+        return JSONResponse(envelope([job_to_wire(job) for job in jobs]))
+
+    async def get(self, request: Request, caller: Caller) -> Response:
+        """GET /v1/fine-tunes/{id}."""
+        return await self._with_events(await run_in_threadpool(self.jobs.get, caller, path_id(request)))
+
+    async def cancel(self, request: Request, caller: Caller) -> Response:
+        """POST /v1/fine-tunes/{id}/cancel. Clients send no body, or an empty form: none is read."""
+        return await self._with_events(await run_in_threadpool(self.jobs.cancel, caller, path_id(request)))
+
+    async def list_events(self, request: Request, caller: Caller) -> Response:
+        """GET /v1/fine-tunes/{id}/events: those so far, or with `?stream=true` those to come as well."""
+        job_id = path_id(request)
+        stream = _flag(request, "stream")
+        await run_in_threadpool(self.jobs.get, caller, job_id)
+        if stream:
+            frames = self._follow(caller, job_id, after=_last_event_id(request))
+            return EventStream(frames, heartbeat_s=self.heartbeat_s)
+        events = await run_in_threadpool(self.events.list, job_id)
+        return JSONResponse(envelope([event_to_wire(event) for event in events]))
+
+    async def _follow(self, caller: Caller, job_id: str, after: int) -> AsyncGenerator[bytes, None]:
+        """Every event after `after`, in order and once; `[DONE]` when the job has ended and all are sent."""
+        while True:
+            # The status is read first: of a job that has ended, the events read after it are all there will be.
+            job = await run_in_threadpool(self.jobs.get, caller, job_id)
+            for event in await run_in_threadpool(self.events.list, job_id, after):
+                yield frame(event_to_wire(event), event_id=event.id)
+                after = event.id
+            if not MOVES[job.status]:
+                yield DONE
+                return
+            if self.is_stopping():
+                # Clients take this for a broken stream and tell how to resume it, which [DONE] would not.
+                raise EngineUnavailable("The server is shutting down. The job goes on when it is started again.")
+            await asyncio.sleep(POLL_S)
+
+    async def _with_events(self, job: Job) -> Response:
+        events = await run_in_threadpool(self.events.list, job.id)
+        return JSONResponse({**job_to_wire(job), "events": [event_to_wire(event) for event in events]})
+
+
+def request_from_wire(fields: Fields) -> FineTuneRequest:
+    """The fields of POST /v1/fine-tunes by kind; whether their values go together, `Jobs.create` says."""
+    hyperparameters = fields.nested("hyperparameters")
+    nested_epochs = _number_or_auto(hyperparameters, "n_epochs")
+    hyperparameters.done()
+    n_epochs = fields.integer("n_epochs")
+    fields.take("use_packing")  # sent by the 2021 clients; it changes how fast training goes, not what it learns
+    request = FineTuneRequest(
+        training_file=fields.required_text("training_file"),
+        validation_file=fields.text("validation_file"),
+        model=fields.text("model") or DEFAULT_MODEL,
+        suffix=fields.text("suffix"),
+        n_epochs=nested_epochs if n_epochs is None else n_epochs,
+        batch_size=fields.integer("batch_size"),
+        learning_rate_multiplier=fields.number("learning_rate_multiplier"),
+        prompt_loss_weight=fields.number("prompt_loss_weight"),
+        compute_classification_metrics=fields.flag("compute_classification_metrics") or False,
+        classification_n_classes=fields.integer("classification_n_classes"),
+        classification_positive_class=fields.text("classification_positive_class"),
+        classification_betas=fields.numbers("classification_betas"),
+    )
+    fields.done()
+    return request
+
+
+def job_to_wire(job: Job) -> dict[str, Any]:
+    """The fine-tune object without its events. Every key is there from the start: the old clients index blindly."""
+    return {
+        "id": job.id,
+        "object": "fine-tune",
+        "model": job.model,
+        "created_at": job.created_unix,
+        "updated_at": job.updated_unix,
+        "status": job.status,
+        "fine_tuned_model": job.fine_tuned_model,
+        "organization_id": job.organization_id,
+        "hyperparams": _hyperparams(job),
+        "training_files": [file_to_wire(job.training_file)],
+        "validation_files": [] if job.validation_file is None else [file_to_wire(job.validation_file)],
+        "result_files": [file_to_wire(file) for file in job.result_files],
+    }
+
+
+def event_to_wire(event: Event) -> dict[str, Any]:
+    """The fine-tune-event object."""
+    return {
+        "object": "fine-tune-event",
+        "created_at": event.created_unix,
+        "level": event.level,
+        "message": event.message,
+    }
+
+
+def _hyperparams(job: Job) -> dict[str, Any]:
+    """As asked until the job starts, defaults that depend on the data being null; then as resolved.
+
+    The classification keys are there only for a job that asked for the metrics.
+    """
+    asked, resolved = job.asked, job.hyperparameters
+    values: dict[str, Any]
+    if resolved is not None:
+        values = {
+            "n_epochs": resolved.n_epochs,
+            "batch_size": resolved.batch_size,
+            "prompt_loss_weight": resolved.prompt_loss_weight,
+            "learning_rate_multiplier": resolved.learning_rate_multiplier,
+        }
+    else:
+        values = {
+            "n_epochs": DEFAULT_N_EPOCHS if asked.n_epochs is None else asked.n_epochs,
+            "batch_size": asked.batch_size,
+            "prompt_loss_weight": (
+                DEFAULT_PROMPT_LOSS_WEIGHT if asked.prompt_loss_weight is None else asked.prompt_loss_weight
+            ),
+            "learning_rate_multiplier": asked.learning_rate_multiplier,
+        }
+    if asked.compute_classification_metrics:
+        values["compute_classification_metrics"] = True
+        given = {
+            "classification_n_classes": asked.n_classes,
+            "classification_positive_class": asked.classification_positive_class,
+            "classification_betas": asked.classification_betas,
+        }
+        values |= {name: value for name, value in given.items() if value is not None}
+    return values
+
+
+def _number_or_auto(fields: Fields, name: str) -> int | None:
+    """A whole number; None for "auto", which the clients of late 2023 send for the default."""
+    value = fields.take(name)
+    if value is None or value == "auto":
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise fields.wrong(name, 'an integer or "auto"', value)
+    return value
+
+
+def _flag(request: Request, name: str) -> bool:
+    text = request.query_params.get(name, "false").lower()
+    if text not in ("true", "false"):
+        raise InvalidRequest(f"'{name}' must be true or false; it is {text!r}.", param=name)
+    return text == "true"
+
+
+def _last_event_id(request: Request) -> int:
+    """Where a broken stream is to go on; 0 for one from the start, and for what is no id of ours."""
+    text = request.headers.get("last-event-id", "")
+    return int(text) if text.isascii() and text.isdecimal() else 0

@@ -1,0 +1,83 @@
+"""Models and engines on the wire."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from tests.wire.harness import error_of, masked
+
+pytestmark = pytest.mark.anyio
+
+PERMISSION = {
+    "id": "modelperm-*",
+    "object": "model_permission",
+    "created": "<unix>",
+    "allow_create_engine": False,
+    "allow_sampling": True,
+    "allow_logprobs": True,
+    "allow_search_indices": False,
+    "allow_view": True,
+    "allow_fine_tuning": True,
+    "organization": "*",
+    "group": None,
+    "is_blocking": False,
+}
+
+
+async def test_list_has_the_four_bases(client: httpx.AsyncClient) -> None:
+    body = (await client.get("/v1/models")).json()
+    assert body["object"] == "list"
+    assert [model["id"] for model in body["data"]] == ["ada", "babbage", "curie", "davinci"]
+
+
+async def test_a_base(client: httpx.AsyncClient) -> None:
+    response = await client.get("/v1/models/ada")
+    assert response.status_code == 200
+    body = response.json()
+    assert body.pop("owned_by")
+    assert body.pop("description").startswith("folder ")
+    assert masked(body) == {
+        "id": "ada",
+        "object": "model",
+        "created": "<unix>",
+        "permission": [PERMISSION],
+        "root": "ada",
+        "parent": None,
+    }
+
+
+async def test_unknown_model(client: httpx.AsyncClient) -> None:
+    for method, path in [("GET", "/v1/models/nope"), ("DELETE", "/v1/models/nope"), ("GET", "/v1/engines/nope")]:
+        response = await client.request(method, path)
+        assert response.status_code == 404
+        error = error_of(response)
+        assert (error["type"], error["code"]) == ("invalid_request_error", "model_not_found")
+        assert "`nope` does not exist" in error["message"]
+
+
+async def test_a_base_is_not_deleted(client: httpx.AsyncClient) -> None:
+    response = await client.delete("/v1/models/ada")
+    assert response.status_code == 403
+    assert "ada is a base model" in error_of(response)["message"]
+
+
+async def test_engines_are_the_models(client: httpx.AsyncClient) -> None:
+    body = (await client.get("/v1/engines")).json()
+    assert [engine["id"] for engine in body["data"]] == ["ada", "babbage", "curie", "davinci"]
+    engine = (await client.get("/v1/engines/ada")).json()
+    assert engine == body["data"][0]
+    assert engine | {"owner": ""} == {
+        "id": "ada",
+        "object": "engine",
+        "owner": "",
+        "ready": True,
+        "created": None,
+        "permissions": None,
+    }
+
+
+async def test_a_head_request_is_a_get_without_body(client: httpx.AsyncClient) -> None:
+    response = await client.head("/v1/models")
+    assert response.status_code == 200
+    assert response.headers["x-request-id"].startswith("req_")
