@@ -132,9 +132,7 @@ def _example(number: int, line: bytes) -> Example:
             _refuse(number, f"has no field `{name}`. {_EXPECTED}")
     for name, value in row.items():
         if name not in FIELDS:
-            _refuse(
-                number, f"has a field {_shown(name)}, which is not read. Remove it: only `prompt` and `completion`."
-            )
+            _refuse(number, f"has a field {name[:40]!r}, which is not read. Remove it: only `prompt` and `completion`.")
         if not isinstance(value, str):
             _refuse(number, f"has a `{name}` that is {_kind(value)}, not a string. Put it in quotes.")
         try:
@@ -157,7 +155,7 @@ def _object(number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(text, object_pairs_hook=_pairs)
     except _Repeated as repeated:
-        _refuse(number, f"has the field {_shown(repeated.name)} twice. Keep one.")
+        _refuse(number, f"has the field {repeated.name[:40]!r} twice. Keep one.")
     except json.JSONDecodeError as error:
         _refuse(number, f"is not JSON: {error.msg} at character {error.pos + 1}. {_EXPECTED}")
     except (ValueError, RecursionError):  # a number of thousands of digits; brackets nested thousands deep
@@ -183,11 +181,6 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(number: int, fault: str) -> NoReturn:
     raise InvalidRequest(f"Line {number} of the file {fault}", param="file")
-
-
-def _shown(name: str) -> str:
-    """A field name from the file, short and safe to print."""
-    return f"`{name[:40].encode('ascii', 'backslashreplace').decode()}`"
 
 
 def _kind(value: object) -> str:
