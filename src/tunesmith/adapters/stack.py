@@ -1,0 +1,144 @@
+"""Many adapters in one forward pass: each token gets the delta of its own adapter, or none.
+
+Tokens of one adapter lie together (a segment). A long segment is two ordinary products; short ones of equal length,
+as when many sequences generate at once, are stacked and go through two batched products together.
+
+Legend: N = tokens, S = segments stacked, T = tokens of a segment, I = inputs of a site, R = ranks of its linear layers
+one after another, O = its outputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.adapters.lora import SITE_LAYERS, Lora, Site
+
+STACKED_TOKENS = 4
+"""Longer segments are not stacked: copying their factors together costs more than the calls it saves."""
+STACKS_KEPT = 4
+"""A batch that generates keeps its composition for many steps; copying its factors each step would cost as much as
+the products."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedAdapter:
+    """One adapter, its factors of each site as two matrices: `x A B` is the delta, scale included."""
+
+    factors: tuple[dict[Site, tuple[Tensor, Tensor]], ...]
+    """By layer: A [I, R] and B [R, O], which is block-diagonal where a site is several linear layers."""
+
+    @classmethod
+    def from_lora(cls, lora: Lora, dtype: torch.dtype, device: torch.device | str) -> PackedAdapter:
+        """The same adapter, in the precision of the model that it is for."""
+        packed = []
+        for layer in lora.factors:
+            sites: dict[Site, tuple[Tensor, Tensor]] = {}
+            for site, names in SITE_LAYERS.items():
+                a_RI = torch.cat([layer[name].a_RI for name in names])
+                b_RO = torch.block_diag(*(layer[name].b_OR.T for name in names)) * lora.scale
+                sites[site] = (a_RI.T.to(device, dtype).contiguous(), b_RO.to(device, dtype).contiguous())
+            packed.append(sites)
+        return cls(tuple(packed))
+
+    def shape(self, layer: int, site: Site) -> tuple[int, int]:
+        """(O, I), as the weight that it adds to."""
+        a_IR, b_RO = self.factors[layer][site]
+        return b_RO.shape[1], a_IR.shape[0]
+
+
+Segment = tuple[PackedAdapter, int]
+"""An adapter and how many tokens it has."""
+Stack = tuple[dict[Site, tuple[Tensor, Tensor]], ...]
+"""By layer: A [S, I, R] and B [S, R, O]."""
+
+
+class AdapterStacks:
+    """Makes mixtures, and keeps the stacked factors of the latest."""
+
+    def __init__(self) -> None:
+        self._stacks: OrderedDict[tuple[PackedAdapter, ...], Stack] = OrderedDict()
+
+    def mix(self, plain_tokens: int, segments: Sequence[Segment]) -> Mixture | None:
+        """The adapters of a batch: first `plain_tokens` without one, then the segments in order.
+
+        Neighbouring segments of equal length share products, so put equal ones side by side.
+        """
+        runs, start = [], plain_tokens
+        for group in _alike(segments):
+            tokens = group[0][1]
+            adapters = tuple(adapter for adapter, _ in group)
+            runs.append(_Run(start, len(group), tokens, self._stack(adapters)))
+            start += len(group) * tokens
+        return Mixture(plain_tokens, start, tuple(runs)) if runs else None
+
+    def _stack(self, adapters: tuple[PackedAdapter, ...]) -> Stack:
+        if len(adapters) == 1:
+            return _stack(adapters)  # views of one adapter's factors: nothing to keep
+        if adapters not in self._stacks:
+            self._stacks[adapters] = _stack(adapters)
+            if len(self._stacks) > STACKS_KEPT:
+                self._stacks.popitem(last=False)
+        self._stacks.move_to_end(adapters)
+        return self._stacks[adapters]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring segments of equal length."""
+
+    start: int
+    segments: int
+    tokens: int
+    stack: Stack
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The adapters of one batch of tokens; what `Adapters` asks."""
+
+    plain_tokens: int
+    tokens: int
+    runs: tuple[_Run, ...]
+
+    def delta(self, layer: int, site: Site, x_NI: Tensor) -> Tensor:
+        """See `Adapters`."""
+        outputs = self.runs[0].stack[layer][site][1].shape[-1]
+        delta_NO = x_NI.new_empty(self.tokens, outputs)
+        delta_NO[: self.plain_tokens] = 0
+        for run in self.runs:
+            a_SIR, b_SRO = run.stack[layer][site]
+            rows = slice(run.start, run.start + run.segments * run.tokens)
+            x_STI = x_NI[rows].view(run.segments, run.tokens, -1)
+            torch.bmm(torch.bmm(x_STI, a_SIR), b_SRO, out=delta_NO[rows].view(run.segments, run.tokens, outputs))
+        return delta_NO
+
+
+def _alike(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    for tokens, group in itertools.groupby(segments, key=lambda segment: segment[1]):
+        if tokens <= STACKED_TOKENS:
+            yield list(group)
+        else:
+            yield from ([segment] for segment in group)
+
+
+def _stack(adapters: tuple[PackedAdapter, ...]) -> Stack:
+    layers = range(len(adapters[0].factors))
+    return tuple({site: _stack_site(adapters, layer, site) for site in SITE_LAYERS} for layer in layers)
+
+
+def _stack_site(adapters: tuple[PackedAdapter, ...], layer: int, site: Site) -> tuple[Tensor, Tensor]:
+    pairs = [adapter.factors[layer][site] for adapter in adapters]
+    if len(pairs) == 1:
+        a_IR, b_RO = pairs[0]
+        return a_IR[None], b_RO[None]
+    ranks = max(a_IR.shape[1] for a_IR, _ in pairs)  # smaller ones are filled up with zeros, which add nothing
+    a_SIR = torch.stack([F.pad(a_IR, (0, ranks - a_IR.shape[1])) for a_IR, _ in pairs])
+    b_SRO = torch.stack([F.pad(b_RO, (0, 0, 0, ranks - b_RO.shape[0])) for _, b_RO in pairs])
+    return a_SIR, b_SRO

@@ -1,0 +1,54 @@
+"""`python -m tunesmith.engine <socket> <threads> <parent>`: the engine process of `engine/remote.py`.
+
+Reads commands and writes events, a line of JSON each; the first line says that it is ready. Ends with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+
+from tunesmith.engine.messages import Event, command_from_line, events_to_line
+from tunesmith.engine.worker import Worker
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(socket_number: int, threads: int, parent: int) -> None:
+    """Serves until the parent closes the socket or dies."""
+    _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to end
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    with socket.socket(fileno=socket_number) as connection:
+
+        def emit(events: list[Event]) -> None:
+            connection.sendall(events_to_line(events))
+
+        worker = Worker(threads=threads, emit=emit)
+        threading.Thread(target=_read, args=(connection, worker), name="commands", daemon=True).start()
+        emit([])
+        worker.run()
+
+
+def _read(connection: socket.socket, worker: Worker) -> None:
+    with connection.makefile("rb") as lines:
+        for line in lines:
+            worker.put(command_from_line(line))
+    os._exit(0)  # the parent is gone or done with us: nothing here is worth finishing
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when the parent dies, even in the midst of a long step (Linux; elsewhere `_read` does)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that was set
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

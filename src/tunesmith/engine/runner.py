@@ -1,0 +1,260 @@
+"""The batch: loaded models, sequences under way, one step of all of them at a time. Synchronous, for one thread.
+
+Sequences of one base go through one forward pass together, whatever their adapters; each base has its own pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+from weakref import WeakValueDictionary
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from tunesmith.adapters import checkpoint
+from tunesmith.adapters.lora import Site
+from tunesmith.adapters.stack import AdapterStacks, Mixture, PackedAdapter
+from tunesmith.decoder import llama
+from tunesmith.engine import sampling, scheduler
+from tunesmith.engine.base import FinishReason, GenerateRequest, PromptScored, SampledToken, TokenScore
+from tunesmith.engine.handles import handle_of
+from tunesmith.engine.kvcache import KVCache
+from tunesmith.engine.messages import Ended, Event, Produced
+from tunesmith.engine.scheduler import BLOCK_TOKENS, BlockPool, Chunk, Scheduler
+
+SCORED_ROWS = 128
+"""Prompt positions whose logits are held at a time: the vocabulary is wide."""
+SITES: tuple[Site, ...] = get_args(Site)
+
+
+class LoadedBase:
+    """The weights of a base, the cache of its sequences, and the stacks of its adapters."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: str, cache_bytes: int) -> None:
+        self.weights = llama.load(folder, dtype, device)
+        config = self.weights.config
+        token_bytes = 2 * config.layers * config.key_width * dtype.itemsize
+        # At least one sequence of full length, plus the position after the last (see `ModelRef.context_tokens`).
+        tokens = max(cache_bytes // token_bytes, config.context_tokens + 1)
+        self.cache = KVCache(
+            BlockPool(-(-tokens // BLOCK_TOKENS)),
+            layers=config.layers,
+            kv_heads=config.kv_heads,
+            head_width=config.head_width,
+            dtype=dtype,
+            device=torch.device(device),
+        )
+        self.stacks = AdapterStacks()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A base, or an adapter on it. A base is kept as long as a model or a sequence refers to it."""
+
+    base: LoadedBase
+    adapter: PackedAdapter | None
+
+    @property
+    def pool(self) -> BlockPool:
+        """See `Placed`."""
+        return self.base.cache.pool
+
+
+Running = scheduler.Sequence[Model]
+
+
+class Runner:
+    """Loads models and steps through the requests for them."""
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        max_running: int = 64,
+        step_tokens: int = 512,
+        cache_bytes: int = 512 << 20,
+    ) -> None:
+        """`step_tokens` trades the pause that a long prompt makes for throughput; `cache_bytes` is for each base."""
+        self._dtype = dtype
+        self._device = device
+        self._cache_bytes = cache_bytes
+        self._models: dict[str, Model] = {}
+        self._bases: WeakValueDictionary[str, LoadedBase] = WeakValueDictionary()
+        self._scheduler: Scheduler[Model] = Scheduler(max_running=max_running, step_tokens=step_tokens)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return self._scheduler.busy
+
+    def load(self, handle: str, base_dir: str, adapter_dir: str | None) -> None:
+        """Raises ValueError if there is no model in the folders that can run here."""
+        if handle in self._models:
+            return
+        try:
+            self._models[handle] = self._load(Path(base_dir), Path(adapter_dir) if adapter_dir else None)
+        except KeyError as error:
+            raise ValueError(f"the weights in {base_dir} lack {error.args[0]}") from error
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{adapter_dir or base_dir} cannot be read: {error}") from error
+
+    def unload(self, handle: str) -> None:
+        """Sequences under way keep their model until they end. Unknown handles pass."""
+        self._models.pop(handle, None)
+
+    def submit(self, number: int, request: GenerateRequest) -> list[Event]:
+        """Takes a request; the events tell if it has ended at once."""
+        model = self._models.get(request.handle)
+        if model is None:
+            return [Ended(number, "unknown handle", request.handle)]
+        sequence = scheduler.Sequence.begin(number, request, model)
+        if (reason := _fault(sequence)) is not None:
+            return [Ended(number, "refused", reason)]
+        if request.sampling.max_tokens == 0 and not request.score_prompt:
+            return [Ended(number)]
+        self._scheduler.add(sequence)
+        return []
+
+    def cancel(self, number: int) -> None:
+        """Frees the place of a sequence. Unknown numbers pass."""
+        self._scheduler.remove(number)
+
+    def fail_running(self, reason: str) -> list[Event]:
+        """Gives up what takes part in steps, after one went wrong; what waits is tried."""
+        numbers = [sequence.number for sequence in self._scheduler.running]
+        for number in numbers:
+            self._scheduler.remove(number)
+        return [Ended(number, "failed", reason) for number in numbers]
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One forward pass for each base with work to do, and what came of it."""
+        by_base: defaultdict[LoadedBase, list[Chunk[Model]]] = defaultdict(list)
+        for chunk in self._scheduler.next_step():
+            by_base[chunk.sequence.model.base].append(chunk)
+        return [event for base, chunks in by_base.items() for event in self._step(base, chunks)]
+
+    def _load(self, base_dir: Path, adapter_dir: Path | None) -> Model:
+        key = handle_of(base_dir, None)
+        base = self._bases.get(key)
+        if base is None:
+            base = self._bases[key] = LoadedBase(base_dir, self._dtype, self._device, self._cache_bytes)
+        if adapter_dir is None:
+            return Model(base, None)
+        adapter = PackedAdapter.from_lora(checkpoint.load(adapter_dir)[0], self._dtype, self._device)
+        _check_fit(adapter, base.weights, adapter_dir)
+        return Model(base, adapter)
+
+    def _step(self, base: LoadedBase, chunks: list[Chunk[Model]]) -> Iterator[Event]:
+        chunks, mixture = _arrange(base.stacks, chunks)
+        tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
+        token_ids_N = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=self._device)
+        attention = base.cache.attend(chunks)
+        hidden_ND = base.weights.hidden(token_ids_N, attention.positions_N, attention, mixture)
+
+        ends = list(itertools.accumulate(chunk.length for chunk in chunks))
+        for chunk, end in zip(chunks, ends, strict=True):
+            if chunk.sequence.request.score_prompt and chunk.sequence.generated == 0:
+                _score_prompt(base.weights, chunk, hidden_ND[end - chunk.length : end])
+            chunk.sequence.cached += chunk.length
+
+        complete = [
+            (chunk.sequence, end) for chunk, end in zip(chunks, ends, strict=True) if chunk.sequence.pending == 0
+        ]
+        for sequence, _ in complete:
+            if sequence.request.score_prompt and sequence.generated == 0:
+                yield Produced(sequence.number, PromptScored(tuple(sequence.prompt_scores)))
+                if sequence.request.sampling.max_tokens == 0:
+                    self._scheduler.remove(sequence.number)
+                    yield Ended(sequence.number)
+        sampling_now = [(sequence, end) for sequence, end in complete if sequence.request.sampling.max_tokens]
+        if sampling_now:
+            rows = torch.tensor([end - 1 for _, end in sampling_now], device=self._device)
+            logits_BV = base.weights.logits(hidden_ND[rows])
+            for sequence, token in _sample([sequence for sequence, _ in sampling_now], logits_BV):
+                if token.finish:
+                    self._scheduler.remove(sequence.number)
+                yield Produced(sequence.number, token)
+
+
+def _fault(sequence: Running) -> str | None:
+    """What would make a request fail in the midst of others: it is refused before it joins them."""
+    request, pool = sequence.request, sequence.model.pool
+    vocabulary = sequence.model.base.weights.config.vocabulary_size
+    ids = [*request.prompt_ids, *request.sampling.logit_bias]
+    if not request.prompt_ids:
+        return "the prompt has no tokens"
+    if not all(0 <= token_id < vocabulary for token_id in ids):
+        return f"token ids must be between 0 and {vocabulary - 1}"
+    if sequence.blocks_needed > pool.blocks:
+        return f"prompt and completion need more than the {pool.blocks * BLOCK_TOKENS} tokens this engine has room for"
+    return None
+
+
+def _check_fit(adapter: PackedAdapter, weights: llama.Llama, adapter_dir: Path) -> None:
+    if len(adapter.factors) != len(weights.layers):
+        raise ValueError(f"{adapter_dir} has {len(adapter.factors)} layers, its base {len(weights.layers)}")
+    for index, layer in enumerate(weights.layers):
+        for site in SITES:
+            given, needed = adapter.shape(index, site), tuple(getattr(layer, site).shape)
+            if given != needed:
+                raise ValueError(f"{adapter_dir}: layer {index}, {site}: shape {given}, but the base has {needed}")
+
+
+def _arrange(stacks: AdapterStacks, chunks: list[Chunk[Model]]) -> tuple[list[Chunk[Model]], Mixture | None]:
+    """The chunks in an order that suits the adapters: none first, one adapter together, equal lengths side by side."""
+    lengths: Counter[PackedAdapter | None] = Counter()
+    for chunk in chunks:
+        lengths[chunk.sequence.model.adapter] += chunk.length
+    plain_tokens = lengths.pop(None, 0)
+    # Among equal lengths the order is by identity: the same adapters in the next step make the same stack.
+    adapters = sorted((adapter for adapter in lengths if adapter), key=lambda adapter: (lengths[adapter], id(adapter)))
+    place: dict[PackedAdapter | None, int] = {adapter: index for index, adapter in enumerate(adapters)}
+    arranged = sorted(chunks, key=lambda chunk: place.get(chunk.sequence.model.adapter, -1))
+    return arranged, stacks.mix(plain_tokens, [(adapter, lengths[adapter]) for adapter in adapters])
+
+
+def _score_prompt(weights: llama.Llama, chunk: Chunk[Model], hidden_TD: Tensor) -> None:
+    """Adds the scores of the prompt tokens that the tokens of this chunk predict."""
+    sequence = chunk.sequence
+    top = sequence.request.top_logprobs or 0
+    if not sequence.prompt_scores:
+        sequence.prompt_scores.append(TokenScore(sequence.token_ids[0], None))
+    targets = sequence.token_ids[chunk.start + 1 : chunk.end + 1]
+    for first in range(0, len(targets), SCORED_ROWS):
+        some = targets[first : first + SCORED_ROWS]
+        logits_BV = weights.logits(hidden_TD[first : first + len(some)])
+        sequence.prompt_scores += sampling.score(logits_BV, some, [top] * len(some))
+
+
+def _sample(sequences: list[Running], logits_BV: Tensor) -> Iterator[tuple[Running, SampledToken]]:
+    """The next token of each sequence, which is added to it."""
+    draws = [sampling.Draw(s.request.sampling, s.generated, s.counts) for s in sequences]
+    chosen = sampling.choose(logits_BV, draws)
+    scores = [TokenScore(token_id, None) for token_id in chosen]
+    scored = [row for row, sequence in enumerate(sequences) if sequence.request.top_logprobs is not None]
+    if scored:
+        tops = [sequences[row].request.top_logprobs or 0 for row in scored]
+        for row, score in zip(
+            scored, sampling.score(logits_BV[scored], [chosen[r] for r in scored], tops), strict=True
+        ):
+            scores[row] = score
+    for sequence, token_score in zip(sequences, scores, strict=True):
+        sequence.token_ids.append(token_score.token_id)
+        sequence.counts[token_score.token_id] += 1
+        yield sequence, SampledToken(token_score, _finish(sequence))
+
+
+def _finish(sequence: Running) -> FinishReason | None:
+    wanted = sequence.request.sampling
+    if sequence.token_ids[-1] in wanted.stop_token_ids:
+        return "stop"
+    return "length" if sequence.generated == wanted.max_tokens else None

@@ -1,0 +1,102 @@
+"""From logits to token ids and their log-probabilities. Each row depends on its own parameters, seed and step only.
+
+Legend: B = rows, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunesmith.engine.base import SamplingParams, TokenScore
+from tunesmith.engine.chance import uniform
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are taken for 0: dividing by them would overflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What decides the next token of one row, besides its logits."""
+
+    sampling: SamplingParams
+    step: int
+    """How many tokens the sequence has generated."""
+    counts: Counter[int]
+    """How often it has generated each."""
+
+
+def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """The next token of each row: bias and penalties, then temperature, then the nucleus, then chance."""
+    shaped_BV = _shape(logits_BV.float(), draws)
+    chosen: list[int] = shaped_BV.argmax(-1).tolist()
+    warm = [row for row, draw in enumerate(draws) if draw.sampling.temperature >= GREEDY_BELOW]
+    whole = [row for row in warm if draws[row].sampling.top_p >= 1]
+    nucleus = [row for row in warm if draws[row].sampling.top_p < 1]
+    if whole:
+        weights_BV = _weights(shaped_BV[whole], [draws[row] for row in whole])
+        for row, token_id in zip(whole, _pick(weights_BV, [draws[row] for row in whole]), strict=True):
+            chosen[row] = token_id
+    if nucleus:
+        picking = [draws[row] for row in nucleus]
+        weights_BV, order_BV = _weights(shaped_BV[nucleus], picking).sort(dim=-1, descending=True, stable=True)
+        above_BV = weights_BV.cumsum(-1) - weights_BV
+        top_p = torch.tensor([[draw.sampling.top_p] for draw in picking], dtype=torch.float64, device=logits_BV.device)
+        outside_BV = above_BV >= top_p  # the fewest tokens that reach top_p stay
+        outside_BV[:, 0] = False
+        ranks = _pick(weights_BV.masked_fill(outside_BV, 0), picking)
+        for index, (row, rank) in enumerate(zip(nucleus, ranks, strict=True)):
+            chosen[row] = int(order_BV[index, rank])
+    return chosen
+
+
+def score(logits_BV: Tensor, token_ids: Sequence[int], tops: Sequence[int]) -> list[TokenScore]:
+    """The log-probability of one token in each row, with the `tops` most likely: of the logits as they are."""
+    logprobs_BV = logits_BV.float().log_softmax(-1)
+    own_B = logprobs_BV.gather(1, torch.tensor(token_ids, device=logits_BV.device)[:, None])[:, 0].tolist()
+    best = logprobs_BV.topk(max(tops), dim=-1)
+    ids, values = best.indices.tolist(), best.values.tolist()
+    return [
+        TokenScore(token_id, own_B[row], tuple(zip(ids[row][:top], values[row][:top], strict=True)))
+        for row, (token_id, top) in enumerate(zip(token_ids, tops, strict=True))
+    ]
+
+
+def _shape(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    edits = [(row, token_id, change) for row, draw in enumerate(draws) for token_id, change in _changes(draw)]
+    if not edits:
+        return logits_BV
+    rows, token_ids, changes = zip(*edits, strict=True)
+    device = logits_BV.device
+    where = (torch.tensor(rows, device=device), torch.tensor(token_ids, device=device))
+    return logits_BV.index_put(where, torch.tensor(changes, dtype=torch.float32, device=device), accumulate=True)
+
+
+def _changes(draw: Draw) -> list[tuple[int, float]]:
+    sampling = draw.sampling
+    changes = list(sampling.logit_bias.items())
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        changes += [
+            (token_id, -(count * sampling.frequency_penalty + sampling.presence_penalty))
+            for token_id, count in draw.counts.items()
+        ]
+    return changes
+
+
+def _weights(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Probabilities in double precision, so that their running sums are exact to the last token."""
+    temperatures = [[draw.sampling.temperature] for draw in draws]
+    return (logits_BV.double() / torch.tensor(temperatures, dtype=torch.float64, device=logits_BV.device)).softmax(-1)
+
+
+def _pick(weights_BV: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """An index of each row, as likely as its weight: where the running sum passes a uniform share of the total."""
+    sums_BV = weights_BV.cumsum(-1)
+    shares = [[uniform(draw.sampling.seed, draw.step)] for draw in draws]
+    marks_B1 = torch.tensor(shares, dtype=torch.float64, device=weights_BV.device) * sums_BV[:, -1:]
+    picked: list[int] = torch.searchsorted(sums_BV, marks_B1, right=True)[:, 0].tolist()
+    return picked
