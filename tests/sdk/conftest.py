@@ -73,6 +73,16 @@ def node_folder() -> Path:
 @pytest.fixture(scope="session")
 def tuned(server: Server) -> str:
     """A fine-tuned model for the tests that only call one."""
+    return tune(server)
+
+
+@pytest.fixture
+def doomed(server: Server) -> str:
+    """A fine-tuned model to delete."""
+    return tune(server)
+
+
+def tune(server: Server) -> str:
     with server.client() as client:
         job = client.post("fine-tunes", body={"training_file": upload(client, reviews(8, 5)), "model": "ada"})
         name: str = wait_for(client, job["id"], "succeeded")["fine_tuned_model"]

@@ -39,10 +39,10 @@ def test_files(cli: CommandLine) -> None:
 
 
 def test_models_delete_needs_the_owner(
-    cli: CommandLine, server: Server, member_key: str, data: Path, tuned: str
+    cli: CommandLine, server: Server, member_key: str, data: Path, doomed: str
 ) -> None:
     member = CommandLine(cli.program, client_environment(server.base_url, member_key), data)
-    flow.check_deletion(cli, member, tuned)
+    flow.check_deletion(cli, member, doomed)
 
 
 def test_base_url_with_a_slash_at_its_end(cli: CommandLine, data: Path) -> None:

@@ -12,7 +12,7 @@ def failure(**request):
     try:
         openai.Completion.create(**request)
     except openai.error.OpenAIError as error:
-        return [type(error).__name__, error.http_status, error.code]
+        return [type(error).__name__, error.http_status, error.json_body["error"]["code"]]
     return None
 
 
