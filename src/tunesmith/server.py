@@ -159,6 +159,8 @@ async def _serve(settings: Settings, listener: socket.socket, announce: Announce
     base_url = _base_url(settings.host, listener.getsockname()[1])
     http = _Http(http_config(parts.app), on_started=lambda: announce(base_url, parts.new_owner_key))
     try:
+        # Loaded ahead, so that the first user does not wait for it; if it fails, requests will try again and say why.
+        warming = asyncio.create_task(parts.services.checks["engine"]())
         async with _dispatching(parts.dispatcher) as stop_dispatching:
             answering = asyncio.create_task(http.serve(sockets=[listener]))
             asked = asyncio.create_task(stopping.wait())
@@ -169,6 +171,7 @@ async def _serve(settings: Settings, listener: socket.socket, announce: Announce
             stop_dispatching()
             http.should_exit = True
             await answering
+        warming.cancel()
     finally:
         await parts.engine.close()
         parts.store.close()

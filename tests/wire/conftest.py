@@ -13,6 +13,27 @@ from tunesmith.core.accounts import Role
 from tunesmith.server import Parts
 
 
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """One event loop for the session, so that fixtures can live as long."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+async def shared_parts(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> AsyncIterator[Parts]:
+    """A built server for tests that leave nothing behind."""
+    home = tmp_path_factory.mktemp("shared") / "home"
+    async with parts_of(settings_for(home, tiny_base, max_upload_bytes=1_000_000)) as built:
+        yield built
+
+
+@pytest.fixture(scope="session")
+async def shared(shared_parts: Parts) -> AsyncIterator[httpx.AsyncClient]:
+    """The owner's client of that server."""
+    async with client_of(shared_parts) as opened:
+        yield opened
+
+
 @pytest.fixture
 async def parts(tmp_path: Path, tiny_base: Path) -> AsyncIterator[Parts]:
     """A built server with an empty store."""

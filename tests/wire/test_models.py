@@ -25,14 +25,14 @@ PERMISSION = {
 }
 
 
-async def test_list_has_the_four_bases(client: httpx.AsyncClient) -> None:
-    body = (await client.get("/v1/models")).json()
+async def test_list_has_the_four_bases(shared: httpx.AsyncClient) -> None:
+    body = (await shared.get("/v1/models")).json()
     assert body["object"] == "list"
     assert [model["id"] for model in body["data"]] == ["ada", "babbage", "curie", "davinci"]
 
 
-async def test_a_base(client: httpx.AsyncClient) -> None:
-    response = await client.get("/v1/models/ada")
+async def test_a_base(shared: httpx.AsyncClient) -> None:
+    response = await shared.get("/v1/models/ada")
     assert response.status_code == 200
     body = response.json()
     assert body.pop("owned_by")
@@ -47,25 +47,25 @@ async def test_a_base(client: httpx.AsyncClient) -> None:
     }
 
 
-async def test_unknown_model(client: httpx.AsyncClient) -> None:
+async def test_unknown_model(shared: httpx.AsyncClient) -> None:
     for method, path in [("GET", "/v1/models/nope"), ("DELETE", "/v1/models/nope"), ("GET", "/v1/engines/nope")]:
-        response = await client.request(method, path)
+        response = await shared.request(method, path)
         assert response.status_code == 404
         error = error_of(response)
         assert (error["type"], error["code"]) == ("invalid_request_error", "model_not_found")
         assert "`nope` does not exist" in error["message"]
 
 
-async def test_a_base_is_not_deleted(client: httpx.AsyncClient) -> None:
-    response = await client.delete("/v1/models/ada")
+async def test_a_base_is_not_deleted(shared: httpx.AsyncClient) -> None:
+    response = await shared.delete("/v1/models/ada")
     assert response.status_code == 403
     assert "ada is a base model" in error_of(response)["message"]
 
 
-async def test_engines_are_the_models(client: httpx.AsyncClient) -> None:
-    body = (await client.get("/v1/engines")).json()
+async def test_engines_are_the_models(shared: httpx.AsyncClient) -> None:
+    body = (await shared.get("/v1/engines")).json()
     assert [engine["id"] for engine in body["data"]] == ["ada", "babbage", "curie", "davinci"]
-    engine = (await client.get("/v1/engines/ada")).json()
+    engine = (await shared.get("/v1/engines/ada")).json()
     assert engine == body["data"][0]
     assert engine | {"owner": ""} == {
         "id": "ada",
@@ -77,7 +77,7 @@ async def test_engines_are_the_models(client: httpx.AsyncClient) -> None:
     }
 
 
-async def test_a_head_request_is_a_get_without_body(client: httpx.AsyncClient) -> None:
-    response = await client.head("/v1/models")
+async def test_a_head_request_is_a_get_without_body(shared: httpx.AsyncClient) -> None:
+    response = await shared.head("/v1/models")
     assert response.status_code == 200
     assert response.headers["x-request-id"].startswith("req_")

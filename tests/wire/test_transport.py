@@ -17,8 +17,8 @@ pytestmark = pytest.mark.anyio
     "path",
     ["/v1/models", "/v1/models/", "/v1//models", "//v1/models", "/v1/v1/models", "/v1//v1/models//", "/v1/mo%64els"],
 )
-async def test_spellings_of_one_path(client: httpx.AsyncClient, path: str) -> None:
-    assert (await client.get(path)).json()["data"][0]["id"] == "ada"
+async def test_spellings_of_one_path(shared: httpx.AsyncClient, path: str) -> None:
+    assert (await shared.get("http://test" + path)).json()["data"][0]["id"] == "ada"
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ async def test_spellings_of_one_path(client: httpx.AsyncClient, path: str) -> No
         ("GET", "/v1/files/some/dir/train.jsonl"),
     ],
 )
-async def test_unknown_url_names_method_and_path(parts: Parts, method: str, path: str) -> None:
-    async with client_of(parts, key=None) as anybody:
+async def test_unknown_url_names_method_and_path(shared_parts: Parts, method: str, path: str) -> None:
+    async with client_of(shared_parts, key=None) as anybody:
         response = await anybody.request(method, path)
     assert response.status_code == 404
     error = error_of(response)
@@ -52,8 +52,8 @@ async def test_unknown_url_names_method_and_path(parts: Parts, method: str, path
         ("POST", "/v1/engines/ada", {"GET", "HEAD"}),
     ],
 )
-async def test_wrong_method(client: httpx.AsyncClient, method: str, path: str, allowed: set[str]) -> None:
-    response = await client.request(method, path)
+async def test_wrong_method(shared: httpx.AsyncClient, method: str, path: str, allowed: set[str]) -> None:
+    response = await shared.request(method, path)
     assert response.status_code == 405
     assert set(response.headers["allow"].split(", ")) == allowed
     assert f"Not allowed to {method} on {path}" in error_of(response)["message"]
@@ -69,15 +69,15 @@ async def test_wrong_method(client: httpx.AsyncClient, method: str, path: str, a
         {"Authorization": f"Bearer {OWNER_KEY}", "OpenAI-Organization": "org-of-another-time"},
     ],
 )
-async def test_ways_to_send_a_key(parts: Parts, headers: dict[str, str]) -> None:
-    async with client_of(parts, key=None) as anybody:
+async def test_ways_to_send_a_key(shared_parts: Parts, headers: dict[str, str]) -> None:
+    async with client_of(shared_parts, key=None) as anybody:
         response = await anybody.get("/v1/models", headers=headers)
     assert response.status_code == 200
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer "}, {"Authorization": f"Basic {OWNER_KEY}"}])
-async def test_no_key(parts: Parts, headers: dict[str, str]) -> None:
-    async with client_of(parts, key=None) as anybody:
+async def test_no_key(shared_parts: Parts, headers: dict[str, str]) -> None:
+    async with client_of(shared_parts, key=None) as anybody:
         response = await anybody.get("/v1/models", headers=headers)
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
@@ -86,9 +86,9 @@ async def test_no_key(parts: Parts, headers: dict[str, str]) -> None:
     assert (error["type"], error["code"]) == ("invalid_request_error", None)
 
 
-async def test_wrong_key_is_not_echoed(parts: Parts) -> None:
+async def test_wrong_key_is_not_echoed(shared_parts: Parts) -> None:
     wrong = "sk-" + "wrong" * 10
-    async with client_of(parts, wrong) as intruder:
+    async with client_of(shared_parts, wrong) as intruder:
         response = await intruder.get("/v1/models")
     assert response.status_code == 401
     error = error_of(response)
@@ -97,9 +97,9 @@ async def test_wrong_key_is_not_echoed(parts: Parts) -> None:
     assert wrong not in response.text
 
 
-async def test_headers_of_every_answer(parts: Parts, client: httpx.AsyncClient) -> None:
-    answers = [await client.get("/v1/models"), await client.get("/v1/nope"), await client.post("/v1/completions")]
-    async with client_of(parts, key=None) as anybody:
+async def test_headers_of_every_answer(shared_parts: Parts, shared: httpx.AsyncClient) -> None:
+    answers = [await shared.get("/v1/models"), await shared.get("/v1/nope"), await shared.post("/v1/completions")]
+    async with client_of(shared_parts, key=None) as anybody:
         answers += [await anybody.get("/v1/models"), await anybody.get("/healthz")]
     assert [answer.status_code for answer in answers] == [200, 404, 400, 401, 200]
     for answer in answers:
@@ -147,16 +147,16 @@ async def test_a_fault_of_ours_leaks_nothing(
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/fine-tunes", "/v1/organization/keys"])
-async def test_body_that_is_no_json_object(client: httpx.AsyncClient, path: str, content: bytes, told: str) -> None:
-    response = await client.post(path, content=content, headers={"Content-Type": "application/json"})
+async def test_body_that_is_no_json_object(shared: httpx.AsyncClient, path: str, content: bytes, told: str) -> None:
+    response = await shared.post(path, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     error = error_of(response)
     assert told in error["message"]
     assert error["type"] == "invalid_request_error"
 
 
-async def test_body_of_another_kind(client: httpx.AsyncClient) -> None:
-    response = await client.post("/v1/completions", data={"model": "ada"})
+async def test_body_of_another_kind(shared: httpx.AsyncClient) -> None:
+    response = await shared.post("/v1/completions", data={"model": "ada"})
     assert response.status_code == 415
     assert "Content-Type: application/json" in error_of(response)["message"]
 
@@ -164,15 +164,15 @@ async def test_body_of_another_kind(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(
     "kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.x+json", None]
 )
-async def test_kinds_of_json(client: httpx.AsyncClient, kind: str | None) -> None:
+async def test_kinds_of_json(shared: httpx.AsyncClient, kind: str | None) -> None:
     headers = {} if kind is None else {"Content-Type": kind}
-    response = await client.post("/v1/fine-tunes", content=b"{}", headers=headers)
+    response = await shared.post("/v1/fine-tunes", content=b"{}", headers=headers)
     assert response.status_code == 400
     assert error_of(response)["param"] == "training_file"
 
 
-async def test_a_json_body_is_bounded(client: httpx.AsyncClient) -> None:
+async def test_a_json_body_is_bounded(shared: httpx.AsyncClient) -> None:
     body = b'{"model": "' + b"a" * (32 * 1024 * 1024) + b'"}'
-    response = await client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    response = await shared.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert "larger than" in error_of(response)["message"]
