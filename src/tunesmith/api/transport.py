@@ -105,22 +105,29 @@ class LastResort:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         started = False
-        reading = _sends_body(Headers(scope=scope))
+        unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        # Such a client sends its body when we first ask for it, and one that is refused before need not send it.
+        waits_for_leave = "expect" in headers
 
         async def watched_receive() -> Message:
-            nonlocal reading
+            nonlocal unread, waits_for_leave
+            waits_for_leave = False
             message = await receive()
-            reading = reading and message["type"] == "http.request" and message.get("more_body", False)
+            unread = unread and message["type"] == "http.request" and message.get("more_body", False)
             return message
 
         async def watched_send(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                left = self.unread_limit_bytes if message["status"] >= 400 else 0
-                while reading and left > 0:
-                    left -= len((await watched_receive()).get("body", b""))
+                if message["status"] >= 400:
+                    left = 0 if waits_for_leave else self.unread_limit_bytes
+                    while unread and left > 0:
+                        left -= len((await watched_receive()).get("body", b""))
+                    if unread:
+                        MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
         try:
@@ -130,10 +137,3 @@ class LastResort:
             if started:
                 raise
             await error_response(error)(scope, watched_receive, watched_send)
-
-
-def _sends_body(headers: Headers) -> bool:
-    """Whether the client is sending a body; one that waits for leave to send it (`Expect`) is not."""
-    if "expect" in headers:
-        return False
-    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
