@@ -66,7 +66,8 @@ class World:
     def job(self, caller: Caller | None = None, model: str = "ada", **fields: object) -> Job:
         """A pending job on a small file of its own."""
         caller = caller or self.owner
-        fields.setdefault("training_file", self.upload(rows(("a ->", " b"), ("c ->", " d")), caller).id)
+        if "training_file" not in fields:
+            fields["training_file"] = self.upload(rows(("a ->", " b"), ("c ->", " d")), caller).id
         return self.jobs.create(caller, FineTuneRequest(model=model, **fields))  # type: ignore[arg-type]
 
     def messages(self, job_id: str) -> list[str]:

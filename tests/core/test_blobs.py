@@ -5,14 +5,29 @@ from pathlib import Path
 
 import pytest
 
+from tests.core import s3
 from tunesmith.core.blobs import READ_CHUNK_BYTES, Blobs, write_durably
 
 LARGE = bytes(range(256)) * 4096 * 24  # 25 MB: object stores take it in parts
 
 
-@pytest.fixture(params=["file", "memory"])
-def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
-    return Blobs("memory:///" if request.param == "memory" else (tmp_path / "with space" / "files").as_uri())
+@pytest.fixture(params=["file", "s3"])
+def blobs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Blobs]:
+    if request.param == "file":
+        yield Blobs((tmp_path / "with space" / "files").as_uri())
+        return
+    with s3.serve() as (bucket, address):
+        for name, value in {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield Blobs("s3://bucket/some/prefix")
+        assert bucket.uploads == {}  # none is left half-done, which would cost its owner money
+        assert all(key.startswith("some/prefix/") for key in bucket.objects)
 
 
 def ids(blobs: Blobs) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -107,23 +107,29 @@ def write_durably(path: Path, chunks: Iterable[bytes]) -> int:
     """Writes beside, syncs and renames; returns the size. If it raises, StorageFull included, nothing is left."""
     beside = path.with_name(path.name + _UNFINISHED)
     try:
-        with beside.open("wb") as file:
+        with full_disk_is_storage_full(), beside.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
             size_bytes = file.tell()
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        if error.errno in NO_ROOM:
-            raise StorageFull(
-                "There is no room on the server's disk for this file; nothing of it was kept. Delete files or models "
-                "that are no longer needed, or free space on the disk, then try again."
-            ) from error
-        raise
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
     return size_bytes
+
+
+@contextmanager
+def full_disk_is_storage_full() -> Iterator[None]:
+    """Turns the system's error for a disk (or quota) without room into ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise StorageFull(
+            "There is no room on the server's disk; nothing of this was kept. Delete files or models that are no "
+            "longer needed, or free space on the disk, then try again."
+        ) from error

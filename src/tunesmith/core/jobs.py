@@ -6,13 +6,12 @@ dispatcher is guarded by that number (a fencing token), so one that was thought 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, Select, func, insert, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,6 +24,7 @@ from tunesmith.core.blobs import read_chunks
 from tunesmith.core.events import Events
 from tunesmith.core.files import DELETED, FINE_TUNE, FINE_TUNE_RESULTS, File, Files, file_from_row
 from tunesmith.core.models import Model, Models
+from tunesmith.core.queue import queue
 from tunesmith.core.requests import FineTuneRequest
 from tunesmith.core.schema import files, jobs, organizations
 from tunesmith.core.statuses import ENDED, MOVES, JobStatus
@@ -82,16 +82,6 @@ class Claim:
     """What an executor returned to an earlier dispatcher."""
     progress_seq: int
     """Progress lines up to here are recorded."""
-
-
-class Waiting(NamedTuple):
-    """A pending job, as far as its place in the queue goes."""
-
-    job_id: str
-    organization_id: str
-    position: int
-    last_turn: int
-    queue_number: int | None
 
 
 class Jobs:
@@ -329,7 +319,7 @@ class Jobs:
         return _job(row)
 
     def _announce(self, connection: Connection) -> None:
-        for number, waiting in enumerate(_queue(connection)):
+        for number, waiting in enumerate(queue(connection)):
             if waiting.queue_number == number:
                 continue
             if waiting.queue_number is None:
@@ -347,7 +337,7 @@ class Jobs:
 
     def _start_next(self, connection: Connection) -> str | None:
         """Move the first pending job of the queue to running; jobs on the way that have lost their data fail."""
-        for waiting in _queue(connection):
+        for waiting in queue(connection):
             job = _job(connection.execute(_with_files(jobs.c.id == waiting.job_id)).mappings().one())
             gone = [file for file in (job.training_file, job.validation_file) if file and file.status == DELETED]
             if gone:
@@ -419,28 +409,6 @@ class Jobs:
 
 _NOBODY: dict[str, object] = {"lease_holder": None, "lease_expires_unix": None}
 _training, _validation, _result = (files.alias(name) for name in ("training", "validation", "result"))
-
-
-def in_turn(waiting: Iterable[Waiting]) -> list[Waiting]:
-    """The order in which pending jobs start: round by round, in each the oldest of every organisation.
-
-    Within a round the organisation comes first whose last turn is longest ago; between such that never had one, the
-    one that has waited longest.
-    """
-    by_organization: dict[str, list[Waiting]] = {}
-    for job in sorted(waiting, key=lambda job: job.position):
-        by_organization.setdefault(job.organization_id, []).append(job)
-    turns = sorted(by_organization.values(), key=lambda jobs: (jobs[0].last_turn, jobs[0].position))
-    return [job for round_ in zip_longest(*turns) for job in round_ if job is not None]
-
-
-def _queue(connection: Connection) -> list[Waiting]:
-    query = (
-        select(jobs.c.id, jobs.c.organization_id, jobs.c.position, organizations.c.last_turn, jobs.c.queue_number)
-        .join(organizations)
-        .where(jobs.c.status == JobStatus.PENDING)
-    )
-    return in_turn(Waiting(*row) for row in connection.execute(query))
 
 
 def _held_by(claim: Claim) -> tuple[ColumnElement[bool], ...]:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, Select, delete, insert, select
 from tunesmith.core import names
 from tunesmith.core.accounts import Caller, Role
 from tunesmith.core.bases import Base, Bases
-from tunesmith.core.blobs import read_chunks, write_durably
+from tunesmith.core.blobs import full_disk_is_storage_full, read_chunks, write_durably
 from tunesmith.core.schema import jobs, models, organizations
 from tunesmith.core.statuses import LIVE
 from tunesmith.core.store import Store
@@ -131,7 +131,8 @@ class Models:
         """
         model_id = self._store.new_id("model-")
         folder = self._adapters / model_id
-        folder.mkdir(parents=True)
+        with full_disk_is_storage_full():
+            folder.mkdir(parents=True)
         try:
             for source in sorted(adapter_dir.iterdir()):
                 write_durably(folder / source.name, read_chunks(source))
