@@ -91,11 +91,10 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
     """All parts, connected, none of them running yet, and the home folder. The engine is spoken to on `loop`."""
     home = settings.home
     _make_home(home)
-    store = Store(settings.database)
+    store = _open_store(settings.database)
     try:
-        store.migrate()
         bases = Bases(home)
-    except (RuntimeError, ValueError) as error:  # both say what to do, and would look like bugs with a traceback
+    except ValueError as error:
         raise CannotStart(str(error)) from error
     accounts = Accounts(store)
     new_owner_key = accounts.bootstrap(settings.organization, settings.owner_key)
@@ -106,6 +105,7 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
     models = Models(store, bases, home)
     events = Events(store)
     jobs = Jobs(store, files, models, bases, events)
+    logger.info("swept files=%d adapters=%d", files.sweep(), models.sweep())
     engine = _make_engine(settings, bases)
     dispatcher = Dispatcher(
         jobs=jobs,
@@ -160,7 +160,7 @@ async def _serve(settings: Settings, listener: socket.socket, announce: Announce
     http = _Http(http_config(parts.app), on_started=lambda: announce(base_url, parts.new_owner_key))
     try:
         # Loaded ahead, so that the first user does not wait for it; if it fails, requests will try again and say why.
-        warming = asyncio.create_task(parts.services.checks["engine"]())
+        warming = asyncio.ensure_future(parts.services.checks["engine"]())
         async with _dispatching(parts.dispatcher) as stop_dispatching:
             answering = asyncio.create_task(http.serve(sockets=[listener]))
             asked = asyncio.create_task(stopping.wait())
@@ -248,6 +248,17 @@ def _parity(settings: Settings, engine: Engine, loop: asyncio.AbstractEventLoop)
         return asyncio.run_coroutine_threadsafe(parity.check(engine, run_dir, spec, run_dir.adapter), loop).result()
 
     return check
+
+
+def _open_store(url: str) -> Store:
+    try:
+        store = Store(url)
+        store.migrate()
+    except (RuntimeError, ValueError) as error:
+        raise CannotStart(str(error)) from error
+    except SQLAlchemyError as error:
+        raise CannotStart(f"The database cannot be used: {error}. Correct TUNESMITH_DATABASE_URL.") from error
+    return store
 
 
 def _database_fault(store: Store) -> str | None:

@@ -58,7 +58,11 @@ class Bases:
         self._entries = {name: _box_entry(name) for name in BOX_NAMES}
         catalogue = home / "bases.toml"
         if catalogue.exists():
-            for name, fields in tomllib.loads(catalogue.read_text()).items():
+            try:
+                entries = tomllib.loads(catalogue.read_text())
+            except tomllib.TOMLDecodeError as error:
+                raise ValueError(f"{catalogue} is not TOML: {error}") from error
+            for name, fields in entries.items():
                 self._entries[name] = _folder_entry(catalogue, name, fields)
 
     def list(self) -> list[Base]:
