@@ -15,7 +15,7 @@ from tunesmith.client import Client
 def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("home")
     put_base(home, "ada", tiny_base)
-    with Server(home) as server:
+    with Server(home, {"TUNESMITH_TRAINER_NICENESS": "0"}) as server:
         yield server
 
 
