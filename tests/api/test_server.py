@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from tests.wire.harness import ROWS, settings_for
+from tunesmith.server import listen
 
 MODULE = "tests.api.serve_once"
 
@@ -126,6 +127,14 @@ def test_one_server_for_one_home(tmp_path: Path, tiny_base: Path) -> None:
         server.process.wait()
     with serving(home, tiny_base) as successor:  # the lock of a killed server is no obstacle
         assert successor.new_key is None
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    """Nagle's algorithm off on what is accepted, which asyncio does for sockets that say they are TCP."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP
 
 
 def test_a_port_that_is_taken(tmp_path: Path, tiny_base: Path) -> None:
