@@ -5,6 +5,7 @@ Legend: N = tokens, R = rank, I = inputs of a linear layer, O = its outputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -21,6 +22,9 @@ SITE_LAYERS: dict[Site, tuple[str, ...]] = {
     "down": ("mlp.down_proj",),
 }
 """The linear layers of each site by the names that checkpoints and PEFT use, in stacking order."""
+
+LAYER_NAMES: tuple[str, ...] = tuple(name for names in SITE_LAYERS.values() for name in names)
+"""Every linear layer of a decoder layer, in the fixed order in which factors are drawn, listed and saved."""
 
 
 class Adapters(Protocol):
@@ -46,6 +50,17 @@ class Lora:
     scale: float
     """alpha / rank"""
 
+    @property
+    def rank(self) -> int:
+        """Rows of every A, columns of every B."""
+        return self.factors[0][LAYER_NAMES[0]].a_RI.shape[0]
+
+    def tensors(self) -> Iterator[tuple[int, str, LowRank]]:
+        """(layer, name, factors) of every linear layer, in the fixed order of `LAYER_NAMES` within each layer."""
+        for index, layer in enumerate(self.factors):
+            for name in LAYER_NAMES:
+                yield index, name, layer[name]
+
     def delta(self, layer: int, site: Site, x_NI: Tensor) -> Tensor | None:
         """See `Adapters`."""
         parts = [self.factors[layer][name] for name in SITE_LAYERS[site]]
@@ -53,3 +68,21 @@ class Lora:
         hidden = (x_NI @ a_stacked.T * self.scale).split_with_sizes([part.a_RI.shape[0] for part in parts], dim=-1)
         deltas = [h_NR @ part.b_OR.T for h_NR, part in zip(hidden, parts, strict=True)]
         return torch.cat(deltas, dim=-1) if len(deltas) > 1 else deltas[0]
+
+
+def initial(
+    layers: int, shapes: Mapping[str, tuple[int, int]], *, rank: int, alpha: float, generator: torch.Generator
+) -> Lora:
+    """An adapter that adds nothing yet: A uniform in +-1/sqrt(I), B zero, fp32.
+
+    `shapes` gives (outputs, inputs) of each of `LAYER_NAMES`; factors are drawn in that order, layer by layer.
+    Source: PEFT `reset_lora_parameters` (Kaiming uniform with a = sqrt(5), as torch.nn.Linear).
+    """
+
+    def drawn(outputs: int, inputs: int) -> LowRank:
+        bound = inputs**-0.5
+        a_RI = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+        return LowRank(a_RI, torch.zeros(outputs, rank))
+
+    factors = tuple({name: drawn(*shapes[name]) for name in LAYER_NAMES} for _ in range(layers))
+    return Lora(factors, alpha / rank)

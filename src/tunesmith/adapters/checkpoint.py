@@ -1,0 +1,114 @@
+"""Adapters on disk, in the file format of PEFT, so that any engine can serve what is trained here.
+
+Knows files and names. Reads safetensors only: a pickled `adapter_model.bin` could run code and is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+
+from tunesmith.adapters.lora import LAYER_NAMES, Lora, LowRank
+from tunesmith.rundir import write_bytes, write_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PLAIN_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "trainable_token_indices": (None, []),
+}
+"""Options of PEFT that change what an adapter computes, with the values that leave it as it is here."""
+
+
+def save(lora: Lora, folder: Path, *, base_name_or_path: str, rank: int, alpha: float) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors` (fp32): equal adapters give equal bytes.
+
+    `base_name_or_path` is for the reader of the file; PEFT looks for the base there when it is given none.
+    """
+    config = {
+        "base_model_name_or_path": base_name_or_path,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # some readers want an int
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted(name.rpartition(".")[2] for name in LAYER_NAMES),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    state: dict[str, Tensor] = {}
+    for layer, name, factors in lora.tensors():
+        for letter, tensor in (("A", factors.a_RI), ("B", factors.b_OR)):
+            # A copy of its own: factors may be views of one larger tensor, which safetensors does not write.
+            state[_key(layer, name, letter)] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / WEIGHTS, safetensors_torch.save(state, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, config)
+
+
+def load(folder: Path) -> tuple[Lora, dict[str, Any]]:
+    """The adapter in `folder`, fp32 on the CPU, and its configuration.
+
+    Raises FileNotFoundError without safetensors, and ValueError naming what an adapter here cannot have: a kind other
+    than LoRA, an option of `_PLAIN_OPTIONS`, a linear layer left out, a tensor of the wrong shape, a damaged file.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"no {WEIGHTS} in {folder}; pickled weights are never read")
+    config = json.loads((folder / CONFIG).read_text())
+    _check_options(folder, config)
+    rank, alpha = config["r"], config["lora_alpha"]
+    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    try:
+        state = safetensors_torch.load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
+
+    factors: list[dict[str, LowRank]] = []
+    while any(_key(len(factors), name, "A") in state for name in LAYER_NAMES):
+        factors.append({name: _take(folder, state, len(factors), name, rank) for name in LAYER_NAMES})
+    if state or not factors:
+        raise ValueError(f"{folder / WEIGHTS} holds tensors of no layer known here: {', '.join(sorted(state)[:3])}")
+    return Lora(tuple(factors), scale), config
+
+
+def _key(layer: int, name: str, letter: str) -> str:
+    return f"base_model.model.model.layers.{layer}.{name}.lora_{letter}.weight"
+
+
+def _check_options(folder: Path, config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r} is not supported, only 'LORA'")
+    for option, plain in _PLAIN_OPTIONS.items():
+        if config.get(option) not in plain:
+            raise ValueError(f"{folder / CONFIG}: {option} = {config[option]!r} is not supported, only {plain[0]!r}")
+
+
+def _take(folder: Path, state: dict[str, Tensor], layer: int, name: str, rank: int) -> LowRank:
+    try:
+        a_RI, b_OR = (state.pop(_key(layer, name, letter)).float() for letter in "AB")
+    except KeyError as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} has no {error.args[0]}; an adapter here covers every linear layer: "
+            f"{', '.join(LAYER_NAMES)}"
+        ) from error
+    if a_RI.shape[0] != rank or b_OR.shape[1] != rank:
+        raise ValueError(f"{folder / WEIGHTS}: factors of layers.{layer}.{name} are not of rank {rank}")
+    return LowRank(a_RI, b_OR)

@@ -1,0 +1,89 @@
+"""What a model says of rows, without learning from them: losses, log-probabilities, class probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunesmith.adapters.lora import Adapters
+from tunesmith.decoder.llama import Llama
+from tunesmith.training.batches import Row
+from tunesmith.training.loss import score
+from tunesmith.training.metrics import Tally
+from tunesmith.training.packing import MicroBatch, micro_batches
+from tunesmith.training.workers import Workers
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """A model with its adapters, as it is now."""
+
+    model: Llama
+    adapters: Adapters
+    workers: Workers
+    beat: Callable[[], None]
+    """Called before each forward pass."""
+
+    def tally(self, rows: Sequence[Row], *, prompt_loss_weight: float) -> Tally:
+        """Loss and accuracies over `rows`."""
+        total = Tally()
+
+        def add(batch: MicroBatch, hidden_MD: Tensor) -> Tally:
+            tally = Tally()
+            tally.add(batch, score(self.model, hidden_MD, batch))
+            return tally
+
+        for _, _, tally in self._each(add, rows, prompt_loss_weight):
+            total.merge(tally)
+        return total
+
+    def completion_logprobs(self, rows: Sequence[Row]) -> list[list[float]]:
+        """Log-probabilities of the completion tokens of each row, nats, in fp32."""
+        found: list[list[float]] = [[] for _ in rows]
+
+        def nll(batch: MicroBatch, hidden_MD: Tensor) -> Tensor:
+            return score(self.model, hidden_MD, batch).nll_M
+
+        for indices, batch, nll_M in self._each(nll, rows, prompt_loss_weight=0.0):
+            for index, part in zip(indices, nll_M.split(batch.completion_lengths), strict=True):
+                found[index] = part.neg().tolist()
+        return found
+
+    def class_probabilities(self, rows: Sequence[Row], class_ids: Sequence[int]) -> NDArray[np.float64]:
+        """Probability of each class for each row, [rows, classes]: of its first token, normalised over the classes."""
+        found = np.empty((len(rows), len(class_ids)))
+        head_KD = self.model.head_VD[list(class_ids)]
+        # Cut after the first completion token: the rest would be computed for nothing.
+        first_only = [Row(row.token_ids[: row.completion_start + 1], row.completion_start) for row in rows]
+
+        def probabilities(_: MicroBatch, hidden_MD: Tensor) -> NDArray[np.float64]:
+            return (hidden_MD @ head_KD.T).double().softmax(1).numpy()
+
+        for indices, _, each in self._each(probabilities, first_only, prompt_loss_weight=0.0):
+            found[indices] = each
+        return found
+
+    def _each(
+        self, measure: Callable[[MicroBatch, Tensor], T], rows: Sequence[Row], prompt_loss_weight: float
+    ) -> list[tuple[list[int], MicroBatch, T]]:
+        """`measure(batch, hidden_MD)` of every micro-batch, with the indices of its rows among `rows`."""
+
+        @torch.inference_mode()
+        def share(_: int, indices: list[int]) -> list[tuple[list[int], MicroBatch, T]]:
+            measured = []
+            for batch in micro_batches([rows[index] for index in indices], prompt_loss_weight=prompt_loss_weight):
+                self.beat()
+                hidden_ND = self.model.hidden(batch.token_ids_N, batch.positions_N, batch.attend, self.adapters)
+                value = measure(batch, hidden_ND[batch.predicting_M])
+                measured.append(([indices[source] for source in batch.source], batch, value))
+            return measured
+
+        return [entry for entries in self.workers.run(share, rows) for entry in entries]

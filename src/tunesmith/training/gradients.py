@@ -1,0 +1,64 @@
+"""The gradient of one step. Knows model, factors and rows; nothing of optimizers or files.
+
+Legend: N = tokens of a micro-batch, M = positions whose prediction is weighed, D = model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tunesmith.decoder.llama import Llama
+from tunesmith.training.batches import Row
+from tunesmith.training.factors import TrainableLora
+from tunesmith.training.loss import score
+from tunesmith.training.metrics import Tally
+from tunesmith.training.packing import MICRO_BATCH_TOKENS, micro_batches
+from tunesmith.training.workers import Workers
+
+
+class Learner:
+    """Runs rows forward and backward, on all workers. `beat` is called before each forward pass."""
+
+    def __init__(
+        self,
+        model: Llama,
+        factors: TrainableLora,
+        workers: Workers,
+        *,
+        beat: Callable[[], None],
+        max_tokens: int = MICRO_BATCH_TOKENS,
+    ) -> None:
+        self._model = model
+        self._factors = factors
+        self._views = [factors.view() for _ in range(workers.count)]
+        self._workers = workers
+        self._beat = beat
+        self._max_tokens = max_tokens
+
+    def learn(self, rows: Sequence[Row], *, prompt_loss_weight: float) -> Tally:
+        """Leaves the gradient of the weighted mean loss over `rows` in `factors.flat_gradient`."""
+        total = Tally()
+
+        def share(worker: int, indices: list[int]) -> Tally:
+            mine = [rows[index] for index in indices]
+            return self._learn_share(worker, mine, prompt_loss_weight)
+
+        for tally in self._workers.run(share, rows):
+            total.merge(tally)
+        gradients = torch.stack([view.flat_gradient for view in self._views])
+        torch.sum(gradients, 0, out=self._factors.flat_gradient).div_(total.weight)
+        return total
+
+    def _learn_share(self, worker: int, rows: Sequence[Row], prompt_loss_weight: float) -> Tally:
+        view, tally = self._views[worker], Tally()
+        view.flat_gradient.zero_()
+        for batch in micro_batches(rows, prompt_loss_weight=prompt_loss_weight, max_tokens=self._max_tokens):
+            self._beat()
+            hidden_ND = self._model.hidden(batch.token_ids_N, batch.positions_N, batch.attend, view)
+            hidden_MD = hidden_ND.detach()[batch.predicting_M]
+            gradient_MD = torch.empty_like(hidden_MD)
+            tally.add(batch, score(self._model, hidden_MD, batch, gradient_MD))
+            hidden_ND.backward(torch.zeros_like(hidden_ND).index_copy_(0, batch.predicting_M, gradient_MD))
+        return tally

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.training.rows import random_lora
+from tunesmith.adapters import checkpoint
+from tunesmith.decoder import llama
+from tunesmith.training.batches import Row
+from tunesmith.training.packing import micro_batches
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers for it
+def test_peft_reads_the_folder_and_computes_the_same(tiny_base: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    model = llama.load(tiny_base)
+    lora = random_lora(model.config, rank=4, alpha=8.0)
+    checkpoint.save(lora, tmp_path, base_name_or_path="tiny", rank=4, alpha=8.0)
+
+    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), str(tmp_path))
+    ids = torch.randint(0, model.config.vocabulary_size, (23,), generator=torch.Generator().manual_seed(2))
+    (batch,) = micro_batches([Row(ids.tolist(), 1)], prompt_loss_weight=0.0)
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+        loaded, _ = checkpoint.load(tmp_path)
+        ours = model.logits(model.hidden(batch.token_ids_N, batch.positions_N, batch.attend, loaded))
+        base = model.logits(model.hidden(batch.token_ids_N, batch.positions_N, batch.attend))
+    assert (ours - expected).abs().max() < 1e-4
+    assert (base - expected).abs().max() > 0.1  # the adapter says something
+
+
+def test_equal_adapters_give_equal_bytes_and_no_path(tiny_base: Path, tmp_path: Path) -> None:
+    lora = random_lora(llama.load(tiny_base).config, rank=2, alpha=4.0)
+    for name in ("one", "two"):
+        checkpoint.save(lora, tmp_path / name, base_name_or_path="tiny", rank=2, alpha=4.0)
+
+    for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
+        one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
+        assert one == two
+        assert str(tmp_path).encode() not in one
+
+
+def test_what_is_saved_is_loaded(tiny_base: Path, tmp_path: Path) -> None:
+    lora = random_lora(llama.load(tiny_base).config, rank=2, alpha=3.0)
+    checkpoint.save(lora, tmp_path, base_name_or_path="tiny", rank=2, alpha=3.0)
+
+    loaded, config = checkpoint.load(tmp_path)
+
+    assert loaded.scale == 1.5
+    assert config["base_model_name_or_path"] == "tiny"
+    for (_, _, a), (_, _, b) in zip(lora.tensors(), loaded.tensors(), strict=True):
+        assert torch.equal(a.a_RI, b.a_RI)
+        assert torch.equal(a.b_OR, b.b_OR)
+
+
+def test_pickled_weights_are_not_read(tiny_base: Path, tmp_path: Path) -> None:
+    checkpoint.save(
+        random_lora(llama.load(tiny_base).config, rank=2, alpha=4.0), tmp_path, base_name_or_path="b", rank=2, alpha=4.0
+    )
+    (tmp_path / checkpoint.WEIGHTS).rename(tmp_path / "adapter_model.bin")
+
+    with pytest.raises(FileNotFoundError, match="pickled weights are never read"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("peft_type", "IA3"), ("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("bias", "all")]
+)
+def test_an_option_that_is_not_computed_is_refused(tiny_base: Path, tmp_path: Path, option: str, value: object) -> None:
+    _save_tiny(tiny_base, tmp_path)
+    config = json.loads((tmp_path / checkpoint.CONFIG).read_text())
+    (tmp_path / checkpoint.CONFIG).write_text(json.dumps(config | {option: value}))
+
+    with pytest.raises(ValueError, match=option):
+        checkpoint.load(tmp_path)
+
+
+def test_a_missing_layer_a_stray_tensor_and_a_damaged_file_are_named(tiny_base: Path, tmp_path: Path) -> None:
+    _save_tiny(tiny_base, tmp_path)
+    weights = tmp_path / checkpoint.WEIGHTS
+    whole = load_file(weights)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+
+    save_file({key: value for key, value in whole.items() if key != name}, weights)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        checkpoint.load(tmp_path)
+
+    save_file(whole | {"base_model.model.lm_head.lora_A.weight": torch.ones(1)}, weights)
+    with pytest.raises(ValueError, match="lm_head"):
+        checkpoint.load(tmp_path)
+
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load(tmp_path)
+
+
+def _save_tiny(tiny_base: Path, folder: Path) -> None:
+    lora = random_lora(llama.load(tiny_base).config, rank=2, alpha=4.0)
+    checkpoint.save(lora, folder, base_name_or_path="tiny", rank=2, alpha=4.0)

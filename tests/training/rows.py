@@ -1,0 +1,91 @@
+"""Rows, adapters and run folders for tests of the trainer."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from pathlib import Path
+
+import torch
+
+from tunesmith.adapters.lora import Lora, initial
+from tunesmith.decoder.llama import LlamaConfig
+from tunesmith.rundir import ResolvedHyperparameters, RunDir, RunSpec
+from tunesmith.training.batches import Row
+from tunesmith.training.inputs import linear_shapes
+
+LABELS = (" positive", " negative")
+
+
+def random_lora(config: LlamaConfig, *, rank: int, alpha: float, seed: int = 3) -> Lora:
+    """An adapter with both factors random, so that it changes every product."""
+    chance = torch.Generator().manual_seed(seed)
+    lora = initial(config.layers, linear_shapes(config), rank=rank, alpha=alpha, generator=chance)
+    for _, _, part in lora.tensors():
+        part.b_OR.normal_(std=0.1, generator=chance)
+    return lora
+
+
+def random_rows(lengths: list[tuple[int, int]], *, seed: int = 7) -> list[Row]:
+    """Rows of (prompt, completion) tokens each."""
+    chance = torch.Generator().manual_seed(seed)
+    return [
+        Row(array("i", torch.randint(0, 16_384, (prompt + completion,), generator=chance).tolist()), prompt)
+        for prompt, completion in lengths
+    ]
+
+
+def examples(n: int) -> list[dict[str, str]]:
+    """Sentences whose label can be learnt: it depends on one word."""
+    words = ("good", "bad", "fine day", "sad rain", "great food and a long walk home", "awful")
+    return [{"prompt": f"row {i}: {words[i % 6]} ->", "completion": LABELS[i % 2]} for i in range(n)]
+
+
+def make_run(
+    folder: Path,
+    base: Path,
+    *,
+    train: list[dict[str, str]],
+    valid: list[dict[str, str]] | None = None,
+    hyperparameters: ResolvedHyperparameters,
+    checkpoint_interval_s: float = 1e9,
+    parent_adapter_dir: Path | None = None,
+    context_tokens: int = 2_048,
+    base_learning_rate: float = 0.05,
+) -> RunDir:
+    """A run folder as the platform prepares it."""
+    run_dir = RunDir(folder)
+    folder.mkdir(parents=True)
+    run_dir.training_file.write_text("".join(json.dumps(example) + "\n" for example in train))
+    if valid is not None:
+        run_dir.validation_file.write_text("".join(json.dumps(example) + "\n" for example in valid))
+    run_dir.write_spec(
+        RunSpec(
+            run_id=folder.name,
+            job_id="ft-test",
+            base_dir=str(base),
+            parent_adapter_dir=None if parent_adapter_dir is None else str(parent_adapter_dir),
+            context_tokens=context_tokens,
+            hyperparameters=hyperparameters,
+            base_learning_rate=base_learning_rate,
+            lora_rank=4,
+            lora_alpha=8.0,
+            seed=11,
+            threads=1,
+            checkpoint_interval_s=checkpoint_interval_s,
+        )
+    )
+    return run_dir
+
+
+CLASSIFY = ResolvedHyperparameters(
+    n_epochs=3,
+    batch_size=4,
+    learning_rate_multiplier=0.1,
+    prompt_loss_weight=0.01,
+    compute_classification_metrics=True,
+    classification_n_classes=2,
+    classification_positive_class=LABELS[0],
+    classification_betas=(1.0, 0.5),
+)
+"""Binary classification with every column of results.csv."""
