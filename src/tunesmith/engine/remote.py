@@ -100,10 +100,11 @@ class RemoteEngine:
         if self._supervisor is None:
             self._supervisor = asyncio.create_task(self._supervise())
         try:
-            await asyncio.wait_for(self._up.wait(), self._start_timeout_s)
+            async with asyncio.timeout(self._start_timeout_s):
+                while self._child is None:  # one that came up can be gone again before we are told
+                    await self._up.wait()
         except TimeoutError as error:
             raise EngineUnavailable("The engine is starting. Please try again in a few seconds.") from error
-        assert self._child is not None
         return self._child
 
     async def _supervise(self) -> None:
@@ -113,10 +114,10 @@ class RemoteEngine:
             started = time.monotonic()
             child = _Child(self._threads)
             try:
-                await child.ready()
-                self._child = child
-                self._up.set()
-                await child.died()
+                if await child.answers():
+                    self._child = child
+                    self._up.set()
+                    await child.died()
             finally:
                 self._child = None
                 self._up.clear()
@@ -145,10 +146,10 @@ class _Child:
         self._writer: asyncio.StreamWriter | None = None
         self._reader: asyncio.StreamReader | None = None
 
-    async def ready(self) -> None:
-        """Returns when the process answers, or when it has died before that: then `died` returns at once."""
+    async def answers(self) -> bool:
+        """Waits until the process is ready; False if it died before."""
         self._reader, self._writer = await asyncio.open_unix_connection(sock=self._socket, limit=LONGEST_LINE_BYTES)
-        await self._reader.readline()
+        return bool(await self._reader.readline())
 
     async def died(self) -> None:
         """Passes on what the process says until it is gone."""

@@ -1,0 +1,302 @@
+"""The numbers of the torch engine are those of a plain forward, whatever the company, the chunks and the cache."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.engine.models import make_adapter, plain_logprobs
+from tests.tiny import VOCABULARY_SIZE, make_tiny_base
+from tunesmith.engine.base import EngineOutput, GenerateRequest, PromptScored, SampledToken, SamplingParams
+from tunesmith.engine.embedded import EmbeddedEngine
+from tunesmith.engine.messages import Ended, Event, Produced
+from tunesmith.engine.runner import Runner
+
+pytestmark = pytest.mark.anyio
+NATS = 1e-4
+
+
+def prompt(length: int, seed: int) -> tuple[int, ...]:
+    return tuple(random.Random(seed).choices(range(VOCABULARY_SIZE), k=length))
+
+
+async def outputs(engine: EmbeddedEngine, request: GenerateRequest) -> list[EngineOutput]:
+    return [output async for output in engine.generate(request)]
+
+
+async def check_against_plain(
+    got: list[EngineOutput], request: GenerateRequest, base_dir: Path, adapter_dir: Path | None
+) -> None:
+    """Every score of a request against one forward over prompt and completion, alone."""
+    scored, *tokens = got
+    assert isinstance(scored, PromptScored)
+    generated = [token.score for token in tokens if isinstance(token, SampledToken)]
+    ids = [*request.prompt_ids, *(score.token_id for score in generated)]
+    expected_TV = plain_logprobs(base_dir, adapter_dir, ids)
+    for position, score in enumerate([*scored.scores, *generated][1:]):
+        assert score.token_id == ids[position + 1]
+        assert score.logprob == pytest.approx(float(expected_TV[position, ids[position + 1]]), abs=NATS)
+        best = expected_TV[position].topk(len(score.top))
+        assert [logprob for _, logprob in score.top] == pytest.approx(best.values.tolist(), abs=NATS)
+
+
+async def test_many_adapters_mixed_are_each_as_alone(
+    engine: EmbeddedEngine, tiny_base: Path, adapters: list[Path]
+) -> None:
+    models = [None, *adapters, None]
+    handles = [await engine.load(tiny_base, adapter) for adapter in models]
+    requests = [
+        GenerateRequest(
+            handle, prompt(1 + 7 * i, seed=i), SamplingParams(max_tokens=6, seed=i), top_logprobs=3, score_prompt=True
+        )
+        for i, handle in enumerate(handles)
+    ]
+    for request, got, adapter in zip(
+        requests, await asyncio.gather(*(outputs(engine, r) for r in requests)), models, strict=True
+    ):
+        await check_against_plain(got, request, tiny_base, adapter)
+
+
+async def test_a_prompt_in_chunks_scores_as_in_one(
+    engine: EmbeddedEngine, tiny_base: Path, adapters: list[Path]
+) -> None:
+    handle = await engine.load(tiny_base, adapters[0])
+    sampling = SamplingParams(max_tokens=1, temperature=0)
+    request = GenerateRequest(handle, prompt(2048, seed=1), sampling, top_logprobs=2, score_prompt=True)
+    short = [
+        GenerateRequest(handle, prompt(5, seed=i), SamplingParams(max_tokens=40, temperature=0), 0, True)
+        for i in range(3)
+    ]
+    got, *others = await asyncio.gather(*(outputs(engine, r) for r in [request, *short]))
+    await check_against_plain(got, request, tiny_base, adapters[0])
+    for mine, asked in zip(others, short, strict=True):
+        await check_against_plain(mine, asked, tiny_base, adapters[0])
+
+
+@pytest.fixture(scope="module")
+def golden(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """An adapter, and the same two models in transformers and PEFT."""
+    folder = make_adapter(tiny_base, tmp_path_factory.mktemp("golden") / "adapter", seed=77, rank=4)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    another = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    return folder, base, PeftModel.from_pretrained(another, folder).eval()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # PEFT asks transformers by its old name
+@pytest.mark.parametrize("tuned", [False, True])
+async def test_greedy_and_scores_equal_transformers_and_peft(
+    engine: EmbeddedEngine, tiny_base: Path, golden: tuple[Path, Any, Any], tuned: bool
+) -> None:
+    folder, base, peft = golden
+    model = peft if tuned else base
+    handle = await engine.load(tiny_base, folder if tuned else None)
+    for length in (1, 9, 70):
+        ids = prompt(length, seed=length)
+        sampling = SamplingParams(max_tokens=12, temperature=0)
+        scored, *tokens = await outputs(engine, GenerateRequest(handle, ids, sampling, 5, score_prompt=True))
+        assert isinstance(scored, PromptScored)
+        generated = [token.score for token in tokens if isinstance(token, SampledToken)]
+        expected = model.generate(
+            input_ids=torch.tensor([ids]),
+            attention_mask=torch.ones(1, length),
+            do_sample=False,
+            max_new_tokens=12,
+            min_new_tokens=12,
+        )
+        whole = expected[0].tolist()
+        assert [score.token_id for score in generated] == whole[length:]
+        with torch.inference_mode():
+            logprobs_TV = model(expected).logits[0].float().log_softmax(-1)
+        for position, score in enumerate([*scored.scores, *generated][1:]):
+            assert score.logprob == pytest.approx(float(logprobs_TV[position, whole[position + 1]]), abs=NATS)
+            best = logprobs_TV[position].topk(5)
+            assert [i for i, _ in score.top] == best.indices.tolist()
+            assert [p for _, p in score.top] == pytest.approx(best.values.tolist(), abs=NATS)
+
+
+async def test_bases_are_served_side_by_side(engine: EmbeddedEngine, tiny_base: Path, tmp_path: Path) -> None:
+    other = make_tiny_base(tmp_path / "other", width=48, layers=1, seed=9)
+    adapter = make_adapter(other, tmp_path / "adapter", seed=3)
+    models = [(tiny_base, None), (other, None), (other, adapter)]
+    requests = []
+    for i, (base, folder) in enumerate(models):
+        handle = await engine.load(base, folder)
+        requests.append(GenerateRequest(handle, prompt(20, i), SamplingParams(max_tokens=5, seed=i), 1, True))
+    results = await asyncio.gather(*(outputs(engine, r) for r in requests))
+    for got, request, (base, folder) in zip(results, requests, models, strict=True):
+        await check_against_plain(got, request, base, folder)
+
+
+async def test_an_adapter_of_another_shape_is_refused(engine: EmbeddedEngine, tiny_base: Path, tmp_path: Path) -> None:
+    wider = make_tiny_base(tmp_path / "wider", width=48)
+    deeper = make_tiny_base(tmp_path / "deeper", layers=3)
+    for base in (wider, deeper):
+        adapter = make_adapter(base, tmp_path / f"adapter of {base.name}", seed=1)
+        with pytest.raises(ValueError, match="base"):
+            await engine.load(tiny_base, adapter)
+
+
+async def test_damaged_weights_are_refused(engine: EmbeddedEngine, tmp_path: Path) -> None:
+    base = make_tiny_base(tmp_path / "base", layers=1)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        await engine.load(base, None)
+    (base / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        await engine.load(base, None)
+
+
+async def test_a_model_made_again_at_the_same_path_is_another(
+    engine: EmbeddedEngine, tiny_base: Path, tmp_path: Path
+) -> None:
+    sampling = SamplingParams(max_tokens=4, temperature=0)
+    folder = make_adapter(tiny_base, tmp_path / "adapter", seed=1)
+    before = await engine.load(tiny_base, folder)
+    first = await outputs(engine, GenerateRequest(before, (5, 6), sampling))
+    make_adapter(tiny_base, folder, seed=2)
+    after = await engine.load(tiny_base, folder)
+    assert after != before
+    assert await outputs(engine, GenerateRequest(after, (5, 6), sampling)) != first
+    assert await outputs(engine, GenerateRequest(before, (5, 6), sampling)) == first
+
+
+@pytest.mark.parametrize(
+    ("ids", "bias", "says"),
+    [
+        ((VOCABULARY_SIZE,), {}, "between 0"),
+        ((-1,), {}, "between 0"),
+        ((1,), {VOCABULARY_SIZE: 1.0}, "between 0"),
+        ((), {}, "no tokens"),
+    ],
+)
+async def test_what_would_fail_others_is_refused_alone(
+    engine: EmbeddedEngine, tiny_base: Path, ids: tuple[int, ...], bias: dict[int, float], says: str
+) -> None:
+    handle = await engine.load(tiny_base, None)
+    bad = GenerateRequest(handle, ids, SamplingParams(logit_bias=bias))
+    good = GenerateRequest(handle, (1, 2), SamplingParams(max_tokens=3))
+    refused, fine = await asyncio.gather(outputs(engine, bad), outputs(engine, good), return_exceptions=True)
+    assert isinstance(refused, ValueError)
+    assert says in str(refused)
+    assert isinstance(fine, list)
+    assert len(fine) == 3
+
+
+def run(runner: Runner, requests: dict[int, GenerateRequest], arrive: dict[int, int]) -> dict[int, list[EngineOutput]]:
+    """Steps through requests of which number n arrives before step `arrive[n]`."""
+    results: dict[int, list[EngineOutput]] = {number: [] for number in requests}
+    events: list[Event] = []
+    for step in range(10_000):
+        for number, request in requests.items():
+            if arrive[number] == step:
+                events += runner.submit(number, request)
+        if step > max(arrive.values()) and not runner.busy:
+            break
+        events += runner.step()
+    for event in events:
+        assert isinstance(event, Produced | Ended)
+        if isinstance(event, Produced):
+            results[event.number].append(event.output)
+    return results
+
+
+def scores(got: list[EngineOutput]) -> list[tuple[int, float | None]]:
+    flat = []
+    for output in got:
+        listed = output.scores if isinstance(output, PromptScored) else (output.score,)
+        flat += [(score.token_id, score.logprob) for score in listed]
+    return flat
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_interleaving_equals_one_at_a_time(tiny_base: Path, adapters: list[Path], seed: int) -> None:
+    chance = random.Random(seed)
+    models = [None, *adapters[:3]]
+    # little room everywhere: prompts go in chunks, most requests wait for a place in batch and cache
+    small = Runner(max_running=3, step_tokens=7, cache_bytes=1)
+    large = Runner()
+    for runner in (small, large):
+        for index, adapter in enumerate(models):
+            runner.load(str(index), str(tiny_base), None if adapter is None else str(adapter))
+    requests = {
+        number: GenerateRequest(
+            str(chance.randrange(len(models))),
+            prompt(chance.choice([1, 3, 31, 32, 33, 80]), seed=number),
+            SamplingParams(
+                max_tokens=chance.randrange(0, 9),
+                temperature=chance.choice([0.0, 0.7, 1.0]),
+                top_p=chance.choice([0.3, 1.0]),
+                frequency_penalty=chance.choice([0.0, 1.5]),
+                seed=number,
+            ),
+            top_logprobs=chance.choice([0, 2]),
+            score_prompt=chance.random() < 0.5,
+        )
+        for number in range(12)
+    }
+    arrive = {number: chance.randrange(15) for number in requests}
+    mixed = run(small, requests, arrive)
+    together = run(large, requests, dict.fromkeys(requests, 0))
+    for number, request in requests.items():
+        alone = scores(run(large, {number: request}, {number: 0})[number])
+        for other in (scores(mixed[number]), scores(together[number])):
+            assert [token_id for token_id, _ in other] == [token_id for token_id, _ in alone]
+            assert [p or 0 for _, p in other] == pytest.approx([p or 0 for _, p in alone], abs=NATS)
+
+
+def test_a_long_prompt_does_not_stall_who_generates(tiny_base: Path) -> None:
+    runner = Runner(step_tokens=64)
+    runner.load("base", str(tiny_base), None)
+    runner.submit(1, GenerateRequest("base", prompt(4, 1), SamplingParams(max_tokens=200, temperature=0)))
+    runner.step()
+    runner.submit(2, GenerateRequest("base", prompt(1000, 2), SamplingParams(max_tokens=1)))
+    for _ in range(15):
+        assert [event.number for event in runner.step() if isinstance(event, Produced)] == [1]
+    assert [event.number for event in runner.step() if isinstance(event, Produced)] == [1, 2]
+
+
+def test_a_cancelled_sequence_gives_its_place_to_the_next(tiny_base: Path) -> None:
+    runner = Runner(max_running=1, step_tokens=64)
+    runner.load("base", str(tiny_base), None)
+    for number in (1, 2, 3):
+        runner.submit(number, GenerateRequest("base", (7,), SamplingParams(max_tokens=100)))
+    assert {event.number for event in runner.step()} == {1}
+    runner.cancel(1)
+    runner.cancel(2)  # still waiting
+    assert {event.number for event in runner.step()} == {3}
+    runner.cancel(3)
+    assert not runner.busy
+
+
+def test_a_base_is_given_back_with_its_last_model(tiny_base: Path, adapters: list[Path]) -> None:
+    runner = Runner()
+    runner.load("base", str(tiny_base), None)
+    runner.load("adapter", str(tiny_base), str(adapters[0]))
+    runner.submit(1, GenerateRequest("adapter", (7,), SamplingParams(max_tokens=2)))
+    runner.unload("base")
+    runner.unload("adapter")
+    assert len(runner.step()) == 1  # what runs keeps what it needs
+    assert len(runner._bases) == 1
+    runner.step()
+    assert len(runner._bases) == 0
+
+
+def test_a_failed_step_ends_its_sequences_and_only_them(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(max_running=1, step_tokens=64)
+    runner.load("base", str(tiny_base), None)
+    for number in (1, 2):
+        runner.submit(number, GenerateRequest("base", (7,), SamplingParams(max_tokens=1)))
+    runner.step()
+    runner.submit(3, GenerateRequest("base", (7,), SamplingParams(max_tokens=1)))
+    assert runner.fail_running("broken") == []  # 1 has ended, 2 and 3 still wait
+    assert [event.number for event in runner.step()] == [2]

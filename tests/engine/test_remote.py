@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import until
+from tunesmith.engine.base import EngineOutput, GenerateRequest, SamplingParams
+from tunesmith.engine.remote import RemoteEngine
+from tunesmith.errors import EngineUnavailable
+
+pytestmark = pytest.mark.anyio
+SHORT = SamplingParams(max_tokens=5, temperature=0)
+
+
+@pytest.fixture
+async def remote() -> AsyncIterator[RemoteEngine]:
+    engine = RemoteEngine(threads=1)
+    yield engine
+    await engine.close()
+
+
+async def outputs(engine: RemoteEngine, request: GenerateRequest) -> list[EngineOutput]:
+    return [output async for output in engine.generate(request)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+async def test_a_killed_engine_fails_what_ran_and_serves_what_comes(
+    remote: RemoteEngine, tiny_base: Path, adapters: list[Path]
+) -> None:
+    base = await remote.load(tiny_base, None)
+    tuned = await remote.load(tiny_base, adapters[0])
+    before = [await outputs(remote, GenerateRequest(handle, (5, 6), SHORT)) for handle in (base, tuned)]
+
+    running = remote.generate(GenerateRequest(base, (5, 6), SamplingParams(max_tokens=2000)))
+    await anext(running)
+    first = remote.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(EngineUnavailable, match="try again"):
+        async for _ in running:
+            pass
+
+    after = [await outputs(remote, GenerateRequest(handle, (5, 6), SHORT)) for handle in (base, tuned)]
+    assert after == before
+    assert remote.pid not in (None, first)
+
+
+async def test_closing_ends_the_process(tiny_base: Path) -> None:
+    engine = RemoteEngine(threads=1)
+    await engine.start()
+    pid = engine.pid
+    assert pid is not None
+    await engine.close()
+    assert not alive(pid)
+    with pytest.raises(EngineUnavailable):
+        await engine.load(tiny_base, None)
+
+
+async def test_a_process_that_does_not_come_up_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('broken on purpose')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    engine = RemoteEngine(threads=1, start_timeout_s=2.0)
+    with pytest.raises(EngineUnavailable, match="starting"):
+        await engine.start()
+    monkeypatch.delenv("PYTHONPATH")
+    await engine.close()
+
+
+PARENT = """
+import asyncio, sys
+from tunesmith.engine.remote import RemoteEngine
+
+async def main():
+    engine = RemoteEngine(threads=1)
+    await engine.start()
+    print(engine.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_the_engine_dies_with_a_parent_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pid = int(await asyncio.to_thread(parent.stdout.readline))
+        assert alive(pid)
+        parent.kill()
+    await asyncio.to_thread(until, lambda: not alive(pid))
