@@ -18,7 +18,7 @@ from tunesmith.client import Client
 from tunesmith.rundir import RunDir
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-RESTART_NOTICE = re.compile(r"Fine-tune interrupted|Fine-tune restarted|is in the queue\. Queue number")
+QUEUE_NEWS = re.compile(r"Fine-tune is in the queue\.")
 IDS = re.compile(r"(ft|file)-[A-Za-z0-9]{24}|(?<=Uploaded model: )\S+")
 
 
@@ -29,7 +29,7 @@ class Traces:
     adapter: dict[str, bytes]
     results: bytes
     events: list[str]
-    """Messages in order, without ids, times and restart notices."""
+    """Messages in order, without ids and times, and without news of the queue, which other jobs make."""
 
     def difference(self, other: Traces) -> str | None:
         """What differs, in words; None if nothing does."""
@@ -94,7 +94,7 @@ def traces(server: Server, client: Client, job: dict[str, Any]) -> Traces:
     return Traces(
         adapter=_adapter(adapter),
         results=client.content(job["result_files"][0]["id"]),
-        events=[message for message in messages if not RESTART_NOTICE.search(message)],
+        events=[message for message in messages if not QUEUE_NEWS.match(message)],
     )
 
 

@@ -129,7 +129,9 @@ def test_a_job_cancelled_while_it_waits_never_starts(server: Server, client: Cli
 def test_a_killed_engine_costs_the_requests_in_flight_and_no_more(server: Server, client: Client) -> None:
     question = {"model": "ada", "prompt": "The plot was", "max_tokens": 4, "temperature": 0}
     before = client.post("completions", body=question)["choices"]
-    server.one(ENGINE).kill()
+    victim = server.one(ENGINE)
+    victim.kill()
+    until(lambda: victim not in server.processes(ENGINE))
     after = client.post("completions", body=question)["choices"]
     assert after == before
     assert len(server.processes(ENGINE)) == 1

@@ -31,7 +31,7 @@ Parity = Callable[[RunDir, RunSpec], str | None]
 
 LORA_RANK = 16
 LORA_ALPHA = 32.0
-"""Twice the rank, the usual choice (Hu et al. 2021, section 5.5; PEFT's documentation)."""
+"""Adapters are scaled by alpha / rank, that is by 2; the learning rates of `core/bases.py` are for this scale."""
 FRUITLESS_STARTS = 3
 """A trainer that died is started again this often without getting further; then the job fails with its last words."""
 FAULTS = 8
