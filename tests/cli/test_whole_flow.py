@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,11 +29,19 @@ def server(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield server
 
 
-@pytest.fixture
-def cli(server: Server, tmp_path: Path) -> CommandLine:
+@pytest.fixture(scope="module")
+def cli(server: Server, tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+    folder = tmp_path_factory.mktemp("data")
     for name, count, seed in (("train", 40, 1), ("valid", 12, 2), ("long", 400, 3)):
-        write_rows(tmp_path / f"{name}.jsonl", reviews(count, seed))
-    return CommandLine(PROGRAM, client_environment(server.base_url, OWNER_KEY), tmp_path)
+        write_rows(folder / f"{name}.jsonl", reviews(count, seed))
+    return CommandLine(PROGRAM, client_environment(server.base_url, OWNER_KEY), folder)
+
+
+@pytest.fixture(scope="module")
+def recorded(cli: CommandLine) -> list[dict[str, Any]]:
+    """What a job created and followed with --json prints, line by line."""
+    flags = ["-t", "train.jsonl", "-m", "ada", "--n_epochs", "1", "--batch_size", "8", "--json"]
+    return [json.loads(line) for line in cli.run("fine_tunes.create", *flags).splitlines()]
 
 
 def command(cli: CommandLine, *words: str) -> subprocess.CompletedProcess[str]:
@@ -58,11 +67,10 @@ def test_files(cli: CommandLine) -> None:
     flow.check_files(cli)
 
 
-def test_members_are_made_refused_and_revoked(cli: CommandLine, server: Server) -> None:
+def test_members_are_made_refused_and_revoked(cli: CommandLine, server: Server, recorded: list[dict[str, Any]]) -> None:
     made = json.loads(command(cli, "keys", "create", "--name", "a colleague", "--json").stdout)
     member = CommandLine(PROGRAM, client_environment(server.base_url, made["secret"]), cli.folder)
-    created = json.loads(member.run("fine_tunes.create", "-t", "train.jsonl", "-m", "ada", "--json").splitlines()[-1])
-    flow.check_deletion(cli, member, created["fine_tuned_model"])
+    flow.check_deletion(cli, member, recorded[-1]["fine_tuned_model"])
     listed = command(cli, "keys", "list").stdout
     assert made["id"] in listed
     assert made["secret"] not in listed
@@ -79,16 +87,17 @@ def test_models_says_which_names_share_a_checkpoint(cli: CommandLine) -> None:
     assert [model["id"] for model in listed][:4] == ["ada", "babbage", "curie", "davinci"]
 
 
-def test_results_and_errors_for_machines(cli: CommandLine) -> None:
-    lines = [
-        json.loads(line)
-        for line in cli.run("fine_tunes.create", "-t", "train.jsonl", "-m", "ada", "--json").splitlines()
-    ]
-    job = lines[-1]
-    assert lines[0]["id"] == job["id"]
-    assert [line["message"] for line in lines[1:-1]] == [event["message"] for event in job["events"]]
-    rows = json.loads(cli.run("fine_tunes.results", "-i", job["id"], "--json"))
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+def test_machines_get_the_job_its_events_and_the_job_as_it_ended(recorded: list[dict[str, Any]]) -> None:
+    created, *events, ended = recorded
+    assert (created["id"], created["status"]) == (ended["id"], "pending")
+    assert ended["status"] == "succeeded"
+    assert [event["message"] for event in events] == [event["message"] for event in ended["events"]]
+
+
+def test_results_and_errors_for_machines(cli: CommandLine, recorded: list[dict[str, Any]]) -> None:
+    rows = json.loads(cli.run("fine_tunes.results", "-i", recorded[-1]["id"], "--json"))
+    assert [row["step"] for row in rows] == list(range(1, 6))
+    assert all(row["training_loss"] > 0 for row in rows)
     failed = cli.finished("models.get", "-i", "no-such-model", "--json")
     assert failed.returncode == 1
     assert json.loads(failed.stderr)["error"]["code"] == "model_not_found"

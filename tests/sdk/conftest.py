@@ -85,5 +85,6 @@ def doomed(server: Server) -> str:
 def tune(server: Server) -> str:
     with server.client() as client:
         job = client.post("fine-tunes", body={"training_file": upload(client, reviews(8, 5)), "model": "ada"})
-        name: str = wait_for(client, job["id"], "succeeded")["fine_tuned_model"]
-    return name
+        ended = wait_for(client, job["id"])
+    assert ended["status"] == "succeeded", ended["events"]
+    return str(ended["fine_tuned_model"])
