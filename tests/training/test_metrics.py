@@ -23,7 +23,7 @@ def test_accuracies_of_the_guides_example() -> None:
     assert tally.token_accuracy == 5 / 6
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.booleans(), st.sampled_from([0.0, 0.1, 0.5, 0.5, 0.7, 1.0, 1 / 3])), min_size=1, max_size=40),
     st.sampled_from([0.5, 1.0, 2.0]),
@@ -44,7 +44,7 @@ def test_binary_metrics_are_those_of_scikit_learn(rows: list[tuple[bool, float]]
         assert found["auroc"] == pytest.approx(reference.roc_auc_score(positive, probability), abs=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40))
 def test_multiclass_metrics_are_those_of_scikit_learn(rows: list[tuple[int, int]]) -> None:
     actual, called = np.array([a for a, _ in rows]), np.array([c for _, c in rows])

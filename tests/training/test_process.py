@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.training.rows import CLASSIFY, examples, make_run
-from tunesmith.rundir import RunDir
+from tunesmith.rundir import Outcome, RunDir
 from tunesmith.training.loop import train
 from tunesmith.training.process import AlreadyRunning, only_trainer
 
@@ -33,11 +33,13 @@ PRODUCTS = (
 def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiny_base: Path, tmp_path: Path) -> None:
     chance = random.Random(1)
     whole, killed = (_make(tmp_path / name, tiny_base) for name in ("whole", "killed"))
-    assert _start(whole).wait(PATIENCE_S) == 0
+    outcome = train(whole)
+    assert outcome is not None
+    whole.write_outcome(outcome)
 
     for _ in range(3):
         trainer = _start(killed)
-        goal = _steps(killed) + chance.randint(2, 12)
+        goal = _steps(killed) + chance.randint(1, 10)
         _until(lambda goal=goal: _steps(killed) >= goal)  # type: ignore[misc]
         trainer.kill()
         assert trainer.wait(PATIENCE_S) == -signal.SIGKILL
@@ -138,16 +140,17 @@ def test_a_fault_of_ours_is_in_the_log_and_not_in_the_sentence(tiny_base: Path, 
 
 
 def test_a_finished_run_stays_as_it_is(tiny_base: Path, tmp_path: Path) -> None:
-    run_dir = _make(tmp_path / "run", tiny_base, n_epochs=1)
-    assert _start(run_dir).wait(PATIENCE_S) == 0
-    before = {path: path.stat().st_mtime_ns for path in run_dir.path.rglob("*") if path.is_file()}
+    run_dir = _make(tmp_path / "run", tiny_base)
+    run_dir.write_outcome(Outcome("failed", error="as it was"))
+    before = {path.name for path in run_dir.path.iterdir()}
 
     assert _start(run_dir).wait(PATIENCE_S) == 0
 
-    assert {path: path.stat().st_mtime_ns for path in run_dir.path.rglob("*") if path.is_file()} == before
+    assert {path.name for path in run_dir.path.iterdir()} == before | {"lock"}
+    assert run_dir.read_outcome() == Outcome("failed", error="as it was")
 
 
-def _make(folder: Path, base: Path, *, n_epochs: int = 20, checkpoint_interval_s: float = 0.0) -> RunDir:
+def _make(folder: Path, base: Path, *, n_epochs: int = 16, checkpoint_interval_s: float = 0.0) -> RunDir:
     asked = replace(CLASSIFY, n_epochs=n_epochs)
     return make_run(
         folder,
