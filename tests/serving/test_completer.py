@@ -309,11 +309,14 @@ async def test_what_the_engine_cannot_do_is_refused_by_name(
     await completer.complete(CompletionRequest(model, ("x",), echo=True))  # the rest is served
 
 
-async def test_a_model_whose_files_are_gone_is_not_found(completer: Completer, model: ModelRef, tmp_path: Path) -> None:
+async def test_a_model_whose_files_are_gone_is_not_found(
+    completer: Completer, model: ModelRef, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(NotFound) as missing:
         await completer.open(CompletionRequest(replace(model, name="ada:ft-x", adapter_dir=tmp_path), ("x",)))
     assert missing.value.code == "model_not_found"
     assert "`ada:ft-x`" in missing.value.message
+    assert str(tmp_path) in caplog.text
 
 
 async def test_closing_a_stream_ends_its_sequences(

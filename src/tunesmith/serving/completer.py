@@ -6,6 +6,7 @@ Knows nothing of HTTP, keys or the database; the engine behind it knows nothing 
 from __future__ import annotations
 
 import asyncio
+import logging
 import weakref
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -20,6 +21,8 @@ from tunesmith.serving.choice import Choice, ChoiceDelta, ChoiceWriter, Logprobs
 from tunesmith.serving.request import CompletionRequest, Prompt
 from tunesmith.serving.residency import Lease, Residency
 from tunesmith.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Choice",
@@ -106,7 +109,8 @@ class Completer:
         try:
             lease = await self._residency.acquire(model.base_dir, model.adapter_dir)
         except ValueError as error:
-            # Between looking the model up and opening its files it was deleted.
+            # Between looking the model up and opening its files it was deleted; if it was not, the operator must know.
+            logger.warning("model cannot be loaded model=%s reason=%s", model.name, error)
             raise NotFound(f"The model `{model.name}` does not exist", code="model_not_found") from error
         sequences = list(self._sequences(request, tokenizer, prompts, lease.handle))
         return CompletionStream(_run(self._engine, request, sequences), lease)
