@@ -23,7 +23,7 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 signal.signal(signal.SIGTERM, signal.SIG_IGN if (folder / "deaf").exists() else lambda *_: os._exit(75))
 facts = {"pid": os.getpid(), "group": os.getpgrp(), "session": os.getsid(0), "nice": os.nice(0)}
-facts["environment"] = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "HOME")}
+facts["environment"] = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HOME")}
 (folder / "facts.tmp").write_text(json.dumps(facts))
 (folder / "facts.tmp").rename(folder / "ready")
 while True:
@@ -68,7 +68,11 @@ def test_a_run_is_a_process_group_of_low_priority_with_its_settings(executor: Lo
     assert facts["group"] == facts["pid"]
     assert facts["session"] == os.getsid(0)
     assert facts["nice"] == 7
-    assert facts["environment"] == {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": "0", "HOME": os.environ.get("HOME")}
+    assert facts["environment"] == {
+        "OMP_NUM_THREADS": "3",
+        "OMP_WAIT_POLICY": "passive",
+        "HOME": os.environ.get("HOME"),
+    }
 
 
 def test_stop_asks_first_and_lets_the_run_exit(executor: LocalExecutor, tmp_path: Path) -> None:
