@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from sqlalchemy import select
 
@@ -11,10 +13,11 @@ from tunesmith.errors import AuthenticationFailed, InvalidRequest, NotFound, Per
 
 
 @pytest.fixture
-def accounts(database_url: str) -> Accounts:
+def accounts(database_url: str) -> Iterator[Accounts]:
     store = Store(database_url)
     store.migrate()
-    return Accounts(store)
+    yield Accounts(store)
+    store.close()
 
 
 def test_the_first_start_makes_an_owner_and_the_next_ones_nothing(accounts: Accounts) -> None:
