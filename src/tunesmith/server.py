@@ -57,6 +57,8 @@ KEEP_ALIVE_S = 75
 """Longer than the published clients keep an idle connection, so that none is closed as they take it up again."""
 DISPATCHER_SILENT_S = 60.0
 """A dispatcher that has not ticked for so long is not ready; one tick may wait for the engine to load a model."""
+PARITY_WITHIN_S = 300.0
+"""An engine that has not scored the parity rows by then is stuck; the dispatcher must not be, and asks again later."""
 SEED_BITS = 63
 
 
@@ -246,7 +248,12 @@ def _parity(settings: Settings, engine: Engine, loop: asyncio.AbstractEventLoop)
         return lambda run_dir, spec: None  # it reads no weights, so its numbers say nothing about an adapter
 
     def check(run_dir: RunDir, spec: RunSpec) -> str | None:
-        return asyncio.run_coroutine_threadsafe(parity.check(engine, run_dir, spec, run_dir.adapter), loop).result()
+        asked = asyncio.run_coroutine_threadsafe(parity.check(engine, run_dir, spec, run_dir.adapter), loop)
+        try:
+            return asked.result(PARITY_WITHIN_S)
+        except TimeoutError:
+            asked.cancel()
+            raise
 
     return check
 

@@ -59,6 +59,23 @@ async def test_a_killed_engine_fails_what_ran_and_serves_what_comes(
     assert remote.pid not in (None, first)
 
 
+async def test_a_request_that_had_no_answer_yet_does_not_notice_that_the_engine_died(
+    remote: RemoteEngine, tiny_base: Path
+) -> None:
+    request = GenerateRequest(await remote.load(tiny_base, None), (5, 6), SHORT)
+    before = await outputs(remote, request)
+
+    frozen = remote.pid
+    assert frozen is not None
+    os.kill(frozen, signal.SIGSTOP)
+    asked = asyncio.create_task(outputs(remote, request))
+    await asyncio.sleep(0)
+    os.kill(frozen, signal.SIGKILL)
+
+    assert await asked == before
+    assert remote.pid not in (None, frozen)
+
+
 async def test_closing_ends_the_process(tiny_base: Path) -> None:
     engine = RemoteEngine(threads=1)
     await engine.start()

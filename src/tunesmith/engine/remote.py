@@ -32,6 +32,8 @@ EXIT_WAIT_S = 5.0
 STEADY_S = 60.0
 """A process that lived so long is no sign of a fault that comes back at once."""
 LONGEST_PAUSE_S = 30.0
+ATTEMPTS = 2
+"""Not more: a request that kills the engine, by exhausting its memory say, must not do so for ever."""
 
 Models = dict[str, tuple[Path, Path | None]]
 
@@ -77,7 +79,22 @@ class RemoteEngine:
             self._child.unload(handle)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineOutput, None]:
-        """See `Engine.generate`."""
+        """See `Engine.generate`. A request that has produced nothing when the process dies is put to the next one."""
+        for attempt in range(ATTEMPTS):
+            produced = False
+            outputs = self._attempt(request)
+            try:
+                async for output in outputs:
+                    produced = True
+                    yield output
+                return
+            except EngineUnavailable:
+                if produced or self._closed or attempt == ATTEMPTS - 1:
+                    raise
+            finally:
+                await outputs.aclose()
+
+    async def _attempt(self, request: GenerateRequest) -> AsyncGenerator[EngineOutput, None]:
         child = await self._ready()
         await child.load(request.handle, self._models[request.handle])  # at once, but for the first after a restart
         outputs = child.mailbox.generate(request)
