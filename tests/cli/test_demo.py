@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 from pathlib import Path
 
@@ -52,6 +53,16 @@ def test_the_home_of_an_earlier_demo_is_emptied_or_kept(tmp_path: Path) -> None:
     assert (home / "tunesmith.db").exists()
     _prepare_home(home, keep=False)
     assert [path.name for path in home.iterdir()] == [MARKER]
+
+
+def test_the_home_of_a_running_server_is_left_alone(tmp_path: Path) -> None:
+    home = _prepare_home(tmp_path / "demo", keep=False)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="A server is using"):
+            _prepare_home(home, keep=False)
+    _prepare_home(home, keep=False)
+    assert not (home / "lock").exists()
 
 
 def test_the_next_steps_quote_a_home_with_a_space() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shlex
 import shutil
@@ -104,11 +105,25 @@ def _prepare_home(home: Path, *, keep: bool) -> Path:
     ours = (home / MARKER).exists()
     if home.exists() and any(home.iterdir()) and not ours:
         raise UsageError(f"{home} holds something that no demo made. Name another folder with --home.")
+    if _in_use(home):
+        raise UsageError(f"A server is using {home}. Stop it, or name another folder with --home.")
     if ours and not keep:
         shutil.rmtree(home)
     home.mkdir(parents=True, exist_ok=True)
     (home / MARKER).touch()
     return home
+
+
+def _in_use(home: Path) -> bool:
+    """Whether a server holds the lock of a home."""
+    try:
+        with (home / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _tune(client: Client, output: Output) -> dict[str, Any]:
@@ -154,17 +169,20 @@ def _samples(validation: Sequence[Example], scores: Sequence[dict[str, float]]) 
 def _show(report: dict[str, Any], majority: str, samples: list[list[str]], home: Path, output: Output) -> None:
     model = report["model"]
     output.say()
+    share = f"right, of {report['validation_rows']}"
     show_table(
         output,
-        ["answers", f"right, of {report['validation_rows']}"],
+        ["answers", share],
         [
             [f"always{majority}", f"{report['majority_accuracy']:.1%}"],
             ["ada as it is, asked in words", f"{report['base_accuracy']:.1%}"],
             [model, f"{report['tuned_accuracy']:.1%}"],
         ],
+        numbers=frozenset({share}),
     )
     output.say()
-    show_table(output, ["tweet", "is", *(f"p({name.strip()})" for name in CLASSES)], samples)
+    chances = [f"p({name.strip()})" for name in CLASSES]
+    show_table(output, ["tweet", "is", *chances], samples, numbers=frozenset(chances))
     output.say(
         f"\nDone in {report['elapsed_s']:.0f} s; the server is stopped. To go on with this model, start it again:\n"
     )

@@ -43,7 +43,7 @@ def _view(output: Output) -> Iterator[View]:
         yield RecordView(output)
     elif output.terminal:
         columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=Console(highlight=False), transient=True) as progress:
+        with Progress(*columns, console=Console(highlight=False), transient=True, refresh_per_second=5) as progress:
             yield LiveView(progress)
     else:
         yield LineView(output)

@@ -53,7 +53,9 @@ def own_server(home: Path) -> Iterator[str]:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Asks, waits, and then leaves nothing: children are in the server's session."""
     process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(LONGEST_STOP_S)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LONGEST_STOP_S)
+    finally:  # a second Ctrl-C ends the waiting
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

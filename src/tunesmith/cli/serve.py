@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from tunesmith import __version__, server
+from tunesmith import __version__
 from tunesmith.cli.output import Output, UsageError
+from tunesmith.server import run
 from tunesmith.settings import Settings, read_settings
 
 FLAGS = {
@@ -34,7 +35,7 @@ def serve(args: argparse.Namespace, output: Output) -> int:
         else:
             output.say(greeting(base_url, settings, new_owner_key))
 
-    server.run(settings, announce=announce)
+    run(settings, announce=announce)
     return 0
 
 

@@ -12,16 +12,20 @@ from rich.text import Text
 from tunesmith.cli.output import Output
 
 
-def show_table(output: Output, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Every cell whole, however narrow the terminal."""
+def show_table(
+    output: Output, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: frozenset[str] = frozenset()
+) -> None:
+    """Every cell whole, however narrow the terminal; columns named in `numbers` stand to the right."""
     if output.terminal:
         table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
         for column in columns:
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", justify="right" if column in numbers else "left")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))  # Text: brackets in a cell are no markup
         Console().print(table)
         return
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
-        output.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        cells = zip(columns, row, widths, strict=True)
+        padded = (cell.rjust(width) if column in numbers else cell.ljust(width) for column, cell, width in cells)
+        output.say("  ".join(padded).rstrip())
