@@ -60,7 +60,7 @@ def greeting(base_url: str, settings: Settings, new_owner_key: str | None) -> st
         "",
         f"  export OPENAI_API_KEY={_key_source(settings, key_file)}",
         f"  export OPENAI_API_BASE={base_url}    # Python openai up to 0.28",
-        f"  export OPENAI_BASE_URL={base_url}    # Python openai 1 and later, npm openai 4 and later",
+        f"  export OPENAI_BASE_URL={base_url}    # Python openai 1 and later, npm openai of today",
         "",
         f'npm openai 3: new Configuration({{ basePath: "{base_url}", apiKey: process.env.OPENAI_API_KEY }})',
         "Stop with Ctrl-C; a job that is training goes on where it was when the server starts again.",
