@@ -118,7 +118,18 @@ async def test_pages(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["limit=0", "limit=10001", "limit=x", "limit=-1", "order=up", "after=file-nope", "limit=²"]
+    "query",
+    [
+        "limit=0",
+        "limit=10001",
+        "limit=x",
+        "limit=-1",
+        "order=up",
+        "after=file-nope",
+        "limit=²",
+        "limit=٣",
+        "limit=" + "9" * 5_000,
+    ],
 )
 async def test_pages_that_are_none(shared: httpx.AsyncClient, query: str) -> None:
     response = await shared.get(f"/v1/files?{query}")

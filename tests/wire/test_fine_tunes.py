@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ import httpx
 import pytest
 
 from tests.wire.harness import ROWS, create_job, error_of, finish, masked, upload
-from tunesmith.core.jobs import Claim
+from tunesmith.api.fine_tunes import CONCURRENT_ADMISSIONS
+from tunesmith.core.accounts import Caller
+from tunesmith.core.jobs import Claim, FineTuneRequest, Job
+from tunesmith.errors import InvalidRequest
 from tunesmith.server import Parts
 
 pytestmark = pytest.mark.anyio
@@ -63,6 +68,36 @@ def start(parts: Parts) -> Claim:
     jobs = parts.services.jobs
     jobs.started(claimed, "handle", jobs.hyperparameters(claimed.job, 8))
     return claimed
+
+
+async def test_requests_being_checked_leave_threads_for_others(
+    client: httpx.AsyncClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, most, leave, lock = 0, 0, threading.Event(), threading.Lock()
+
+    def create(caller: Caller, request: FineTuneRequest) -> Job:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        assert leave.wait(30)
+        with lock:
+            inside -= 1
+        raise InvalidRequest("seen")
+
+    monkeypatch.setattr(parts.services.jobs, "create", create)
+    asked = [
+        asyncio.create_task(client.post("/v1/fine-tunes", json={"training_file": "file-x"}))
+        for _ in range(2 * CONCURRENT_ADMISSIONS)
+    ]
+    async with asyncio.timeout(30):
+        while inside < CONCURRENT_ADMISSIONS:
+            await asyncio.sleep(0.01)
+        for _ in range(3):  # each goes to the threads and back
+            assert (await client.get("/v1/models")).status_code == 200
+        leave.set()
+        assert [answer.status_code for answer in await asyncio.gather(*asked)] == [400] * len(asked)
+    assert most == CONCURRENT_ADMISSIONS
 
 
 async def test_create_with_the_least(client: httpx.AsyncClient) -> None:

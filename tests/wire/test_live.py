@@ -94,7 +94,10 @@ def test_resuming_after_the_last_event_seen(server: Live) -> None:
         client.post(f"/fine-tunes/{job_id}/cancel")
         whole = client.get(f"/fine-tunes/{job_id}/events", params={"stream": "true"}).text
         path, query = f"/fine-tunes/{job_id}/events", {"stream": "true"}
-        for seen, left in [("0", whole), ("2", "data: [DONE]\n\n"), ("99", "data: [DONE]\n\n"), ("x", whole)]:
+        done = "data: [DONE]\n\n"
+        ids = [("0", whole), ("2", done), ("99", done), (str(2**63 - 1), done)]
+        no_ids = [(text, whole) for text in ("x", "-1", "1.5", str(2**63), "9" * 5_000)]
+        for seen, left in ids + no_ids:
             assert client.get(path, params=query, headers={"Last-Event-ID": seen}).text == left
 
 

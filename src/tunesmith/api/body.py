@@ -15,6 +15,9 @@ from tunesmith.errors import InvalidRequest, UnsupportedMedia
 
 MAX_JSON_BYTES = 32 * 1024 * 1024
 """More than any prompt list needs; a body is held in memory while it is read."""
+MAX_INTEGER = 2**63 - 1
+"""Larger ones are valid JSON that no database column holds."""
+MAX_INTEGER_DIGITS = len(str(MAX_INTEGER))
 
 
 async def read_json(request: Request) -> Fields:
@@ -31,6 +34,14 @@ async def read_json(request: Request) -> Fields:
         if len(content) > MAX_JSON_BYTES:
             raise InvalidRequest(f"The body is larger than the {MAX_JSON_BYTES} bytes that a JSON request may have.")
     return Fields(parse_json(bytes(content)))
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a query or a header writes in ASCII digits; None for anything else, or one beyond 64 bits."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= MAX_INTEGER_DIGITS):
+        return None
+    number = int(text)
+    return number if number <= MAX_INTEGER else None
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
@@ -92,8 +103,8 @@ class Fields:
         value = self.take(name)
         if value is None:
             return None
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.wrong(name, "an integer", value)
+        if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_INTEGER:
+            raise self.wrong(name, "an integer of at most 64 bits", value)
         self._check_range(name, value, low, high)
         return value
 
@@ -133,7 +144,10 @@ class Fields:
 
     def wrong(self, name: str, wanted: str, value: Any) -> InvalidRequest:
         """The error for a value that is not what was wanted."""
-        shown = value if isinstance(value, int | float | bool) else _kind(value)
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:  # thousands of digits, perhaps
+            shown = f"an integer of {value.bit_length()} bits"
+        else:
+            shown = str(value) if isinstance(value, int | float) else _kind(value)
         return InvalidRequest(
             f"'{self._within}{name}' must be {wanted}; it is {shown}.",
             param=self._within + name,

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import anyio
+import anyio.to_thread
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tunesmith.api.body import Fields, read_json
+from tunesmith.api.body import Fields, read_json, whole_number
 from tunesmith.api.files import file_to_wire
 from tunesmith.api.pages import envelope
 from tunesmith.api.routing import path_id
@@ -22,6 +24,9 @@ from tunesmith.core.requests import DEFAULT_N_EPOCHS, DEFAULT_PROMPT_LOSS_WEIGHT
 from tunesmith.errors import EngineUnavailable, InvalidRequest
 
 DEFAULT_MODEL = "curie"
+CONCURRENT_ADMISSIONS = 4
+"""Requests for fine-tunes being checked at once; the others wait. Each reads whole files in a thread, and must not take
+all threads."""
 POLL_S = 0.2
 """Between two looks at the events of a job that is being followed."""
 
@@ -34,11 +39,13 @@ class FineTunesApi:
         self.events = events
         self.heartbeat_s = heartbeat_s
         self.is_stopping = is_stopping
+        self._admitting = anyio.CapacityLimiter(CONCURRENT_ADMISSIONS)
 
     async def create(self, request: Request, caller: Caller) -> Response:
         """POST /v1/fine-tunes."""
         asked = request_from_wire(await read_json(request))
-        return await self._with_events(await run_in_threadpool(self.jobs.create, caller, asked))
+        job = await anyio.to_thread.run_sync(self.jobs.create, caller, asked, limiter=self._admitting)
+        return await self._with_events(job)
 
     async def list(self, _request: Request, caller: Caller) -> Response:
         """GET /v1/fine-tunes: all of them, oldest first, without their events."""
@@ -191,5 +198,4 @@ def _flag(request: Request, name: str) -> bool:
 
 def _last_event_id(request: Request) -> int:
     """Where a broken stream is to go on; 0 for one from the start, and for what is no id of ours."""
-    text = request.headers.get("last-event-id", "")
-    return int(text) if text.isascii() and text.isdecimal() else 0
+    return whole_number(request.headers.get("last-event-id", "")) or 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.datastructures import QueryParams
 
+from tunesmith.api.body import whole_number
 from tunesmith.errors import InvalidRequest
 
 MAX_PAGE = 10_000
@@ -46,6 +47,7 @@ def _position_after(objects: Sequence[dict[str, Any]], object_id: str | None) ->
 def _limit(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdecimal() or not 1 <= int(text) <= MAX_PAGE:
-        raise InvalidRequest(f"'limit' must be a number from 1 to {MAX_PAGE}; it is {text!r}.", param="limit")
-    return int(text)
+    limit = whole_number(text)
+    if limit is None or not 1 <= limit <= MAX_PAGE:
+        raise InvalidRequest(f"'limit' must be a number from 1 to {MAX_PAGE}; it is {text[:40]!r}.", param="limit")
+    return limit
