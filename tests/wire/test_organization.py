@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from urllib.parse import unquote
+
 import httpx
 import pytest
 
 from tests.wire.harness import client_of, error_of, masked
+from tunesmith.core.accounts import Role
 from tunesmith.server import Parts
 
 pytestmark = pytest.mark.anyio
@@ -22,6 +25,15 @@ async def test_who_am_i(client: httpx.AsyncClient, member: httpx.AsyncClient) ->
     }
     assert masked((await client.get("/v1/organization")).json()) == expected
     assert masked((await member.get("/v1/organization")).json()) == {**expected, "role": "member"}
+
+
+async def test_a_title_of_any_script_stands_in_a_header(parts: Parts) -> None:
+    accounts = parts.services.accounts
+    _, secret = accounts.create_key(accounts.create_organization("組織 Ünal"), Role.OWNER, "s")
+    async with client_of(parts, secret) as client:
+        answer = await client.get("/v1/organization")
+    assert (answer.status_code, answer.json()["name"]) == (200, "組織-ünal")
+    assert unquote(answer.headers["openai-organization"]) == "組織-ünal"
 
 
 async def test_a_key_from_making_to_revoking(client: httpx.AsyncClient, parts: Parts) -> None:

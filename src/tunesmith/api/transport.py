@@ -75,7 +75,7 @@ class Stamp:
                 headers["openai-version"] = API_VERSION
                 headers["openai-processing-ms"] = str(spent_ms)
                 if (caller := state.get("caller")) is not None:
-                    headers["openai-organization"] = caller.organization_slug
+                    headers["openai-organization"] = quote(caller.organization_slug)  # letters of any script
                 logger.info(
                     "%s %s %d %d ms request=%s",
                     scope["method"],
