@@ -36,6 +36,7 @@ class Tokenizer:
             if index not in added
         } | added
         self._vocabulary_size = max(self._bytes) + 1
+        self._longest_token_bytes = max(map(len, self._bytes.values()))
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -49,6 +50,11 @@ class Tokenizer:
     def vocabulary_size(self) -> int:
         """One more than the largest token id."""
         return self._vocabulary_size
+
+    @property
+    def longest_token_bytes(self) -> int:
+        """No token stands for more bytes: a text has at least its bytes divided by this many tokens."""
+        return self._longest_token_bytes
 
     @property
     def end_of_text_id(self) -> int:

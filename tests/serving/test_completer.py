@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from tunesmith.engine.base import Capabilities, EngineOutput, GenerateRequest
 from tunesmith.engine.scripted import ScriptedEngine
 from tunesmith.errors import EngineUnavailable, InvalidRequest, NotFound
 from tunesmith.serving.completer import (
+    ENCODED_AT_ONCE,
     Choice,
     ChoiceDelta,
     Completer,
@@ -24,6 +25,7 @@ from tunesmith.serving.completer import (
     CompletionRequest,
     Usage,
 )
+from tunesmith.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.anyio
 ALIEN = "\N{EXTRATERRESTRIAL ALIEN}"
@@ -285,6 +287,27 @@ async def test_the_context_bounds_prompt_and_completion(completer: Completer, mo
     assert (refused.value.param, refused.value.code) == (None, None)
     completion = await completer.complete(CompletionRequest(model, (prompt,), max_tokens=9))
     assert completion.usage.total_tokens <= 2049
+
+
+async def test_texts_that_cannot_fit_cost_the_tokenizer_little(
+    completer: Completer, model: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+    encode_many = Tokenizer.encode_many
+
+    def counted(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        encoded.append(sum(map(len, texts)))
+        return encode_many(tokenizer, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_many", counted)
+    with pytest.raises(InvalidRequest, match="requested at least 58839 tokens"):
+        await completer.open(CompletionRequest(model, ("x" * 1_000_000,)))
+    assert encoded == []
+    with pytest.raises(InvalidRequest, match="however you requested 5017 tokens"):
+        await completer.open(CompletionRequest(model, ("a b " * 2_500,) * 1_000))
+    assert encoded == [10_000 * ENCODED_AT_ONCE]
+    await (await completer.open(CompletionRequest(model, ("x",) * (ENCODED_AT_ONCE + 1)))).aclose()
+    assert encoded[1:] == [ENCODED_AT_ONCE, 1]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,14 @@ from tunesmith.engine.base import Engine, GenerateRequest, SamplingParams
 from tunesmith.engine.chance import derive
 from tunesmith.errors import InvalidRequest, NotFound
 from tunesmith.serving.choice import Choice, ChoiceDelta, ChoiceWriter, Logprobs
-from tunesmith.serving.request import CompletionRequest, Prompt
+from tunesmith.serving.request import CompletionRequest
 from tunesmith.serving.residency import Lease, Residency
 from tunesmith.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+ENCODED_AT_ONCE = 32
+"""Texts given to the tokenizer together: enough to keep its threads busy, with a bounded need of memory."""
 
 __all__ = [
     "Choice",
@@ -98,20 +101,18 @@ class Completer:
         model = request.model
         tokenizer = await self._tokenizer(model.base_dir)
         request.check(self._engine.capabilities, tokenizer.vocabulary_size)
-        prompts = await asyncio.to_thread(_encode, tokenizer, request.prompts)
+        prompts = await asyncio.to_thread(_encode, tokenizer, request)
         longest = max(map(len, prompts))
         if longest + request.max_tokens > model.context_tokens:
-            raise InvalidRequest(
-                f"This model's maximum context length is {model.context_tokens} tokens, however you requested "
-                f"{longest + request.max_tokens} tokens ({longest} in your prompt; {request.max_tokens} for the "
-                "completion). Please reduce your prompt; or completion length."
-            )
+            raise _too_long(request, longest)
         try:
             lease = await self._residency.acquire(model.base_dir, model.adapter_dir)
         except ValueError as error:
             # Between looking the model up and opening its files it was deleted; if it was not, the operator must know.
             logger.warning("model cannot be loaded model=%s reason=%s", model.name, error)
-            raise NotFound(f"The model `{model.name}` does not exist", code="model_not_found") from error
+            raise NotFound(
+                f"The model `{model.name}` does not exist. GET /v1/models lists those that do.", code="model_not_found"
+            ) from error
         sequences = list(self._sequences(request, tokenizer, prompts, lease.handle))
         return CompletionStream(_run(self._engine, request, sequences), lease)
 
@@ -173,20 +174,48 @@ class _Sequence:
     """What it has written, where that has to wait for ranking."""
 
 
-def _encode(tokenizer: Tokenizer, prompts: tuple[Prompt, ...]) -> list[tuple[int, ...]]:
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    try:
-        encoded = iter(tokenizer.encode_many(texts))
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            f"'prompt' holds half of a surrogate pair ({error.object[error.start]!r}), no character. Remove it.",
-            param="prompt",
-        ) from error
+def _encode(tokenizer: Tokenizer, request: CompletionRequest) -> list[tuple[int, ...]]:
+    prompts = request.prompts
+    encoded = _encode_texts(tokenizer, request, [prompt for prompt in prompts if isinstance(prompt, str)])
     start = (tokenizer.end_of_text_id,)
     return [
         tuple(next(encoded)) or start if isinstance(prompt, str) else _known(tokenizer, prompt) or start
         for prompt in prompts
     ]
+
+
+def _encode_texts(tokenizer: Tokenizer, request: CompletionRequest, texts: Sequence[str]) -> Iterator[list[int]]:
+    """The ids of each text.
+
+    The tokenizer takes hundreds of bytes for each byte of text: so texts that cannot fit are refused before it sees
+    them, and the others are encoded some at a time.
+    """
+    context_tokens = request.model.context_tokens
+    for start in range(0, len(texts), ENCODED_AT_ONCE):
+        some = texts[start : start + ENCODED_AT_ONCE]
+        try:
+            fewest = max(len(text.encode()) for text in some) // tokenizer.longest_token_bytes
+            if fewest > context_tokens:
+                raise _too_long(request, fewest, at_least=True)
+            encoded = tokenizer.encode_many(some)
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"'prompt' holds half of a surrogate pair ({error.object[error.start]!r}), no character. Remove it.",
+                param="prompt",
+            ) from error
+        longest = max(map(len, encoded))
+        if longest > context_tokens:
+            raise _too_long(request, longest)
+        yield from encoded
+
+
+def _too_long(request: CompletionRequest, prompt_tokens: int, *, at_least: bool = False) -> InvalidRequest:
+    """In the words of the published API: users' code looks for their beginning."""
+    return InvalidRequest(
+        f"This model's maximum context length is {request.model.context_tokens} tokens, however you requested "
+        f"{'at least ' if at_least else ''}{prompt_tokens + request.max_tokens} tokens ({prompt_tokens} in your "
+        f"prompt; {request.max_tokens} for the completion). Please reduce your prompt; or completion length."
+    )
 
 
 def _known(tokenizer: Tokenizer, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
