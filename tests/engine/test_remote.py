@@ -59,6 +59,17 @@ async def test_a_killed_engine_fails_what_ran_and_serves_what_comes(
     assert remote.pid not in (None, first)
 
 
+async def test_the_end_of_a_process_group_does_not_cut_answers(remote: RemoteEngine, tiny_base: Path) -> None:
+    base = await remote.load(tiny_base, None)
+    running = remote.generate(GenerateRequest(base, (5, 6), SamplingParams(max_tokens=30, temperature=0)))
+    came = [await anext(running)]
+    assert remote.pid is not None
+    for number in (signal.SIGINT, signal.SIGTERM):  # as a terminal and a service manager send them to all
+        os.kill(remote.pid, number)
+    came += [output async for output in running]
+    assert len(came) == 30
+
+
 async def test_a_request_that_had_no_answer_yet_does_not_notice_that_the_engine_died(
     remote: RemoteEngine, tiny_base: Path
 ) -> None:

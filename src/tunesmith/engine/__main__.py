@@ -22,7 +22,9 @@ PR_SET_PDEATHSIG = 1
 def main(socket_number: int, threads: int, parent: int) -> None:
     """Serves until the parent closes the socket or dies."""
     _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to end
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Ctrl-C and service managers reach the whole group; the parent, finishing its answers, decides when to end.
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     with socket.socket(fileno=socket_number) as connection:
 
