@@ -6,7 +6,6 @@ say what it is may come after it. Unnamed: whatever ends the upload, a hang-up o
 
 from __future__ import annotations
 
-import errno
 import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
@@ -19,7 +18,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from tunesmith.errors import InvalidRequest, StorageFull, UnsupportedMedia
+from tunesmith.core.blobs import full_disk_is_storage_full
+from tunesmith.errors import InvalidRequest, UnsupportedMedia
 
 MAX_FIELD_BYTES = 64 * 1024
 MAX_FIELDS = 32
@@ -60,19 +60,16 @@ async def receive_upload(
     with tempfile.TemporaryFile(dir=folder) as content:
         form = _Form(options[b"boundary"], file_field, max_file_bytes)
         try:
-            async for chunk in request.stream():
-                form.feed(chunk)
-                if len(form.arrived) >= WRITE_BYTES:
-                    await run_in_threadpool(content.write, form.take_arrived())
-            form.finish()
-            await run_in_threadpool(content.write, form.take_arrived())
-            await run_in_threadpool(content.flush)
+            with full_disk_is_storage_full():
+                async for chunk in request.stream():
+                    form.feed(chunk)
+                    if len(form.arrived) >= WRITE_BYTES:
+                        await run_in_threadpool(content.write, form.take_arrived())
+                form.finish()
+                await run_in_threadpool(content.write, form.take_arrived())
+                await run_in_threadpool(content.flush)
         except FormParserError as error:
             raise InvalidRequest(f"The multipart body of the request is broken: {error}") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise StorageFull("There is no room on the server's disk for this file; nothing of it was kept.") from error
         if form.filename is None:
             raise InvalidRequest(f"The form has no file: send one as the part '{file_field}'.", param=file_field)
         yield Upload(form.filename, content, form.texts)

@@ -121,7 +121,11 @@ class Models:
         except KeyError:
             row = connection.execute(_tuned(organization_id).where(models.c.name == name)).one_or_none()
         if row is None:
-            raise NotFound(f"The model `{name}` does not exist", param="model", code="model_not_found")
+            raise NotFound(
+                f"The model `{name}` does not exist. GET /v1/models lists those that do.",
+                param="model",
+                code="model_not_found",
+            )
         return self._model(row)
 
     def keep(self, adapter_dir: Path) -> str:
