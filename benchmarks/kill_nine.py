@@ -3,8 +3,8 @@
     python -m benchmarks.kill_nine
 
 Each moment is drawn over the whole life of a job, from its creation to the registered model. After a kill of the tree
-the server is started again; the job must then end by itself. Adapter, results.csv and events (without ids and times)
-are compared byte for byte with those of the same run folder trained with nobody in the way.
+the server is started again; the job must then end by itself. Adapter, results.csv and events (without ids, times and
+restart notices) are compared byte for byte with those of the same run folder trained with nobody in the way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The run folder: the only thing platform and trainer share. Knows names and formats, does no training and no SQL.
 
 A trainer is `python -m tunesmith.training <run folder>`. It exits 0 once `outcome.json` is written, 75 when SIGTERM
-asked it to stop (checkpointed, no outcome: start it again and it goes on), anything else when it died. It ends with
-the process whose pid stands in the environment variable PARENT_PID, by default the one that started it.
+asked it to stop (checkpointed, no outcome: start it again and it goes on), anything else when it died, be it of a disk
+without room: then too it goes on when it is started again. It ends with the process whose pid stands in the environment
+variable PARENT_PID, by default the one that started it.
 
 The platform writes `spec.json` and the data, then starts a trainer on the folder; the trainer writes the rest:
 
@@ -23,6 +24,7 @@ The platform writes `spec.json` and the data, then starts a trainer on the folde
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +33,8 @@ from typing import Any, Literal
 
 PARENT_PID = "TRAINER_PARENT_PID"
 """Given from outside, for a parent may die before its child can ask who it is."""
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""The system's errors for a disk, a quota or a limit of file size without room: they pass when there is room again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from sqlalchemy import update
 
 from tests.core.conftest import START_UNIX, World, rows, trained
 from tunesmith.core.accounts import Role
-from tunesmith.core.jobs import Claim, Job, JobStatus
+from tunesmith.core.jobs import INTERRUPTED, Claim, Job, JobStatus
 from tunesmith.core.models import SWEEP_AFTER_S
 from tunesmith.core.queue import Waiting, in_turn
 from tunesmith.core.requests import resolve
@@ -164,7 +164,9 @@ def test_the_successor_goes_on_where_the_first_stood(world: World) -> None:
     assert (second.handle, second.progress_seq) == ("handle", 2)
     world.jobs.started(second, "another handle", resolve(job.asked, 999_999))
     world.jobs.record(second, lines)  # a resumed trainer repeats its lines
-    assert world.messages(job.id)[3:] == ["Fine-tune started", "line 1", "line 2", "line 3", "line 4"]
+    told = ["Fine-tune started", "line 1", "line 2", INTERRUPTED, "line 3", "line 4"]
+    assert world.messages(job.id)[3:] == told
+    assert [event.level for event in world.events.list(job.id) if event.message == INTERRUPTED] == ["warn"]
     resolved = world.jobs.get(world.owner, job.id).hyperparameters
     assert resolved is not None
     assert resolved.batch_size == 1  # as first resolved

@@ -15,10 +15,12 @@ from typing import Any
 from tests.e2e.harness import Server
 from tests.waiting import until
 from tunesmith.client import Client
+from tunesmith.core.jobs import INTERRUPTED
 from tunesmith.rundir import RunDir
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-QUEUE_NEWS = re.compile(r"Fine-tune is in the queue\.")
+NEWS = re.compile(rf"Fine-tune is in the queue\.|{INTERRUPTED}")
+"""What other jobs and interruptions make: it is set aside where runs are compared."""
 IDS = re.compile(r"(ft|file)-[A-Za-z0-9]{24}|(?<=Uploaded model: )\S+")
 
 
@@ -29,7 +31,7 @@ class Traces:
     adapter: dict[str, bytes]
     results: bytes
     events: list[str]
-    """Messages in order, without ids and times, and without news of the queue, which other jobs make."""
+    """Messages in order, without ids and times, without news of the queue and notices of restarts."""
 
     def difference(self, other: Traces) -> str | None:
         """What differs, in words; None if nothing does."""
@@ -94,7 +96,7 @@ def traces(server: Server, client: Client, job: dict[str, Any]) -> Traces:
     return Traces(
         adapter=_adapter(adapter),
         results=client.content(job["result_files"][0]["id"]),
-        events=[message for message in messages if not QUEUE_NEWS.match(message)],
+        events=[message for message in messages if not NEWS.match(message)],
     )
 
 

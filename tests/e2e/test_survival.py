@@ -13,6 +13,7 @@ from tests.e2e.drill import copy_inputs, run_dir_of, traces, undisturbed
 from tests.e2e.harness import ENGINE, SERVER, TRAINER, Server, messages, put_base, reviews, upload, wait_for
 from tests.waiting import until
 from tunesmith.client import Client
+from tunesmith.core.jobs import INTERRUPTED
 
 # Other work on the testing machine should not starve the trainer.
 SETTINGS = {"TUNESMITH_CHECKPOINT_INTERVAL_S": "0.1", "TUNESMITH_TRAINER_NICENESS": "0"}
@@ -67,6 +68,9 @@ def test_kill_nine_at_three_moments_changes_nothing(home: Path, tmp_path: Path) 
         with server.client() as client:
             job = wait_for(client, job_id)
             assert job["status"] == "succeeded", messages(job)
+            notices = [event["level"] for event in job["events"] if event["message"] == INTERRUPTED]
+            assert set(notices) == {"warn"}
+            assert len(notices) <= len(moments)
             disturbed = traces(server, client, job)
         until(lambda: not server.processes(TRAINER))
         assert server.terminate() == 0
@@ -95,6 +99,7 @@ def test_sigterm_drains_and_a_restart_goes_on(home: Path) -> None:
             job = wait_for(client, job_id)
             assert job["status"] == "succeeded", messages(job)
             assert messages(job).count("Fine-tune started") == 1
+            assert messages(job).count(INTERRUPTED) == 1
             assert len(client.get("models")["data"]) == len({model["id"] for model in client.get("models")["data"]})
 
 

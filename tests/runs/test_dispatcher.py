@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from tunesmith.core.bases import Bases
 from tunesmith.core.blobs import Blobs
 from tunesmith.core.events import Events
 from tunesmith.core.files import Files
-from tunesmith.core.jobs import FineTuneRequest, Job, Jobs, JobStatus
+from tunesmith.core.jobs import INTERRUPTED, FineTuneRequest, Job, Jobs, JobStatus
 from tunesmith.core.models import Models
 from tunesmith.core.store import Store
 from tunesmith.errors import EngineUnavailable
@@ -229,6 +230,7 @@ def test_a_trainer_that_dies_is_started_again_and_goes_on(platform: Platform) ->
         dispatcher.tick()
     assert platform.get(job).status is JobStatus.SUCCEEDED
     assert platform.messages(job).count("Fine-tune started") == 1
+    assert platform.messages(job).count(INTERRUPTED) == 7
 
 
 def test_a_trainer_that_keeps_dying_at_one_place_fails_the_job_with_its_last_words(platform: Platform) -> None:
@@ -241,11 +243,73 @@ def test_a_trainer_that_keeps_dying_at_one_place_fails_the_job_with_its_last_wor
 
     job = platform.create()
     dispatcher = platform.dispatcher(InlineExecutor(train))
-    for _ in range(10):
+    began = platform.clock.now
+    while platform.get(job).status is not JobStatus.FAILED:
         dispatcher.tick()
+        platform.clock.now += 0.5
     assert starts == 1 + FRUITLESS_STARTS
-    assert platform.get(job).status is JobStatus.FAILED
+    assert 60 < platform.clock.now - began < 120
     assert "MemoryError: no room for 3 GiB" in (platform.get(job).error or "")
+
+
+def test_a_full_disk_that_has_room_again_within_a_minute_fails_nothing(platform: Platform) -> None:
+    full_until = platform.clock.now + 55
+
+    def train(path: Path) -> None:
+        if platform.clock.now < full_until:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finish(path)
+
+    job = platform.create()
+    dispatcher = platform.dispatcher(InlineExecutor(train))
+    while platform.get(job).status in {JobStatus.PENDING, JobStatus.RUNNING}:
+        dispatcher.tick()
+        platform.clock.now += 0.5
+    assert platform.get(job).status is JobStatus.SUCCEEDED
+
+
+def test_a_start_that_the_store_could_not_take_is_noted_later(platform: Platform) -> None:
+    def train(path: Path) -> None:
+        rename(platform, "events", "misplaced")
+        finish(path)
+
+    job = platform.create()
+    dispatcher = platform.dispatcher(InlineExecutor(train))
+    dispatcher.tick()
+    rename(platform, "misplaced", "events")
+    platform.clock.now += 31
+    dispatcher.tick()
+    assert platform.get(job).status is JobStatus.SUCCEEDED
+    assert platform.get(job).hyperparameters is not None
+    assert platform.messages(job)[3:5] == ["Fine-tune started", "Completed epoch 1/1"]
+
+
+def test_a_store_out_of_order_for_a_minute_fails_nothing(platform: Platform) -> None:
+    """At any moment of a lease: also while it is due for renewal, which is tried at every tick."""
+    job = platform.create()
+    executor = Watched()
+    dispatcher = platform.dispatcher(executor, stalled_after_s=3600.0)
+    dispatcher.tick()
+    platform.clock.now += 50
+    rename(platform, "jobs", "misplaced")
+    for _ in range(120):
+        platform.clock.now += 0.5
+        dispatcher.tick()
+    rename(platform, "misplaced", "jobs")
+    platform.clock.now += 31
+    dispatcher.tick()
+    assert platform.get(job).status is JobStatus.RUNNING
+    (handle,) = executor.states
+    finish(platform.run_dir().path)
+    executor.states[handle] = RunState.EXITED
+    dispatcher.tick()
+    assert platform.get(job).status is JobStatus.SUCCEEDED
+
+
+def rename(platform: Platform, table: str, name: str) -> None:
+    """Makes every use of a table fail, or work again."""
+    with platform.store.transaction() as connection:
+        connection.exec_driver_sql(f"ALTER TABLE {table} RENAME TO {name}")
 
 
 def test_one_bad_job_never_blocks_the_rest(platform: Platform) -> None:

@@ -139,6 +139,28 @@ def test_a_fault_of_ours_is_in_the_log_and_not_in_the_sentence(tiny_base: Path, 
     assert "nowhere" in finished.stderr
 
 
+def test_a_full_disk_is_no_outcome_and_the_next_start_goes_on(tiny_base: Path, tmp_path: Path) -> None:
+    """A limit of file size stands for the disk: it says no to a checkpoint, which is larger than all else."""
+    run_dir, undisturbed = (_make(tmp_path / name, tiny_base, checkpoint_interval_s=0.0) for name in ("run", "other"))
+    limit = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    run = "runpy.run_module('tunesmith.training', run_name='__main__', alter_sys=True)"
+    died = subprocess.run(
+        [sys.executable, "-c", limit + run, str(run_dir.path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+    assert died.returncode == 1
+    assert died.stderr.splitlines()[-1].startswith("There is no room on the server's disk")
+    assert run_dir.read_outcome() is None
+    assert _start(run_dir).wait(PATIENCE_S) == _start(undisturbed).wait(PATIENCE_S) == 0
+    for name in PRODUCTS:
+        assert (run_dir.path / name).read_bytes() == (undisturbed.path / name).read_bytes(), name
+
+
 def test_a_finished_run_stays_as_it_is(tiny_base: Path, tmp_path: Path) -> None:
     run_dir = _make(tmp_path / "run", tiny_base)
     run_dir.write_outcome(Outcome("failed", error="as it was"))

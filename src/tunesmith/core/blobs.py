@@ -6,7 +6,6 @@ rename, because obstore does not sync what it writes.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +17,9 @@ import obstore
 import obstore.store
 
 from tunesmith.errors import StorageFull
-from tunesmith.rundir import sync_folder
+from tunesmith.rundir import NO_ROOM, sync_folder
 
 READ_CHUNK_BYTES = 1 << 20
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNFINISHED = ".part"
 
 

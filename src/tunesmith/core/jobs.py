@@ -40,6 +40,8 @@ __all__ = ["MOVES", "Claim", "FineTuneRequest", "Job", "JobStatus", "Jobs"]
 SEED = 0
 """The same for every job: the same file and hyperparameters give the same model."""
 RESULTS_FILENAME = "compiled_results.csv"
+INTERRUPTED = "Training was interrupted and goes on from what it had saved"
+"""Said for each trainer after the first: of one that died, or was stopped with the server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +196,18 @@ class Jobs:
             )
 
     def started(self, claim: Claim, handle: str, hyperparameters: ResolvedHyperparameters) -> None:
-        """Note the executor's handle; the first time, also what the job trains with. Raises LeaseLost."""
+        """Note the executor's handle; the first time, also what the job trains with, later an interruption.
+
+        Raises LeaseLost.
+        """
         job_id = claim.job.id
         with self._store.transaction() as connection:
             self._held(connection, claim, handle=handle, updated_unix=self._now())
             if connection.scalar(select(jobs.c.hyperparameters).where(jobs.c.id == job_id)) is None:
                 self._held(connection, claim, hyperparameters=asdict(hyperparameters))
                 self._events.append(connection, job_id, "info", "Fine-tune started")
+            else:
+                self._events.append(connection, job_id, "warn", INTERRUPTED)
 
     def heartbeat(self, claim: Claim, lease_s: float) -> None:
         """Hold the job for at least three quarters of `lease_s` seconds from now. Raises LeaseLost.

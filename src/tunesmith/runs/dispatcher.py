@@ -20,7 +20,7 @@ from tunesmith.core.files import Files
 from tunesmith.core.jobs import Claim, Jobs
 from tunesmith.core.models import Models
 from tunesmith.errors import InvalidRequest, LeaseLost, NotFound, PermissionDenied
-from tunesmith.rundir import Outcome, RunDir, RunSpec
+from tunesmith.rundir import Outcome, ResolvedHyperparameters, RunDir, RunSpec
 from tunesmith.runs import folder
 from tunesmith.runs.executor import Executor, RunState
 
@@ -32,8 +32,9 @@ Parity = Callable[[RunDir, RunSpec], str | None]
 LORA_RANK = 16
 LORA_ALPHA = 32.0
 """Adapters are scaled by alpha / rank, that is by 2; the learning rates of `core/bases.py` are for this scale."""
-FRUITLESS_STARTS = 3
-"""A trainer that died is started again this often without getting further; then the job fails with its last words."""
+FRUITLESS_STARTS = 6
+"""A trainer that died is started again this often without getting further, each time after a longer pause, a minute
+in all: a full disk may have room again by then. After that the job fails with the trainer's last words."""
 FAULTS = 8
 """This often in a row a step of one job may meet an error of ours before the job fails; about two minutes."""
 LONGEST_PAUSE_S = 30.0
@@ -53,6 +54,11 @@ class _Run:
     reached: tuple[int, str | None] | None = None
     """How far the run had come when it was last started."""
     fruitless: int = 0
+    """How many starts it is since the run got further."""
+    restart_at: float = 0.0
+    """When a run that does not get further may be started again."""
+    unnoted: ResolvedHyperparameters | None = None
+    """What the trainer was started with, while the store does not know of the start."""
     faults: int = 0
     not_before: float = 0.0
     verdict: str | None = None
@@ -151,6 +157,8 @@ class Dispatcher:
                 self._part(run)
             case InvalidRequest() | NotFound() | PermissionDenied():
                 run.verdict = error.message  # asking again would not mend these
+            case _ if self.monotonic() < run.not_before:
+                pass  # the heartbeat failed within the pause: still the same fault
             case _:
                 run.faults += 1
                 run.not_before = self.monotonic() + min(2.0**run.faults, LONGEST_PAUSE_S)
@@ -168,6 +176,7 @@ class Dispatcher:
         run.faults = 0
 
     def _watch(self, run: _Run) -> None:
+        self._note_start(run)
         # The state is read before the folder: when a run has ended, all it wrote is then there to read.
         state = RunState.LOST if run.handle is None else self.executor.state(run.handle)
         self._record(run)
@@ -185,16 +194,26 @@ class Dispatcher:
     def _start(self, run: _Run) -> None:
         """Starts a trainer, for the first time or again: it goes on from its last checkpoint."""
         reached = (run.recorded_seq, folder.newest_checkpoint(run.run_dir))
-        run.fruitless = run.fruitless + 1 if reached == run.reached else 0
-        if run.fruitless > FRUITLESS_STARTS:
+        fruitless = run.fruitless + 1 if reached == run.reached else 0
+        if fruitless > FRUITLESS_STARTS:
             words = folder.last_words(run.run_dir)
-            self._fail(run, f"The trainer ended {run.fruitless} times without getting further. Its last words: {words}")
+            self._fail(run, f"The trainer ended {fruitless} times without getting further. Its last words: {words}")
+            return
+        now = self.monotonic()
+        if fruitless and now < run.restart_at:
             return
         spec = self._prepare(run)
-        run.reached, run.pulse, run.pulse_at = reached, None, self.monotonic()
+        run.fruitless, run.restart_at = fruitless, now + min(2.0**fruitless, LONGEST_PAUSE_S)
+        run.reached, run.pulse, run.pulse_at = reached, None, now
         run.handle = self.executor.start(run.run_dir.path)
+        run.unnoted = spec.hyperparameters
         logger.info("run started run=%s handle=%s fruitless=%d", run.claim.run_id, run.handle, run.fruitless)
-        self.jobs.started(run.claim, run.handle, spec.hyperparameters)
+        self._note_start(run)
+
+    def _note_start(self, run: _Run) -> None:
+        if run.unnoted is not None and run.handle is not None:
+            self.jobs.started(run.claim, run.handle, run.unnoted)
+            run.unnoted = None
 
     def _prepare(self, run: _Run) -> RunSpec:
         """The run folder, ready for a trainer. The spec is written last, and once: a run keeps what it began with."""

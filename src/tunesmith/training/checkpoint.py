@@ -45,7 +45,8 @@ def save(folder: Path, position: Position, state: dict[str, Tensor]) -> None:
     """Durable before it returns; then all but the newest two are removed. Raises OSError."""
     final = folder / f"step-{position.step}"
     beside = folder / f"{final.name}.tmp"
-    for leftover in (beside, final):  # a killed attempt, or a damaged one that the run went back behind
+    # Attempts that were killed or met a full disk, and a damaged one that the run went back behind.
+    for leftover in (*folder.glob("step-*.tmp"), final):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     write_bytes(beside / STATE, safetensors_torch.save(state))

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
-from tunesmith.rundir import ProgressLine, ResolvedHyperparameters
+from tunesmith.rundir import ProgressLine, ResolvedHyperparameters, sync_folder
 from tunesmith.training.classes import metric_names
 
 TRAINING_COLUMNS = (
@@ -49,6 +49,7 @@ class GrowingFile:
         if actual_bytes < size_bytes:
             raise OSError(f"{path} has {actual_bytes} bytes; the checkpoint says {size_bytes}")
         self._file.truncate(size_bytes)
+        sync_folder(path.parent)  # a checkpoint counts on the file being there
 
     def write_line(self, line: str) -> None:
         """Readers see the line when this returns."""
