@@ -134,7 +134,7 @@ class Dispatching(RuleBasedStateMachine):
     @precondition(lambda self: self.statuses)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        job_id = data.draw(st.sampled_from(sorted(self.statuses)))
+        job_id = data.draw(st.sampled_from(list(self.statuses)))
         try:
             self.world.jobs.cancel(self.world.owner, job_id)
             assert self.statuses[job_id] not in ENDED
