@@ -72,6 +72,7 @@ def run(settings: Settings, *, announce: Announce) -> None:
     Raises CannotStart, or another error of the tree, if it cannot begin.
     """
     _refuse_open_network(settings)
+    os.umask(0o077)  # what this process and its children write is the user's alone, also in a home that was there
     _make_home(settings.home)
     with _only_server_of(settings.home), listen(settings.host, settings.port) as listener:
         asyncio.run(_serve(settings, listener, announce))
@@ -100,11 +101,11 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
     except ValueError as error:
         raise CannotStart(str(error)) from error
     accounts = Accounts(store)
-    new_owner_key = accounts.bootstrap(settings.organization, settings.owner_key)
-    if new_owner_key is not None:
-        _write_secret(home / "owner.key", new_owner_key)
+    new_owner_key = accounts.bootstrap(
+        settings.organization, settings.owner_key, keep=lambda secret: _write_secret(home / "owner.key", secret)
+    )
 
-    files = Files(store, Blobs(settings.blobs), settings.max_upload_bytes)
+    files = Files(store, _open_blobs(settings.blobs), settings.max_upload_bytes)
     models = Models(store, bases, home)
     events = Events(store)
     jobs = Jobs(store, files, models, bases, events)
@@ -269,6 +270,13 @@ def _open_store(url: str) -> Store:
     return store
 
 
+def _open_blobs(url: str) -> Blobs:
+    try:
+        return Blobs(url)
+    except (ValueError, OSError) as error:
+        raise CannotStart(f"The store of files cannot be used: {error}. Correct TUNESMITH_BLOBS_URL.") from error
+
+
 def _database_fault(store: Store) -> str | None:
     try:
         with store.reading() as connection:
@@ -365,6 +373,11 @@ def _base_url(host: str, port: int) -> str:
 
 
 def _write_secret(path: Path, secret: str) -> None:
-    path.touch(mode=0o600)
-    path.chmod(0o600)  # it may have been there with another mode
-    path.write_text(secret + "\n")
+    try:
+        path.touch(mode=0o600)
+        path.chmod(0o600)  # it may have been there with another mode
+        path.write_text(secret + "\n")
+    except OSError as error:
+        raise CannotStart(
+            f"The owner's key cannot be written: {error}. Make room for {path}, then start again."
+        ) from error

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 PREFIX = "TUNESMITH_"
+BOUNDS: dict[str, tuple[float, float]] = {
+    "port": (0, 65_535),
+    "max_upload_bytes": (1, math.inf),
+    "max_concurrent_runs": (1, math.inf),
+    "trainer_threads": (1, math.inf),
+    "trainer_niceness": (0, 19),
+    "engine_threads": (1, math.inf),
+    "max_resident_adapters": (1, math.inf),
+    "lease_s": (1, 86_400),
+    "checkpoint_interval_s": (0, 86_400),
+    "heartbeat_s": (0.1, 300),  # clients give up after 600 s of silence
+}
+"""Least and most of every setting that is a number."""
 
 
 def _default_threads() -> int:
@@ -61,7 +75,8 @@ class Settings:
     @property
     def blobs(self) -> str:
         """The blob URL in force."""
-        return self.blobs_url or (self.home / "files").as_uri()
+        given = self.blobs_url or str(self.home / "files")
+        return given if "://" in given else Path(given).expanduser().absolute().as_uri()
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
@@ -79,6 +94,9 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             values[key] = _parse(kinds[key], text)
         except ValueError as error:
             raise ValueError(f"{name}={text!r} is not a valid {kinds[key]}: {error}") from error
+        value = values[key]
+        if isinstance(value, int | float) and not BOUNDS[key][0] <= value <= BOUNDS[key][1]:  # NaN is in no bounds
+            raise ValueError(f"{name}={text} is out of bounds: it is from {BOUNDS[key][0]:g} to {BOUNDS[key][1]:g}.")
     return Settings(**values)  # type: ignore[arg-type]
 
 

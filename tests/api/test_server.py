@@ -102,6 +102,35 @@ def test_the_home_folder_is_private(tmp_path: Path, tiny_base: Path) -> None:
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
+def test_what_is_written_in_a_home_that_was_there_is_private(tmp_path: Path, tiny_base: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    with serving(home, tiny_base) as server, client_of(server, server.new_key) as client:
+        client.post("/files", data={"purpose": "fine-tune"}, files={"file": ("t.jsonl", ROWS)}).raise_for_status()
+        written = [path for path in home.rglob("*") if path.name != "bases.toml"]
+        assert any(path.parent.name == "files" for path in written)
+        assert [path for path in written if stat.S_IMODE(path.stat().st_mode) & 0o077] == []
+
+
+def test_blobs_in_a_folder_of_their_own(tmp_path: Path, tiny_base: Path) -> None:
+    with (
+        serving(tmp_path / "home", tiny_base, blobs_url=str(tmp_path / "blobs")) as server,
+        client_of(server, server.new_key) as client,
+    ):
+        file = client.post("/files", data={"purpose": "fine-tune"}, files={"file": ("t.jsonl", ROWS)}).json()
+        assert (tmp_path / "blobs" / file["id"]).read_bytes() == ROWS
+
+
+def test_an_owner_key_that_could_not_be_written_is_made_at_the_next_start(tmp_path: Path, tiny_base: Path) -> None:
+    home = tmp_path / "home"
+    (home / "owner.key").mkdir(parents=True)
+    assert "owner.key" in refusal(home, tiny_base)
+    (home / "owner.key").rmdir()
+    with serving(home, tiny_base) as server, client_of(server, server.new_key) as client:
+        assert (home / "owner.key").read_text() == f"{server.new_key}\n"
+        assert client.get("/models").status_code == 200
+
+
 def test_a_chosen_owner_key(tmp_path: Path, tiny_base: Path) -> None:
     key = "sk-" + "chosen" * 6
     with serving(tmp_path / "home", tiny_base, owner_key=key, host="0.0.0.0") as server:
@@ -151,6 +180,8 @@ def test_a_port_that_is_taken(tmp_path: Path, tiny_base: Path) -> None:
         ({"database_url": "mysql://x"}, None, "mysql"),
         ({"database_url": "nonsense"}, None, "TUNESMITH_DATABASE_URL"),
         ({"database_url": "sqlite:////nowhere/x.db"}, None, "TUNESMITH_DATABASE_URL"),
+        ({"blobs_url": "nope://x"}, None, "TUNESMITH_BLOBS_URL"),
+        ({"blobs_url": "/proc/x"}, None, "TUNESMITH_BLOBS_URL"),
         ({}, "[ada]\nfolder = 'nowhere'\n", "[ada]"),
         ({}, "no TOML", "bases.toml"),
     ],

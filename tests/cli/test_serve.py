@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tunesmith.cli.output import UsageError
 from tunesmith.cli.parser import build_parser
 from tunesmith.cli.serve import greeting, settings_of
-from tunesmith.settings import Settings
+from tunesmith.settings import BOUNDS, Settings
 
 
 def settings(*words: str, **environment: str) -> Settings:
@@ -43,6 +44,33 @@ def test_the_variable_of_the_client_is_no_setting_of_the_server() -> None:
 def test_what_does_not_parse_is_wrong_usage(words: list[str], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         settings(*words, **({} if words else {"TUNESMITH_PORTT": "1"}))
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("PORT", "65536"),
+        ("PORT", "-1"),
+        ("MAX_UPLOAD_BYTES", "0"),
+        ("MAX_CONCURRENT_RUNS", "0"),
+        ("MAX_RESIDENT_ADAPTERS", "0"),
+        ("TRAINER_NICENESS", "20"),
+        ("LEASE_S", "nan"),
+        ("LEASE_S", "0"),
+        ("HEARTBEAT_S", "0"),
+        ("HEARTBEAT_S", "inf"),
+    ],
+)
+def test_a_number_out_of_bounds_is_wrong_usage(variable: str, text: str) -> None:
+    with pytest.raises(UsageError, match=f"TUNESMITH_{variable}={text} is out of bounds"):
+        settings(**{f"TUNESMITH_{variable}": text})
+
+
+def test_every_setting_that_is_a_number_has_bounds() -> None:
+    made = Settings()
+    for name, (least, most) in BOUNDS.items():
+        assert least <= getattr(made, name) <= most
+    assert {field.name for field in fields(Settings) if field.type in ("int", "float")} == set(BOUNDS)
 
 
 def test_the_greeting_has_a_line_for_every_generation_of_clients(tmp_path: Path) -> None:

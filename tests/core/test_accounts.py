@@ -30,6 +30,18 @@ def test_the_first_start_makes_an_owner_and_the_next_ones_nothing(accounts: Acco
     assert accounts.bootstrap("Renamed", None) is None
 
 
+def test_an_owner_key_that_could_not_be_kept_is_made_anew(accounts: Accounts) -> None:
+    def no_room(secret: str) -> None:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        accounts.bootstrap("t", None, keep=no_room)
+    kept: list[str] = []
+    assert [accounts.bootstrap("t", None, keep=kept.append)] == kept
+    accounts.authenticate(kept[0])
+    assert accounts.bootstrap("t", None, keep=no_room) is None
+
+
 def test_a_chosen_owner_key_is_used_and_later_ones_are_added(accounts: Accounts) -> None:
     assert accounts.bootstrap("t", "sk-chosen") == "sk-chosen"
     assert accounts.bootstrap("t", "sk-chosen") is None

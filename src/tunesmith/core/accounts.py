@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
@@ -57,12 +58,17 @@ class Accounts:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def bootstrap(self, title: str, owner_key: str | None) -> str | None:
+    def bootstrap(
+        self, title: str, owner_key: str | None, *, keep: Callable[[str], None] = lambda secret: None
+    ) -> str | None:
         """Make sure there is an organisation and an owner; return the owner's secret if it is new, else None.
 
         On an empty store: makes the organisation and a key (`owner_key` if given). On another: adds `owner_key` to the
         oldest organisation unless it is known, revoked ones included. Raises InvalidRequest for an unusable key or
         title.
+
+        `keep` is given the new secret before anything is committed: if it raises, nothing was made, so there is never
+        an owner whose key nobody has.
         """
         with self._store.transaction() as connection:
             first = connection.scalar(select(organizations.c.id).order_by(organizations.c.position).limit(1))
@@ -70,7 +76,9 @@ class Accounts:
                 first = self._insert_organization(connection, title)
             elif owner_key is None or _known(connection, owner_key):
                 return None
-            return self._insert_key(connection, first, Role.OWNER, "owner", owner_key)[1]
+            secret = self._insert_key(connection, first, Role.OWNER, "owner", owner_key)[1]
+            keep(secret)
+            return secret
 
     def create_organization(self, title: str) -> str:
         """Return the id of a new organisation.

@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import obstore
+import obstore.exceptions
 import obstore.store
 
 from tunesmith.errors import StorageFull
@@ -38,13 +39,17 @@ class Blobs:
     def __init__(self, url: str) -> None:
         """`file:///folder` (made if absent), `s3://bucket/prefix`, or another URL that obstore reads.
 
-        Keys and region of an object store come from its usual environment variables, such as AWS_ACCESS_KEY_ID.
+        Raises ValueError for a URL that names no store, OSError for a folder that cannot be made. Keys and region of an
+        object store come from its usual environment variables, such as AWS_ACCESS_KEY_ID.
         """
         parts = urlsplit(url)
         self._folder = Path(unquote(parts.path)) if parts.scheme == "file" else None
         self._store: obstore.store.ObjectStore
         if self._folder is None:
-            self._store = obstore.store.from_url(url)
+            try:
+                self._store = obstore.store.from_url(url)
+            except obstore.exceptions.BaseError as error:
+                raise ValueError(str(error).partition("\n")[0]) from error
         else:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._store = obstore.store.LocalStore(self._folder)
