@@ -154,7 +154,7 @@ class _Form:
         if self._file_bytes > self.max_file_bytes:
             raise InvalidRequest(
                 f"The file is larger than the {self.max_file_bytes} bytes that this server accepts. Send a smaller "
-                "one, or raise max_upload_bytes in the server's settings.",
+                "one, or ask the server's owner to raise TUNESMITH_MAX_UPLOAD_BYTES.",
                 param=self.file_field,
             )
         self.arrived += data[start:end]
