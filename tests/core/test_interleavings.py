@@ -90,7 +90,8 @@ class Dispatching(RuleBasedStateMachine):
         try:
             self.world.jobs.heartbeat(claim, LEASE_S)
             assert self.valid(claim)
-            self.expires[claim.job.id] = self.world.clock.now + LEASE_S
+            if self.expires[claim.job.id] < self.world.clock.now + 0.75 * LEASE_S:
+                self.expires[claim.job.id] = self.world.clock.now + LEASE_S
         except LeaseLost:
             assert not self.valid(claim)
 
