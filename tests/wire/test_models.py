@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
 import pytest
 
@@ -31,12 +33,12 @@ async def test_list_has_the_four_bases(shared: httpx.AsyncClient) -> None:
     assert [model["id"] for model in body["data"]] == ["ada", "babbage", "curie", "davinci"]
 
 
-async def test_a_base(shared: httpx.AsyncClient) -> None:
+async def test_a_base(shared: httpx.AsyncClient, tiny_base: Path) -> None:
     response = await shared.get("/v1/models/ada")
     assert response.status_code == 200
     body = response.json()
     assert body.pop("owned_by")
-    assert body.pop("description").startswith("folder ")
+    assert body.pop("description") == f"checkpoint {tiny_base.name}"
     assert masked(body) == {
         "id": "ada",
         "object": "model",

@@ -117,7 +117,7 @@ def _folder_entry(catalogue: Path, name: str, fields: object) -> _Entry:
             context_tokens=min(context, LONGEST_EXAMPLE_TOKENS),
             learning_rate=float(rate),
             created_unix=int((folder / "config.json").stat().st_mtime),
-            note=f"folder {folder}",
+            note=f"checkpoint {folder.name}",  # where it lies is not for every member to know
         ),
         folder=folder,
     )
