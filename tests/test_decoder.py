@@ -73,6 +73,9 @@ def test_what_the_forward_pass_does_not_compute_is_refused(tiny_base: Path) -> N
         LlamaConfig.from_json(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
     with pytest.raises(ValueError, match="gelu"):
         LlamaConfig.from_json(config | {"hidden_act": "gelu"})
+    for bias in ("attention_bias", "mlp_bias"):
+        with pytest.raises(ValueError, match=bias):
+            LlamaConfig.from_json(config | {bias: True})
 
 
 def test_a_folder_without_safetensors_is_refused(tiny_base: Path, tmp_path: Path) -> None:

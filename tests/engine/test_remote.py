@@ -129,3 +129,21 @@ async def test_the_engine_dies_with_a_parent_that_is_killed() -> None:
         assert alive(pid)
         parent.kill()
     await asyncio.to_thread(until, lambda: not alive(pid))
+
+
+async def test_a_process_that_could_not_be_started_is_tried_again(
+    remote: RemoteEngine,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As when a machine has no memory or no process left for a while."""
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(tmp_path / "nowhere"))
+        loading = asyncio.create_task(remote.load(tiny_base, None))
+        async with asyncio.timeout(30):
+            while "engine could not be run" not in caplog.text:
+                await asyncio.sleep(0.01)
+    await loading
+    assert remote.pid is not None

@@ -76,6 +76,24 @@ async def test_the_least_recently_used_makes_room(engine: CountingEngine, tiny_b
     assert engine.loads == ["a", "b", "c", "b"]
 
 
+async def test_room_that_nobody_wants_any_more_is_given_on(
+    engine: CountingEngine, tiny_base: Path, folders: list[Path]
+) -> None:
+    """Who asked first went away while it was loading; who waits for room hears of it when that is loaded."""
+    residency = Residency(engine, max_adapters=1)
+    engine.gate.clear()
+    first = asyncio.create_task(residency.acquire(tiny_base, folders[0]))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(residency.acquire(tiny_base, folders[1]))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    await asyncio.sleep(0)
+    engine.gate.set()
+    await asyncio.wait_for(second, 5)
+    assert engine.loads == ["a", "b"]
+
+
 async def test_one_in_use_is_never_evicted(engine: CountingEngine, tiny_base: Path, folders: list[Path]) -> None:
     residency = Residency(engine, max_adapters=2)
     a, b, c, d = folders

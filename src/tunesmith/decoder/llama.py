@@ -55,6 +55,9 @@ class LlamaConfig:
             raise ValueError(f"rope scaling {rope!r} is not supported")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
+        for option in ("attention_bias", "mlp_bias"):
+            if config.get(option):  # biases of more products than qkv
+                raise ValueError(f"{option} is not supported")
         heads, width = config["num_attention_heads"], config["hidden_size"]
         context = config["max_position_embeddings"]
         if config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window"):
@@ -71,7 +74,7 @@ class LlamaConfig:
             rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
             norm_epsilon=config["rms_norm_eps"],
             tied=config.get("tie_word_embeddings", False),
-            qkv_bias=config.get("attention_bias", kind == "qwen2"),
+            qkv_bias=kind == "qwen2",
             qk_norm=kind == "qwen3",
         )
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator
+from contextlib import ExitStack
 from pathlib import Path
 
 from tunesmith.engine.base import Capabilities, EngineOutput, GenerateRequest
@@ -129,21 +130,29 @@ class RemoteEngine:
         failures = 0
         while True:
             started = time.monotonic()
-            child = _Child(self._threads)
             try:
-                if await child.answers():
-                    self._child = child
-                    self._up.set()
-                    await child.died()
-            finally:
-                self._child = None
-                self._up.clear()
-                await child.end()
+                await self._live()
+            except Exception:  # no memory for a process, a line that is none: the next one may fare better
+                logger.exception("engine could not be run")
             failures = 1 if time.monotonic() - started > STEADY_S else failures + 1
             # The first restart is at once; a process that keeps dying is given growing pauses.
             pause_s = 0.0 if failures == 1 else min(LONGEST_PAUSE_S, 2.0 ** (failures - 3))
-            logger.error("engine died code=%s restart_in_s=%s", child.process.returncode, pause_s)
+            logger.error("engine restarts in_s=%s", pause_s)
             await asyncio.sleep(pause_s)
+
+    async def _live(self) -> None:
+        """One process, from its start to its end. Raises OSError if none can be started."""
+        child = _Child(self._threads)
+        try:
+            if await child.answers():
+                self._child = child
+                self._up.set()
+                await child.died()
+        finally:
+            self._child = None
+            self._up.clear()
+            await child.end()
+        logger.error("engine died code=%s", child.process.returncode)
 
 
 class _Child:
@@ -151,13 +160,15 @@ class _Child:
 
     def __init__(self, threads: int) -> None:
         self._socket, theirs = socket.socketpair()
-        with theirs:
+        with theirs, ExitStack() as undo:
+            undo.callback(self._socket.close)
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tunesmith.engine", str(theirs.fileno()), str(threads), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | _thread_environment(threads),
             )
+            undo.pop_all()
         self.mailbox = Mailbox(self._send)
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._writer: asyncio.StreamWriter | None = None

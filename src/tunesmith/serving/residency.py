@@ -84,12 +84,12 @@ class Residency:
         loading = asyncio.ensure_future(self._engine.load(base_dir, adapter_dir))
         resident = self._residents[key] = _Resident(loading, adapter_dir is not None)
 
-        def forget_failure(task: asyncio.Task[str]) -> None:
+        def loaded(task: asyncio.Task[str]) -> None:
             if (task.cancelled() or task.exception()) and self._residents.get(key) is resident:
                 del self._residents[key]
-                self._freed.set()
+            self._freed.set()  # also if it succeeded: all who asked may have gone away meanwhile
 
-        loading.add_done_callback(forget_failure)
+        loading.add_done_callback(loaded)
 
     async def _evict(self) -> bool:
         """Unloads the adapter that was longest not asked for; False if all are in use."""
