@@ -60,6 +60,8 @@ DISPATCHER_SILENT_S = 60.0
 PARITY_WITHIN_S = 300.0
 """An engine that has not scored the parity rows by then is stuck; the dispatcher must not be, and asks again later."""
 SEED_BITS = 63
+OPEN_NETWORK_KEY_CHARACTERS = 20
+"""Fewer could be guessed by whoever can send requests; nothing slows guesses down."""
 
 
 class CannotStart(TunesmithError):
@@ -303,10 +305,13 @@ async def _engine_fault(engine: Engine, bases: Bases) -> str | None:
 
 
 def _refuse_open_network(settings: Settings) -> None:
-    if settings.owner_key is None and not _is_loopback(settings.host):
+    if _is_loopback(settings.host):
+        return
+    if settings.owner_key is None or len(settings.owner_key) < OPEN_NETWORK_KEY_CHARACTERS:
         raise CannotStart(
             f"Listening on {settings.host} lets others reach this server, which takes a key you chose: set "
-            "TUNESMITH_OWNER_KEY to a long random secret, or listen on 127.0.0.1.",
+            f"TUNESMITH_OWNER_KEY to a random secret of {OPEN_NETWORK_KEY_CHARACTERS} characters or more, or listen on "
+            "127.0.0.1.",
             param="owner_key",
         )
 

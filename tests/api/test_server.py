@@ -141,9 +141,12 @@ def test_a_chosen_owner_key(tmp_path: Path, tiny_base: Path) -> None:
 
 
 def test_an_open_network_needs_a_chosen_key(tmp_path: Path, tiny_base: Path) -> None:
-    told = refusal(tmp_path / "home", tiny_base, host="0.0.0.0")
-    assert "TUNESMITH_OWNER_KEY" in told
-    assert not (tmp_path / "home" / "tunesmith.db").exists()
+    keys: list[dict[str, str]] = [{}, {"owner_key": "sk-easily-guessed"}]
+    for key in keys:
+        told = refusal(tmp_path / "home", tiny_base, host="0.0.0.0", **key)
+        assert "TUNESMITH_OWNER_KEY" in told
+        assert "guessed" not in told
+        assert not (tmp_path / "home" / "tunesmith.db").exists()
 
 
 def test_one_server_for_one_home(tmp_path: Path, tiny_base: Path) -> None:

@@ -73,6 +73,7 @@ def test_the_catalogue_adds_and_replaces(tiny_base: Path, tmp_path: Path) -> Non
     [
         ("[Ada]\nfolder = '{base}'", "lower-case"),
         ("[x]\npath = '{base}'", 'give folder = "..."'),
+        ("[x]\nfolder = 5", "a path in quotes"),
         ("[x]\nfolder = '{base}'\nlora = 3", "learning_rate besides"),
         ("[x]\nfolder = '/nowhere'", "has no config.json"),
         ("[x]\nfolder = '{base}'\nlearning_rate = 'fast'", "between 0 and 1, not 'fast'"),

@@ -68,6 +68,7 @@ async def test_an_owner_makes_owners(client: httpx.AsyncClient) -> None:
     [
         ({}, "name"),
         ({"name": "x" * 101}, "name"),
+        ({"name": "x\0"}, "name"),
         ({"name": "x", "role": "king"}, "role"),
         ({"name": "x", "y": 1}, "y"),
     ],

@@ -86,6 +86,13 @@ async def test_no_key(shared_parts: Parts, headers: dict[str, str]) -> None:
     assert (error["type"], error["code"]) == ("invalid_request_error", None)
 
 
+@pytest.mark.parametrize("path", ["/v1/files/a%00b", "/v1/models/%00", "/v1/files?purpose=%00"])
+async def test_no_text_with_nul_reaches_the_database(shared: httpx.AsyncClient, path: str) -> None:
+    response = await shared.get(path)
+    assert response.status_code == 400
+    assert "%00" in error_of(response)["message"]
+
+
 async def test_wrong_key_is_not_echoed(shared_parts: Parts) -> None:
     wrong = "sk-" + "wrong" * 10
     async with client_of(shared_parts, wrong) as intruder:

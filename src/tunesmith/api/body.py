@@ -82,8 +82,10 @@ class Fields:
         return self._left.pop(name, None)
 
     def text(self, name: str) -> str | None:
-        """A string."""
+        """A string without NUL, which not every database takes."""
         value: str | None = self._of_kind(name, str, "a string")
+        if value is not None and "\0" in value:
+            raise self.wrong(name, "a string without NUL characters", value)
         return value
 
     def required_text(self, name: str) -> str:

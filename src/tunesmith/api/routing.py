@@ -11,6 +11,10 @@ from starlette.routing import Route
 
 from tunesmith.api.auth import authenticate
 from tunesmith.core.accounts import Accounts, Caller
+from tunesmith.errors import InvalidRequest
+
+ENCODED_NUL = "%00"
+"""Not every database takes it in a text."""
 
 Verb = Callable[[Request, Caller], Awaitable[Response]]
 
@@ -25,6 +29,8 @@ class Keyed:
         """The route of one path: `at("/v1/models", GET=models.list)`. A HEAD is answered as GET, without its body."""
 
         async def endpoint(request: Request) -> Response:
+            if ENCODED_NUL in request.url.path or ENCODED_NUL in request.url.query:
+                raise InvalidRequest(f"The URL holds {ENCODED_NUL}, the NUL character, which is in no id. Remove it.")
             verb = verbs["GET" if request.method == "HEAD" else request.method]
             return await verb(request, await authenticate(request, self.accounts))
 

@@ -101,6 +101,8 @@ def _folder_entry(catalogue: Path, name: str, fields: object) -> _Entry:
         raise ValueError(f"{where}: a name has lower-case letters, digits, '.', '_' and '-' only, at most 64.")
     if not isinstance(fields, dict) or "folder" not in fields or not fields.keys() <= _KEYS:
         raise ValueError(f'{where}: give folder = "..." and at most {", ".join(sorted(_KEYS - {"folder"}))} besides.')
+    if not isinstance(fields["folder"], str):
+        raise ValueError(f"{where}: folder is a path in quotes, not {fields['folder']!r}.")
     folder = Path(fields["folder"]).expanduser()
     for needed in ("config.json", "tokenizer.json"):
         if not (folder / needed).is_file():
