@@ -23,7 +23,7 @@ from tunesmith.core.store import Store
 MIB = 1 << 20
 LARGE_BYTES = 100 * MIB
 MAX_GROWTH_BYTES = 64 * MIB
-"""What a case may add to the server's memory for a moment: up to 32 MiB of a JSON body are held until it is refused."""
+"""What a case may add to the server's memory for a moment: up to 16 MiB of a JSON body are held until it is refused."""
 WITHIN_S = 15.0
 BOUNDARY = "----------------------------6a1d2b7c"
 JSON = {"Content-Type": "application/json"}

@@ -193,6 +193,7 @@ async def test_usage_of_a_stream(shared: httpx.AsyncClient) -> None:
         ({"logit_bias": {"5": 101}}, "logit_bias", "101"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "99999"),
         ({"logit_bias": [1]}, "logit_bias", "an object"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias", "not 1025"),
         ({"echo": "yes"}, "echo", "true or false"),
         ({"stream": 1}, "stream", "true or false"),
         ({"seed": 2**63}, "seed", "at most"),

@@ -13,8 +13,9 @@ from starlette.requests import Request
 
 from tunesmith.errors import InvalidRequest, UnsupportedMedia
 
-MAX_JSON_BYTES = 32 * 1024 * 1024
-"""More than any prompt list needs; a body is held in memory while it is read."""
+MAX_JSON_BYTES = 16 * 1024 * 1024
+"""As much as the longest list of the longest prompts. A body is held in memory, and the parser stops everybody else:
+for a second or two at this size, measured."""
 MAX_INTEGER = 2**63 - 1
 """Larger ones are valid JSON that no database column holds."""
 MAX_INTEGER_DIGITS = len(str(MAX_INTEGER))
@@ -32,7 +33,10 @@ async def read_json(request: Request) -> Fields:
     async for chunk in request.stream():
         content += chunk
         if len(content) > MAX_JSON_BYTES:
-            raise InvalidRequest(f"The body is larger than the {MAX_JSON_BYTES} bytes that a JSON request may have.")
+            raise InvalidRequest(
+                f"The body is larger than the {MAX_JSON_BYTES} bytes that a JSON request may have. Send less in each "
+                "request."
+            )
     return Fields(parse_json(bytes(content)))
 
 

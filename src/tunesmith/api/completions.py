@@ -35,6 +35,8 @@ from tunesmith.serving.request import Prompt
 
 MAX_SEQUENCES = 2048
 """Most sequences one request may generate: prompts times `best_of`."""
+MAX_BIASES = 1024
+"""Most tokens with a `logit_bias`; each costs at every step of every sequence."""
 SEED_BITS = 63
 
 
@@ -171,6 +173,11 @@ def _stops(fields: Fields) -> tuple[str, ...] | None:
 
 def _logit_bias(fields: Fields) -> dict[int, float]:
     biases = fields.nested("logit_bias")
+    if len(biases.names) > MAX_BIASES:
+        raise InvalidRequest(
+            f"'logit_bias' has at most {MAX_BIASES} tokens, not {len(biases.names)}. Leave some out.",
+            param="logit_bias",
+        )
     bias: dict[int, float] = {}
     for token in biases.names:
         value = biases.number(token)
