@@ -11,10 +11,7 @@ from starlette.routing import Route
 
 from tunesmith.api.auth import authenticate
 from tunesmith.core.accounts import Accounts, Caller
-from tunesmith.errors import InvalidRequest
-
-ENCODED_NUL = "%00"
-"""Not every database takes it in a text."""
+from tunesmith.errors import InvalidRequest, NotFound
 
 Verb = Callable[[Request, Caller], Awaitable[Response]]
 
@@ -29,8 +26,8 @@ class Keyed:
         """The route of one path: `at("/v1/models", GET=models.list)`. A HEAD is answered as GET, without its body."""
 
         async def endpoint(request: Request) -> Response:
-            if ENCODED_NUL in request.url.path or ENCODED_NUL in request.url.query:
-                raise InvalidRequest(f"The URL holds {ENCODED_NUL}, the NUL character, which is in no id. Remove it.")
+            if "%00" in request.url.query:  # not every database takes it in a text
+                raise InvalidRequest("The query of the URL holds %00, the NUL character. Remove it.")
             verb = verbs["GET" if request.method == "HEAD" else request.method]
             return await verb(request, await authenticate(request, self.accounts))
 
@@ -38,5 +35,8 @@ class Keyed:
 
 
 def path_id(request: Request) -> str:
-    """The `{id}` of a route's path, decoded."""
-    return unquote(request.path_params["id"])
+    """The `{id}` of a route's path, decoded. Raises NotFound for one with NUL, which not every database takes."""
+    name = unquote(request.path_params["id"])
+    if "\0" in name:
+        raise NotFound(f"No such object: {name}. No id holds the NUL character.", param="id")
+    return name
