@@ -35,7 +35,7 @@ POSITIVE = CLASSES[0]
 SEPARATOR = " ->"
 QUESTION = "\nThe feeling of this message is"
 """The base model has never seen the separator; it is asked in words."""
-SETTINGS = {"n_epochs": 4, "batch_size": 16, "learning_rate_multiplier": 0.1}
+SETTINGS = {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 0.1}
 MARKER = ".tunesmith-demo"
 """A folder with this file was made by a demo and may be emptied by the next."""
 SAMPLES = 3

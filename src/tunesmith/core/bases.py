@@ -19,8 +19,8 @@ from tunesmith.core import box
 
 LONGEST_EXAMPLE_TOKENS = 2_048
 """The most a training example may hold, whatever the base could read. Source: the fine-tuning guide (2023)."""
-DEFAULT_LEARNING_RATE = 0.02
-"""Times the usual multiplier of 0.1 this is 2e-3, a usual rate for adapters; see docs/design/decisions.md."""
+DEFAULT_LEARNING_RATE = 0.005
+"""Times the usual multiplier of 0.1 this is 5e-4, which serves the box best: docs/design/decisions/defaults.md."""
 BOX_CREATED_UNIX = 1_795_305_600
 BOX_NAMES = {"ada": "ada", "babbage": "ada", "curie": "ada", "davinci": "ada"}
 """Name -> packed checkpoint."""
