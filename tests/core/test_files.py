@@ -94,14 +94,16 @@ def test_unknown_purposes_are_refused_before_a_byte_is_read(world: World, purpos
     assert len(caught.value.message) < 500
 
 
-@pytest.mark.parametrize("filename", ["", "a\nb", "a\0b", "\ud800", "x" * 1025])
+@pytest.mark.parametrize("filename", ["", "a\nb", "a\0b", "a\u2028b", "\x1b[2J", "\ud800", "x" * 1025])
 def test_odd_filenames_are_refused(world: World, filename: str) -> None:
     with pytest.raises(InvalidRequest, match="filename"):
         world.files.create(world.owner, filename=filename, purpose="fine-tune", chunks=[GOOD])
     assert nothing_is_left(world)
 
 
-@pytest.mark.parametrize("filename", ["http://host/a b.jsonl?x=1", "/абв/训练.jsonl", "x" * 1024])
+@pytest.mark.parametrize(
+    "filename", ["http://host/a b.jsonl?x=1", "/абв/训练.jsonl", "داده\u200cها\u00a0۱.jsonl", "x" * 1024]
+)
 def test_paths_and_addresses_are_filenames(world: World, filename: str) -> None:
     file = world.files.create(world.owner, filename=filename, purpose="fine-tune", chunks=[GOOD])
     assert world.files.get(world.owner, file.id).filename == filename

@@ -21,6 +21,7 @@ FLAGS = {
     "max_concurrent_runs": "TUNESMITH_MAX_CONCURRENT_RUNS",
 }
 """Flag -> the variable it stands for; the flag wins."""
+SECRETS = ("TUNESMITH_OWNER_KEY", "TUNESMITH_DATABASE_URL")
 OF_THE_CLIENT = "TUNESMITH_BASE_URL"
 """Tells commands where the server is; it is no setting of the server."""
 
@@ -28,6 +29,8 @@ OF_THE_CLIENT = "TUNESMITH_BASE_URL"
 def serve(args: argparse.Namespace, output: Output) -> int:
     """Runs until SIGTERM or Ctrl-C, which drain it."""
     settings = settings_of(args, os.environ)
+    for name in SECRETS:
+        os.environ.pop(name, None)  # engine and trainers inherit the environment, and need none of these
 
     def announce(base_url: str, new_owner_key: str | None) -> None:
         if output.machine:

@@ -5,6 +5,7 @@ Bytes come first and the row second, so a row always has its bytes; what a crash
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,11 +233,17 @@ def _check_purpose(purpose: str) -> None:
         )
 
 
+_UNFIT_IN_FILENAMES = {"Cc", "Cs", "Zl", "Zp"}
+"""Unicode categories: controls, lone surrogates, line and paragraph separators."""
+
+
 def _check_filename(filename: str) -> None:
-    if not 1 <= len(filename) <= MAX_FILENAME_CHARACTERS or not filename.isprintable():
+    # Joiners and no-break spaces stand in ordinary names of many scripts; what breaks lines or terminals does not.
+    broken = any(unicodedata.category(character) in _UNFIT_IN_FILENAMES for character in filename)
+    if broken or not 1 <= len(filename) <= MAX_FILENAME_CHARACTERS:
         raise InvalidRequest(
-            f"The filename must have 1 to {MAX_FILENAME_CHARACTERS} printable characters; you gave "
-            f"{filename[:100]!r}. Send another in the `file` part.",
+            f"The filename must have 1 to {MAX_FILENAME_CHARACTERS} characters and neither control characters nor line "
+            f"breaks; you gave {filename[:100]!r}. Send another in the `file` part.",
             param="file",
         )
 
