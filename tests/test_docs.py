@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 from pathlib import Path
 
 import pytest
 
+import tunesmith
 from tunesmith.settings import PREFIX, Settings
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -28,6 +30,24 @@ def _docstring(field: str) -> str:
     lines = inspect.getsource(Settings).splitlines()
     place = next(number for number, line in enumerate(lines) if line.startswith(f"    {field}: "))
     return lines[place + 1].strip().strip('"')
+
+
+def test_the_map_names_every_module_with_what_it_knows() -> None:
+    source = Path(tunesmith.__file__).parent
+    modules = [path for path in source.rglob("*.py") if path.name != "__init__.py" and path.parent.name != "versions"]
+    rows = (DOCS / "design" / "modules.md").read_text().splitlines()
+    missing = [
+        row
+        for path in modules
+        if (row := f"| `{path.relative_to(source).as_posix()}` | {_first_paragraph(path)} |") not in rows
+    ]
+    assert missing == []
+    assert len(modules) == sum(row.startswith("| `") for row in rows), "the map names a module that is gone"
+
+
+def _first_paragraph(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(docstring.partition("\n\n")[0].split())
 
 
 def test_every_link_between_pages_leads_somewhere() -> None:
