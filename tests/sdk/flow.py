@@ -128,7 +128,7 @@ def check_interrupted_follow(cli: CommandLine) -> None:
         following.send_signal(signal.SIGINT)
         rest, errors = following.communicate(timeout=COMMAND_WITHIN_S)
     assert following.returncode == 0, errors
-    assert "Stream interrupted" in rest
+    assert "Stream interrupted" in rest, (seen, rest, errors)
     assert "still running" in rest
     assert cli.get(job_id)["status"] == "running"
     with cli.start("fine_tunes.follow", "-i", job_id) as following:
