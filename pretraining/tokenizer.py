@@ -22,9 +22,10 @@ VOCABULARY_SIZE = 16_384
 END_OF_TEXT = "<|endoftext|>"
 CLASS_NAMES = """
     yes no positive negative neutral true false spam ham baseball hockey good bad correct incorrect supported
-    unsupported relevant irrelevant question answer sports politics business technology science entertainment world health urgent
-    normal high medium low happy sad angry joy fear anger surprise love sadness toxic safe unsafe compliant
-    noncompliant refund billing shipping support sales other none unknown mixed male female news fact opinion A B C D E F
+    unsupported relevant irrelevant question answer sports politics business technology science entertainment
+    world health urgent normal high medium low happy sad angry joy fear anger surprise love sadness toxic safe
+    unsafe compliant noncompliant refund billing shipping support sales other none unknown mixed male female
+    news fact opinion A B C D E F
 """
 CLASS_WORDS = [*(f" {number}" for number in range(1000)), *(f" {name}" for name in CLASS_NAMES.split())]
 
