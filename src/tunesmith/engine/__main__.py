@@ -1,4 +1,4 @@
-"""`python -m tunesmith.engine <socket> <threads> <parent>`: the engine process of `engine/remote.py`.
+"""`python -m tunesmith.engine <socket> <threads> <parent> <log level>`: the engine process of `engine/remote.py`.
 
 Reads commands and writes events, a line of JSON each; the first line says that it is ready. Ends with its parent.
 """
@@ -19,13 +19,13 @@ from tunesmith.engine.worker import Worker
 PR_SET_PDEATHSIG = 1
 
 
-def main(socket_number: int, threads: int, parent: int) -> None:
+def main(socket_number: int, threads: int, parent: int, log_level: int) -> None:
     """Serves until the parent closes the socket or dies."""
     _die_with(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Ctrl-C and service managers reach the whole group; the parent, finishing its answers, decides when to end.
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    logging.basicConfig(level=log_level, format="%(asctime)s engine %(levelname)s %(message)s")
     with socket.socket(fileno=socket_number) as connection:
 
         def emit(events: list[Event]) -> None:

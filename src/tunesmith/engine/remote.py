@@ -160,10 +160,11 @@ class _Child:
 
     def __init__(self, threads: int) -> None:
         self._socket, theirs = socket.socketpair()
+        arguments = (theirs.fileno(), threads, os.getpid(), logger.getEffectiveLevel())
         with theirs, ExitStack() as undo:
             undo.callback(self._socket.close)
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tunesmith.engine", str(theirs.fileno()), str(threads), str(os.getpid())],
+                [sys.executable, "-m", "tunesmith.engine", *map(str, arguments)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | _thread_environment(threads),
