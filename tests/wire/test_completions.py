@@ -180,6 +180,8 @@ async def test_usage_of_a_stream(shared: httpx.AsyncClient) -> None:
         ({"n": 0}, "n", "0"),
         ({"n": 129}, "n", "129"),
         ({"best_of": 21}, "best_of", "21"),
+        ({"prompt": ["a"] * 1025, "n": 2}, "prompt", "2050 sequences"),
+        ({"prompt": ["a"] * 2, "n": 128, "max_tokens": 1025}, "max_tokens", "262400 tokens"),
         ({"n": 3, "best_of": 2}, "best_of", "best_of"),
         ({"best_of": 2, "stream": True}, "best_of", "stream"),
         ({"logprobs": 6}, "logprobs", "6"),

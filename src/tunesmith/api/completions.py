@@ -35,6 +35,8 @@ from tunesmith.serving.request import Prompt
 
 MAX_SEQUENCES = 2048
 """Most sequences one request may generate: prompts times `best_of`."""
+MAX_TOKENS = 262_144
+"""Most tokens all sequences of one request may come to. Their log-probabilities are held until the answer is whole."""
 MAX_BIASES = 1024
 """Most tokens with a `logit_bias`; each costs at every step of every sequence."""
 SEED_BITS = 63
@@ -204,6 +206,15 @@ def _check_together(completion: CompletionRequest, stream: bool) -> None:
             f"The request asks for {sequences} sequences (prompts times best_of); at most {MAX_SEQUENCES} are "
             "generated at once. Send fewer prompts in each request.",
             param="prompt",
+        )
+    tokens = sequences * completion.max_tokens
+    # One sequence alone is bounded by the model's context, and hears of that.
+    if sequences > 1 and tokens > MAX_TOKENS:
+        raise InvalidRequest(
+            f"The request asks for up to {tokens} tokens ({sequences} sequences of 'max_tokens' "
+            f"{completion.max_tokens}); at most {MAX_TOKENS} are generated for one request. Lower max_tokens, or send "
+            "fewer prompts in each request.",
+            param="max_tokens",
         )
 
 
