@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from tests.cli.loopback import listening
 from tunesmith.client import PATIENCE_S, ApiError, Client, ServerUnreachable
@@ -190,3 +191,16 @@ def test_follow_gives_up_in_the_end() -> None:
     with Client(f"http://127.0.0.1:{port}/v1", "sk-x") as client, pytest.raises(ServerUnreachable, match="Gave up"):
         list(client.follow("ft-1", sleep=pauses.append))
     assert PATIENCE_S <= sum(pauses) < PATIENCE_S + 10
+
+
+def test_a_proxy_is_asked_for_the_whole_address() -> None:
+    async def forward(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        answer = JSONResponse({"asked": scope["raw_path"].decode(), "host": headers[b"host"].decode()})
+        await answer(scope, receive, send)
+
+    with (
+        listening(forward) as proxy_url,
+        Client("http://far.example/v1", "sk-secret", proxies=[proxy_url, "https://other.example:3128"]) as client,
+    ):
+        assert client.get("models") == {"asked": "http://far.example/v1/models", "host": "far.example"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -58,13 +58,21 @@ class Client:
     Every method raises ApiError for a refusal and ServerUnreachable where there was no answer.
     """
 
-    def __init__(self, base_url: str, api_key: str, organization: str | None = None) -> None:
+    def __init__(
+        self, base_url: str, api_key: str, organization: str | None = None, proxies: Sequence[str] = ()
+    ) -> None:
+        """`proxies`: URLs of HTTP proxies; one that starts with https is for https servers, any other for http ones."""
         headers = {"Authorization": f"Bearer {api_key}"}
         if organization is not None:
             headers["OpenAI-Organization"] = organization
         self.base_url = base_url.rstrip("/")
         # A proxy of the environment is for the world outside; it cannot reach this machine's loopback.
-        self._http = httpx.Client(headers=headers, timeout=USUAL_TIMEOUT, trust_env=not is_loopback(base_url))
+        self._http = httpx.Client(
+            headers=headers,
+            timeout=USUAL_TIMEOUT,
+            trust_env=not is_loopback(base_url),
+            mounts={f"{urlsplit(proxy).scheme}://": httpx.HTTPTransport(proxy=proxy) for proxy in proxies},
+        )
 
     def __enter__(self) -> Self:
         return self

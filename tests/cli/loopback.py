@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 
 class _Server(uvicorn.Server):
@@ -22,7 +22,7 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def listening(app: Starlette) -> Iterator[str]:
+def listening(app: ASGIApp) -> Iterator[str]:
     """The base URL, with /v1, of an application that runs until the block is left."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = _Server(uvicorn.Config(app, log_level="critical", lifespan="off"))

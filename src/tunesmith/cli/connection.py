@@ -25,7 +25,10 @@ def connect(args: argparse.Namespace, environment: Mapping[str, str] = os.enviro
     api_key = args.api_key or environment.get("OPENAI_API_KEY") or _owner_key(base_url, environment)
     if not api_key.isascii() or not api_key.isprintable():
         raise UsageError("The API key holds characters that no key has; check -k/--api-key and OPENAI_API_KEY.")
-    return Client(base_url, api_key, args.organization)
+    for proxy in args.proxy:
+        if not proxy.startswith(("http://", "https://")):
+            raise UsageError(f"The proxy {proxy!r} does not start with http:// or https://.")
+    return Client(base_url, api_key, args.organization, args.proxy)
 
 
 def _owner_key(base_url: str, environment: Mapping[str, str]) -> str:

@@ -37,6 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="API key. Otherwise OPENAI_API_KEY; otherwise, for a server on this machine, the owner key "
         "in its home folder.",
     )
+    parser.add_argument(
+        "-p",
+        "--proxy",
+        nargs="+",
+        default=[],
+        help="HTTP proxies to reach the server through; one that starts with https is for https servers. Another flag "
+        "has to follow, as with the published command line, since this one takes every word after it.",
+    )
     parser.add_argument("-o", "--organization", help="Sent along as the OpenAI-Organization header.")
     parser.add_argument("--json", action="store_true", help="JSON on standard output, and nothing else.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
