@@ -18,7 +18,6 @@ from tunesmith.cli.parser import build_parser
 NAME = re.compile(r"ada:ft-personal:custom-model-name-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d")
 JOB_ID = re.compile(r"ft-[A-Za-z0-9]{24}")
 COMMAND_WITHIN_S = 180.0
-INTERRUPTED_WITHIN_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,8 @@ def check_interrupted_follow(cli: CommandLine) -> None:
     job_id = cli.create()
     with cli.start("fine_tunes.follow", "-i", job_id) as following:
         seen = read_until(following, "Fine-tune started")
-        rest, errors = interrupt(following)
+        following.send_signal(signal.SIGINT)
+        rest, errors = following.communicate(timeout=COMMAND_WITHIN_S)
     assert following.returncode == 0, errors
     assert "Stream interrupted" in rest, (seen, rest, errors)
     assert "still running" in rest
@@ -177,16 +177,6 @@ def check_deletion(owner: CommandLine, member: CommandLine, model: str) -> None:
     gone = owner.finished("completions.create", "-m", model, "-p", "x", "-M", "1")
     assert gone.returncode == 1
     assert "does not exist" in gone.stderr
-
-
-def interrupt(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """Ctrl-C; what the process still says. Python drops one that falls into a finalizer: then, as people do, again."""
-    process.send_signal(signal.SIGINT)
-    try:
-        return process.communicate(timeout=INTERRUPTED_WITHIN_S)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        return process.communicate(timeout=COMMAND_WITHIN_S)
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
