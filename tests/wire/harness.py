@@ -21,6 +21,19 @@ from tunesmith.tokenizer import Tokenizer
 
 OWNER_KEY = "sk-" + "owner-" * 6
 ROWS = b"".join(b'{"prompt": "Row %d ->", "completion": " %s"}\n' % (i, [b"yes", b"no"][i % 2]) for i in range(8))
+FILE = {
+    "id": "file-*",
+    "object": "file",
+    "bytes": len(ROWS),
+    "created_at": "<unix>",
+    "filename": "train.jsonl",
+    "purpose": "fine-tune",
+    "status": "processed",
+    "status_details": None,
+}
+"""The file object of ROWS, ids and times masked."""
+
+
 """Eight examples of two classes."""
 
 

@@ -11,22 +11,12 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from tests.wire.harness import ROWS, error_of, masked, upload
+from tests.wire.harness import FILE, ROWS, error_of, masked, upload
 from tunesmith.server import Parts
 
 pytestmark = pytest.mark.anyio
 
 BOUNDARY = "limit-of-parts"
-FILE = {
-    "id": "file-*",
-    "object": "file",
-    "bytes": len(ROWS),
-    "created_at": "<unix>",
-    "filename": "train.jsonl",
-    "purpose": "fine-tune",
-    "status": "processed",
-    "status_details": None,
-}
 
 
 def part(name: str, content: bytes, filename: str | None = None) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.wire.harness import ROWS, create_job, error_of, finish, masked, upload
+from tests.wire.harness import FILE, create_job, error_of, finish, masked, upload
 from tunesmith.api.fine_tunes import CONCURRENT_ADMISSIONS
 from tunesmith.core.accounts import Caller
 from tunesmith.core.jobs import Claim, FineTuneRequest, Job
@@ -20,16 +20,6 @@ from tunesmith.server import Parts
 
 pytestmark = pytest.mark.anyio
 
-FILE = {
-    "id": "file-*",
-    "object": "file",
-    "bytes": len(ROWS),
-    "created_at": "<unix>",
-    "filename": "train.jsonl",
-    "purpose": "fine-tune",
-    "status": "processed",
-    "status_details": None,
-}
 CREATED = {
     "object": "fine-tune-event",
     "created_at": "<unix>",
