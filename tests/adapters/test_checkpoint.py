@@ -21,7 +21,7 @@ def test_peft_reads_the_folder_and_computes_the_same(tiny_base: Path, tmp_path: 
 
     torch.set_num_threads(1)
     model = llama.load(tiny_base)
-    lora = random_lora(model.config, rank=4, alpha=8.0)
+    lora = random_lora(model.config.layout, rank=4, alpha=8.0)
     checkpoint.save(lora, tmp_path, base_name_or_path="tiny", rank=4, alpha=8.0)
 
     theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), str(tmp_path))
@@ -29,7 +29,7 @@ def test_peft_reads_the_folder_and_computes_the_same(tiny_base: Path, tmp_path: 
     (batch,) = micro_batches([Row(ids.tolist(), 1)], prompt_loss_weight=0.0)
     with torch.no_grad():
         expected = theirs(ids[None]).logits[0]
-        loaded, _ = checkpoint.load(tmp_path)
+        loaded, _ = checkpoint.load(tmp_path, model.config.layout)
         ours = model.logits(model.hidden(batch.token_ids_N, batch.positions_N, batch.attend, loaded))
         base = model.logits(model.hidden(batch.token_ids_N, batch.positions_N, batch.attend))
     assert (ours - expected).abs().max() < 1e-4
@@ -37,7 +37,7 @@ def test_peft_reads_the_folder_and_computes_the_same(tiny_base: Path, tmp_path: 
 
 
 def test_equal_adapters_give_equal_bytes_and_no_path(tiny_base: Path, tmp_path: Path) -> None:
-    lora = random_lora(llama.load(tiny_base).config, rank=2, alpha=4.0)
+    lora = random_lora(llama.load(tiny_base).config.layout, rank=2, alpha=4.0)
     for name in ("one", "two"):
         checkpoint.save(lora, tmp_path / name, base_name_or_path="tiny", rank=2, alpha=4.0)
 
@@ -48,10 +48,10 @@ def test_equal_adapters_give_equal_bytes_and_no_path(tiny_base: Path, tmp_path: 
 
 
 def test_what_is_saved_is_loaded(tiny_base: Path, tmp_path: Path) -> None:
-    lora = random_lora(llama.load(tiny_base).config, rank=2, alpha=3.0)
+    lora = random_lora(llama.load(tiny_base).config.layout, rank=2, alpha=3.0)
     checkpoint.save(lora, tmp_path, base_name_or_path="tiny", rank=2, alpha=3.0)
 
-    loaded, config = checkpoint.load(tmp_path)
+    loaded, config = checkpoint.load(tmp_path, llama.load(tiny_base).config.layout)
 
     assert loaded.scale == 1.5
     assert config["base_model_name_or_path"] == "tiny"
@@ -62,12 +62,16 @@ def test_what_is_saved_is_loaded(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_pickled_weights_are_not_read(tiny_base: Path, tmp_path: Path) -> None:
     checkpoint.save(
-        random_lora(llama.load(tiny_base).config, rank=2, alpha=4.0), tmp_path, base_name_or_path="b", rank=2, alpha=4.0
+        random_lora(llama.load(tiny_base).config.layout, rank=2, alpha=4.0),
+        tmp_path,
+        base_name_or_path="b",
+        rank=2,
+        alpha=4.0,
     )
     (tmp_path / checkpoint.WEIGHTS).rename(tmp_path / "adapter_model.bin")
 
     with pytest.raises(FileNotFoundError, match="pickled weights are never read"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, llama.load(tiny_base).config.layout)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,7 @@ def test_an_option_that_is_not_computed_is_refused(tiny_base: Path, tmp_path: Pa
     (tmp_path / checkpoint.CONFIG).write_text(json.dumps(config | {option: value}))
 
     with pytest.raises(ValueError, match=option):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, llama.load(tiny_base).config.layout)
 
 
 def test_a_missing_layer_a_stray_tensor_and_a_damaged_file_are_named(tiny_base: Path, tmp_path: Path) -> None:
@@ -90,17 +94,17 @@ def test_a_missing_layer_a_stray_tensor_and_a_damaged_file_are_named(tiny_base: 
 
     save_file({key: value for key, value in whole.items() if key != name}, weights)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, llama.load(tiny_base).config.layout)
 
     save_file(whole | {"base_model.model.lm_head.lora_A.weight": torch.ones(1)}, weights)
     with pytest.raises(ValueError, match="lm_head"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, llama.load(tiny_base).config.layout)
 
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="damaged"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, llama.load(tiny_base).config.layout)
 
 
 def _save_tiny(tiny_base: Path, folder: Path) -> None:
-    lora = random_lora(llama.load(tiny_base).config, rank=2, alpha=4.0)
+    lora = random_lora(llama.load(tiny_base).config.layout, rank=2, alpha=4.0)
     checkpoint.save(lora, folder, base_name_or_path="tiny", rank=2, alpha=4.0)

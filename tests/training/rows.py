@@ -8,19 +8,17 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.adapters.lora import Lora, initial
-from tunesmith.decoder.llama import LlamaConfig
+from tunesmith.adapters.lora import Layout, Lora, initial
 from tunesmith.rundir import ResolvedHyperparameters, RunDir, RunSpec
 from tunesmith.training.batches import Row
-from tunesmith.training.inputs import linear_shapes
 
 LABELS = (" positive", " negative")
 
 
-def random_lora(config: LlamaConfig, *, rank: int, alpha: float, seed: int = 3) -> Lora:
+def random_lora(layout: Layout, *, rank: int, alpha: float, seed: int = 3) -> Lora:
     """An adapter with both factors random, so that it changes every product."""
     chance = torch.Generator().manual_seed(seed)
-    lora = initial(config.layers, linear_shapes(config), rank=rank, alpha=alpha, generator=chance)
+    lora = initial(layout, rank=rank, alpha=alpha, generator=chance)
     for _, _, part in lora.tensors():
         part.b_OR.normal_(std=0.1, generator=chance)
     return lora

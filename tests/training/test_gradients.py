@@ -9,7 +9,6 @@ import torch
 
 from tests.training.rows import random_lora, random_rows
 from tunesmith.adapters import checkpoint
-from tunesmith.adapters.lora import LAYER_NAMES, SITE_LAYERS
 from tunesmith.decoder import llama
 from tunesmith.decoder.llama import Llama
 from tunesmith.training.batches import Row
@@ -33,7 +32,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    lora = random_lora(model.config, rank=4, alpha=8.0)
+    lora = random_lora(model.config.layout, rank=4, alpha=8.0)
     checkpoint.save(lora, tmp_path, base_name_or_path="tiny", rank=4, alpha=8.0)
     theirs = PeftModel.from_pretrained(
         LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), str(tmp_path), is_trainable=True
@@ -76,12 +75,12 @@ def test_steps_on_threads_are_repeatable_to_the_bit(model: Llama) -> None:
 
 
 def test_the_factors_in_training_add_what_the_adapter_adds(model: Llama) -> None:
-    lora = random_lora(model.config, rank=4, alpha=8.0)
+    lora = random_lora(model.config.layout, rank=4, alpha=8.0)
     factors = TrainableLora(lora)
     chance = torch.Generator().manual_seed(0)
-    for layer, parts in enumerate(lora.factors):
-        for site, names in SITE_LAYERS.items():
-            x = torch.randn(6, parts[names[0]].a_RI.shape[1], generator=chance)
+    for layer, sites in enumerate(lora.layout.layers):
+        for site, linears in sites.items():
+            x = torch.randn(6, linears[0].inputs, generator=chance)
             expected = lora.delta(layer, site, x)
             assert torch.allclose(factors.view().delta(layer, site, x), expected, atol=1e-6)
             assert torch.allclose(factors.lora.delta(layer, site, x), expected, atol=1e-6)
@@ -89,7 +88,7 @@ def test_the_factors_in_training_add_what_the_adapter_adds(model: Llama) -> None
 
 def test_all_tokens_of_a_long_row_count_once(model: Llama) -> None:
     (row,) = random_rows([(700, 500)])  # several chunks of the vocabulary product
-    factors = TrainableLora(random_lora(model.config, rank=4, alpha=8.0))
+    factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0))
 
     with Workers(1, 1) as workers:
         tally = Learner(model, factors, workers, beat=lambda: None).learn([row], prompt_loss_weight=0.5)
@@ -102,14 +101,13 @@ def _step(
     model: Llama, rows: list[Row], prompt_loss_weight: float, *, max_tokens: int = 10_000, threads: int = 1
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss, and gradients by the names of PEFT."""
-    factors = TrainableLora(random_lora(model.config, rank=4, alpha=8.0))
+    factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0))
     with Workers(threads, batch_size=threads) as workers:
         learner = Learner(model, factors, workers, beat=lambda: None, max_tokens=max_tokens)
         tally = learner.learn(rows, prompt_loss_weight=prompt_loss_weight)
     factors.flat.copy_(factors.flat_gradient)  # `lora` is a view of it: now it names the gradients
     named = {}
     for layer, name, part in factors.lora.tensors():
-        assert name in LAYER_NAMES
         for letter, tensor in (("A", part.a_RI), ("B", part.b_OR)):
             named[f"base_model.model.model.layers.{layer}.{name}.lora_{letter}.weight"] = tensor.clone()
     return tally.loss, named

@@ -125,7 +125,7 @@ def test_parity_rows_are_what_the_saved_adapter_says(tiny_base: Path, tmp_path: 
     train(run_dir)
 
     model = llama.load(tiny_base)
-    lora, _ = adapter_checkpoint.load(run_dir.adapter)
+    lora, _ = adapter_checkpoint.load(run_dir.adapter, model.config.layout)
     rows = json.loads(run_dir.parity.read_text())["rows"]
     assert len(rows) == 5
     for row in rows:

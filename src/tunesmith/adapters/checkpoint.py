@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from tunesmith.adapters.lora import LAYER_NAMES, Lora, LowRank
+from tunesmith.adapters.lora import Layout, Linear, Lora, LowRank
 from tunesmith.rundir import write_bytes, write_json
 
 CONFIG = "adapter_config.json"
@@ -23,7 +23,6 @@ WEIGHTS = "adapter_model.safetensors"
 _PLAIN_OPTIONS: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
     "layers_to_transform": (None, []),
     "rank_pattern": (None, {}),
@@ -41,7 +40,7 @@ def save(lora: Lora, folder: Path, *, base_name_or_path: str, rank: int, alpha: 
     config = {
         "base_model_name_or_path": base_name_or_path,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": lora.layout.transposed,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # some readers want an int
@@ -49,7 +48,7 @@ def save(lora: Lora, folder: Path, *, base_name_or_path: str, rank: int, alpha: 
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": sorted(name.rpartition(".")[2] for name in LAYER_NAMES),
+        "target_modules": sorted({linear.name.rpartition(".")[2] for _, linear in lora.layout.linears()}),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -58,17 +57,20 @@ def save(lora: Lora, folder: Path, *, base_name_or_path: str, rank: int, alpha: 
     for layer, name, factors in lora.tensors():
         for letter, tensor in (("A", factors.a_RI), ("B", factors.b_OR)):
             # A copy of its own: factors may be views of one larger tensor, which safetensors does not write.
-            state[_key(layer, name, letter)] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+            state[_key(lora.layout, layer, name, letter)] = (
+                tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+            )
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / WEIGHTS, safetensors_torch.save(state, metadata={"format": "pt"}))
     write_json(folder / CONFIG, config)
 
 
-def load(folder: Path) -> tuple[Lora, dict[str, Any]]:
-    """The adapter in `folder`, fp32 on the CPU, and its configuration.
+def load(folder: Path, layout: Layout) -> tuple[Lora, dict[str, Any]]:
+    """The adapter in `folder` for a base of that layout, fp32 on the CPU, and its configuration.
 
     Raises FileNotFoundError without safetensors, and ValueError naming what an adapter here cannot have: a kind other
-    than LoRA, an option of `_PLAIN_OPTIONS`, a linear layer left out, a tensor of the wrong shape, a damaged file.
+    than LoRA, an option of `_PLAIN_OPTIONS`, a linear layer left out or unknown to the base, a tensor of the wrong
+    shape, a damaged file.
     """
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}; pickled weights are never read")
@@ -81,16 +83,16 @@ def load(folder: Path) -> tuple[Lora, dict[str, Any]]:
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
 
-    factors: list[dict[str, LowRank]] = []
-    while any(_key(len(factors), name, "A") in state for name in LAYER_NAMES):
-        factors.append({name: _take(folder, state, len(factors), name, rank) for name in LAYER_NAMES})
-    if state or not factors:
-        raise ValueError(f"{folder / WEIGHTS} holds tensors of no layer known here: {', '.join(sorted(state)[:3])}")
-    return Lora(tuple(factors), scale), config
+    factors: tuple[dict[str, LowRank], ...] = tuple({} for _ in layout.layers)
+    for layer, linear in layout.linears():
+        factors[layer][linear.name] = _take(folder, state, layout, layer, linear, rank)
+    if state:
+        raise ValueError(f"{folder / WEIGHTS} holds tensors of no layer of its base: {', '.join(sorted(state)[:3])}")
+    return Lora(layout, factors, scale), config
 
 
-def _key(layer: int, name: str, letter: str) -> str:
-    return f"base_model.model.model.layers.{layer}.{name}.lora_{letter}.weight"
+def _key(layout: Layout, layer: int, name: str, letter: str) -> str:
+    return f"base_model.model.{layout.path}.{layer}.{name}.lora_{letter}.weight"
 
 
 def _check_options(folder: Path, config: dict[str, Any]) -> None:
@@ -101,14 +103,17 @@ def _check_options(folder: Path, config: dict[str, Any]) -> None:
             raise ValueError(f"{folder / CONFIG}: {option} = {config[option]!r} is not supported, only {plain[0]!r}")
 
 
-def _take(folder: Path, state: dict[str, Tensor], layer: int, name: str, rank: int) -> LowRank:
+def _take(folder: Path, state: dict[str, Tensor], layout: Layout, layer: int, linear: Linear, rank: int) -> LowRank:
     try:
-        a_RI, b_OR = (state.pop(_key(layer, name, letter)).float() for letter in "AB")
+        a_RI, b_OR = (state.pop(_key(layout, layer, linear.name, letter)).float() for letter in "AB")
     except KeyError as error:
         raise ValueError(
-            f"{folder / WEIGHTS} has no {error.args[0]}; an adapter here covers every linear layer: "
-            f"{', '.join(LAYER_NAMES)}"
+            f"{folder / WEIGHTS} has no {error.args[0]}; an adapter here covers every linear layer of its base"
         ) from error
-    if a_RI.shape[0] != rank or b_OR.shape[1] != rank:
-        raise ValueError(f"{folder / WEIGHTS}: factors of layers.{layer}.{name} are not of rank {rank}")
+    given, needed = (tuple(a_RI.shape), tuple(b_OR.shape)), ((rank, linear.inputs), (linear.outputs, rank))
+    if given != needed:
+        raise ValueError(
+            f"{folder / WEIGHTS}: factors A and B of {layout.path}.{layer}.{linear.name} have the shapes {given}, "
+            f"but rank and base ask for {needed}"
+        )
     return LowRank(a_RI, b_OR)

@@ -7,24 +7,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Site = Literal["qkv", "o", "gate_up", "down"]
-"""The four products of one layer. `qkv` and `gate_up` are several linear layers stacked along their outputs."""
+Site = str
+"""A product in a layer of a model: one linear layer, or several with the same input, stacked along their outputs."""
 
-SITE_LAYERS: dict[Site, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-"""The linear layers of each site by the names that checkpoints and PEFT use, in stacking order."""
 
-LAYER_NAMES: tuple[str, ...] = tuple(name for names in SITE_LAYERS.values() for name in names)
-"""Every linear layer of a decoder layer, in the fixed order in which factors are drawn, listed and saved."""
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear layer."""
+
+    name: str
+    """Within its decoder layer, as checkpoints and PEFT call it: `self_attn.q_proj`."""
+    outputs: int
+    inputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which linear layers of a model an adapter covers, and how they are named and stacked."""
+
+    path: str
+    """Where the decoder layers are, as in `model.layers`."""
+    layers: tuple[Mapping[Site, tuple[Linear, ...]], ...]
+    """The sites of each decoder layer, and their linear layers in stacking order."""
+    transposed: bool = False
+    """Whether the base keeps these weights as [inputs, outputs]: what PEFT calls `fan_in_fan_out`."""
+
+    def linears(self) -> Iterator[tuple[int, Linear]]:
+        """Every (layer index, linear layer), in the fixed order in which factors are drawn, listed and saved."""
+        for index, sites in enumerate(self.layers):
+            for linears in sites.values():
+                for linear in linears:
+                    yield index, linear
 
 
 class Adapters(Protocol):
@@ -44,8 +62,9 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """One adapter over every linear layer of a model: `factors[layer][name]` with the names of `SITE_LAYERS`."""
+    """One adapter: `factors[layer][name]` for every linear layer of its layout."""
 
+    layout: Layout
     factors: tuple[dict[str, LowRank], ...]
     scale: float
     """alpha / rank"""
@@ -53,36 +72,34 @@ class Lora:
     @property
     def rank(self) -> int:
         """Rows of every A, columns of every B."""
-        return self.factors[0][LAYER_NAMES[0]].a_RI.shape[0]
+        return next(iter(self.factors[0].values())).a_RI.shape[0]
 
     def tensors(self) -> Iterator[tuple[int, str, LowRank]]:
-        """(layer, name, factors) of every linear layer, in the fixed order of `LAYER_NAMES` within each layer."""
-        for index, layer in enumerate(self.factors):
-            for name in LAYER_NAMES:
-                yield index, name, layer[name]
+        """(layer, name, factors) of every linear layer, in the order of `Layout.linears`."""
+        for index, linear in self.layout.linears():
+            yield index, linear.name, self.factors[index][linear.name]
+
+    def parts(self, layer: int, site: Site) -> list[LowRank]:
+        """The factors of the linear layers of a site, in stacking order."""
+        return [self.factors[layer][linear.name] for linear in self.layout.layers[layer][site]]
 
     def delta(self, layer: int, site: Site, x_NI: Tensor) -> Tensor | None:
         """See `Adapters`."""
-        parts = [self.factors[layer][name] for name in SITE_LAYERS[site]]
+        parts = self.parts(layer, site)
         a_stacked = torch.cat([part.a_RI for part in parts]) if len(parts) > 1 else parts[0].a_RI
         hidden = (x_NI @ a_stacked.T * self.scale).split_with_sizes([part.a_RI.shape[0] for part in parts], dim=-1)
         deltas = [h_NR @ part.b_OR.T for h_NR, part in zip(hidden, parts, strict=True)]
         return torch.cat(deltas, dim=-1) if len(deltas) > 1 else deltas[0]
 
 
-def initial(
-    layers: int, shapes: Mapping[str, tuple[int, int]], *, rank: int, alpha: float, generator: torch.Generator
-) -> Lora:
-    """An adapter that adds nothing yet: A uniform in +-1/sqrt(I), B zero, fp32.
+def initial(layout: Layout, *, rank: int, alpha: float, generator: torch.Generator) -> Lora:
+    """An adapter that adds nothing yet: A uniform in +-1/sqrt(I), B zero, fp32; drawn in the order of `Layout.linears`.
 
-    `shapes` gives (outputs, inputs) of each of `LAYER_NAMES`; factors are drawn in that order, layer by layer.
     Source: PEFT `reset_lora_parameters` (Kaiming uniform with a = sqrt(5), as torch.nn.Linear).
     """
-
-    def drawn(outputs: int, inputs: int) -> LowRank:
-        bound = inputs**-0.5
-        a_RI = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
-        return LowRank(a_RI, torch.zeros(outputs, rank))
-
-    factors = tuple({name: drawn(*shapes[name]) for name in LAYER_NAMES} for _ in range(layers))
-    return Lora(factors, alpha / rank)
+    factors: tuple[dict[str, LowRank], ...] = tuple({} for _ in layout.layers)
+    for index, linear in layout.linears():
+        bound = linear.inputs**-0.5
+        a_RI = torch.empty(rank, linear.inputs).uniform_(-bound, bound, generator=generator)
+        factors[index][linear.name] = LowRank(a_RI, torch.zeros(linear.outputs, rank))
+    return Lora(layout, factors, alpha / rank)

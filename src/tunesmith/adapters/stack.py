@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.adapters.lora import SITE_LAYERS, Lora, Site
+from tunesmith.adapters.lora import Lora, Site
 
 STACKED_TOKENS = 4
 """Longer segments are not stacked: copying their factors together costs more than the calls it saves."""
@@ -38,19 +38,15 @@ class PackedAdapter:
     def from_lora(cls, lora: Lora, dtype: torch.dtype, device: torch.device | str) -> PackedAdapter:
         """The same adapter, in the precision of the model that it is for."""
         packed = []
-        for layer in lora.factors:
+        for layer, names in enumerate(lora.layout.layers):
             sites: dict[Site, tuple[Tensor, Tensor]] = {}
-            for site, names in SITE_LAYERS.items():
-                a_RI = torch.cat([layer[name].a_RI for name in names])
-                b_RO = torch.block_diag(*(layer[name].b_OR.T for name in names)) * lora.scale
+            for site in names:
+                parts = lora.parts(layer, site)
+                a_RI = torch.cat([part.a_RI for part in parts])
+                b_RO = torch.block_diag(*(part.b_OR.T for part in parts)) * lora.scale
                 sites[site] = (a_RI.T.to(device, dtype).contiguous(), b_RO.to(device, dtype).contiguous())
             packed.append(sites)
         return cls(tuple(packed))
-
-    def shape(self, layer: int, site: Site) -> tuple[int, int]:
-        """(O, I), as the weight that it adds to."""
-        a_IR, b_RO = self.factors[layer][site]
-        return b_RO.shape[1], a_IR.shape[0]
 
 
 Segment = tuple[PackedAdapter, int]
@@ -129,8 +125,9 @@ def _alike(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
 
 
 def _stack(adapters: tuple[PackedAdapter, ...]) -> Stack:
-    layers = range(len(adapters[0].factors))
-    return tuple({site: _stack_site(adapters, layer, site) for site in SITE_LAYERS} for layer in layers)
+    return tuple(
+        {site: _stack_site(adapters, layer, site) for site in sites} for layer, sites in enumerate(adapters[0].factors)
+    )
 
 
 def _stack_site(adapters: tuple[PackedAdapter, ...], layer: int, site: Site) -> tuple[Tensor, Tensor]:

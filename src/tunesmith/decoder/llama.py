@@ -1,4 +1,4 @@
-"""The forward pass of the Llama family, one for trainer and engine, so that their numbers cannot differ.
+"""The forward pass of the Llama family: lean, its products stacked, without transformers.
 
 Covers checkpoints of Llama, Mistral, Qwen2 and Qwen3 type. Tokens of all sequences lie one after another; what a token
 may attend to is decided by the `attend` that the caller passes in: causal rows in training, a KV cache in the engine.
@@ -10,19 +10,51 @@ V = vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from tunesmith.adapters.lora import Adapters, Site
+from tunesmith.adapters.lora import Adapters, Layout, Linear, Site
+from tunesmith.decoder.base import Attend
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeStretch:
+    """How Llama 3 stretches its rotations beyond the context of its pretraining (`rope_type` "llama3")."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_context_tokens: int
+
+    @classmethod
+    def from_json(cls, rope: dict[str, Any]) -> RopeStretch:
+        """From the rope section of a `config.json`."""
+        return cls(
+            factor=rope["factor"],
+            low_frequency_factor=rope["low_freq_factor"],
+            high_frequency_factor=rope["high_freq_factor"],
+            original_context_tokens=rope["original_max_position_embeddings"],
+        )
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        """Slow rotations slowed down by `factor`, fast ones as they are, those between in between.
+
+        Source: `_compute_llama3_parameters` of transformers, after Meta's `apply_scaling`.
+        """
+        turns = self.original_context_tokens * frequencies / (2 * math.pi)
+        span = self.high_frequency_factor - self.low_frequency_factor
+        kept = ((turns - self.low_frequency_factor) / span).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +75,7 @@ class LlamaConfig:
     """Whether the output projection is the embedding matrix."""
     qkv_bias: bool = False
     qk_norm: bool = False
+    rope_stretch: RopeStretch | None = None
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> LlamaConfig:
@@ -51,7 +84,8 @@ class LlamaConfig:
         if kind not in MODEL_TYPES:
             raise ValueError(f"model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
+        stretched = rope.get("rope_type", rope.get("type", "default"))
+        if stretched not in ("default", "llama3"):
             raise ValueError(f"rope scaling {rope!r} is not supported")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'")
@@ -76,6 +110,7 @@ class LlamaConfig:
             tied=config.get("tie_word_embeddings", False),
             qkv_bias=kind == "qwen2",
             qk_norm=kind == "qwen3",
+            rope_stretch=RopeStretch.from_json(rope) if stretched == "llama3" else None,
         )
 
     @property
@@ -88,12 +123,21 @@ class LlamaConfig:
         """K * d."""
         return self.kv_heads * self.head_width
 
-
-class Attend(Protocol):
-    """Causal attention over whatever each token's sequence has seen so far."""
-
-    def __call__(self, layer: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
-        """The attention output [N, H, d]; positions are already rotated into q and k."""
+    @property
+    def layout(self) -> Layout:
+        """The linear layers as `Layer` stacks them."""
+        heads, keys, width, inner = self.query_width, self.key_width, self.width, self.feed_forward_width
+        sites = {
+            "qkv": (
+                Linear("self_attn.q_proj", heads, width),
+                Linear("self_attn.k_proj", keys, width),
+                Linear("self_attn.v_proj", keys, width),
+            ),
+            "o": (Linear("self_attn.o_proj", width, heads),),
+            "gate_up": (Linear("mlp.gate_proj", inner, width), Linear("mlp.up_proj", inner, width)),
+            "down": (Linear("mlp.down_proj", width, inner),),
+        }
+        return Layout("model.layers", (sites,) * self.layers)
 
 
 @dataclass(slots=True)
@@ -126,7 +170,7 @@ class Llama:
     ) -> Tensor:
         """The normed output of the last layer, [N, D]: `logits` of a row is the prediction of the token after it."""
         config = self.config
-        cos_Nd, sin_Nd = _rotation(positions_N, config.head_width, config.rope_theta, self.embedding_VD.dtype)
+        cos_Nd, sin_Nd = _rotation(positions_N, config, self.embedding_VD.dtype)
         x_ND = F.embedding(token_ids_N, self.embedding_VD)
         for index, layer in enumerate(self.layers):
             y_ND = self._norm(x_ND, layer.attention_norm_D)
@@ -148,9 +192,9 @@ class Llama:
             x_ND = x_ND + _adapted(z_NF, layer.down, None, adapters, index, "down")
         return self._norm(x_ND, self.norm_D)
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Unnormalised log-probabilities of the next token, [N, V]. Ask only for the rows you need: V is wide."""
-        return F.linear(hidden_ND, self.head_VD)
+    def logits(self, hidden_ND: Tensor, token_ids: Sequence[int] | None = None) -> Tensor:
+        """See `Decoder`."""
+        return F.linear(hidden_ND, self.head_VD if token_ids is None else self.head_VD[list(token_ids)])
 
     def parameters(self) -> Iterator[Tensor]:
         """Every weight once, in a fixed order."""
@@ -245,9 +289,12 @@ def _adapted(
     return product if delta is None else product + delta
 
 
-def _rotation(positions_N: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions_N.device) / head_width
-    angles = positions_N[:, None].float() * (1.0 / theta**exponents)
+def _rotation(positions_N: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    steps = torch.arange(0, config.head_width, 2, dtype=torch.float32, device=positions_N.device)
+    frequencies = 1.0 / config.rope_theta ** (steps / config.head_width)
+    if config.rope_stretch is not None:
+        frequencies = config.rope_stretch(frequencies)
+    angles = positions_N[:, None].float() * frequencies
     angles_Nd = torch.cat([angles, angles], dim=-1)[:, None, :]
     return angles_Nd.cos().to(dtype), angles_Nd.sin().to(dtype)
 

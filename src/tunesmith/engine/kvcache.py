@@ -82,6 +82,7 @@ class KVCache:
             tokens_BT=(firsts_B[:, None] + offsets_BT).to(device),
             real=None if bool(real_BT.all()) else real_BT.flatten().nonzero()[:, 0].to(device),
             gather=gather_BKb.flatten().to(device),
+            positions_BT=(starts_B[:, None] + offsets_BT).to(device),
             mask_BTL=mask_BTL.to(device),
         )
 
@@ -107,8 +108,17 @@ class _Group:
     """Which of the B * T are no filling; None: all."""
     gather: Tensor
     """The B * K * blocks rows of [blocks * K, P * d] that hold their keys and values."""
+    positions_BT: Tensor
+    """Of each token in its sequence."""
     mask_BTL: Tensor
     """0 or -inf, added to the scores."""
+
+    def mask(self, window: int | None) -> Tensor:
+        """`mask_BTL`, and what lies before the window hidden too."""
+        if window is None or window >= self.mask_BTL.shape[2]:
+            return self.mask_BTL
+        positions_L = torch.arange(self.mask_BTL.shape[2], device=self.mask_BTL.device)
+        return self.mask_BTL.masked_fill(positions_L <= self.positions_BT[:, :, None] - window, -torch.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +131,7 @@ class PagedAttention:
     rows: Tensor
     groups: list[_Group]
 
-    def __call__(self, layer: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, *, window: int | None = None) -> Tensor:
         """Stores the new keys and values, then attends to all of each sequence so far."""
         heads, width = q_NHd.shape[1:]
         kv_heads = k_NKd.shape[1]
@@ -138,7 +148,7 @@ class PagedAttention:
             k = keys.view(-1, BLOCK_TOKENS * width)[group.gather].view(b * kv_heads, -1, width)
             v = values.view(-1, BLOCK_TOKENS * width)[group.gather].view(b * kv_heads, -1, width)
             scores = torch.bmm(q.reshape(b * kv_heads, shared * t, width), k.transpose(1, 2))  # [B K, G T, L]
-            scores.view(b, kv_heads * shared, t, -1).add_(group.mask_BTL[:, None])
+            scores.view(b, kv_heads * shared, t, -1).add_(group.mask(window)[:, None])
             mixed = torch.bmm(scores.softmax(-1), v).view(b, kv_heads, shared, t, width)
             mixed_NHd = mixed.permute(0, 3, 1, 2, 4).reshape(b * t, heads, width)
             if group.real is not None:

@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,9 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tunesmith.adapters import checkpoint
-from tunesmith.adapters.lora import Site
 from tunesmith.adapters.stack import AdapterStacks, Mixture, PackedAdapter
-from tunesmith.decoder import llama
+from tunesmith.decoder import loading
+from tunesmith.decoder.base import Decoder
 from tunesmith.engine import sampling, scheduler
 from tunesmith.engine.base import FinishReason, GenerateRequest, PromptScored, SampledToken, TokenScore
 from tunesmith.engine.handles import handle_of
@@ -31,21 +30,21 @@ from tunesmith.engine.scheduler import BLOCK_TOKENS, BlockPool, Chunk, Scheduler
 
 SCORED_ROWS = 128
 """Prompt positions whose logits are held at a time: the vocabulary is wide."""
-SITES: tuple[Site, ...] = get_args(Site)
 
 
 class LoadedBase:
     """The weights of a base, the cache of its sequences, and the stacks of its adapters."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: str, cache_bytes: int) -> None:
-        self.weights = llama.load(folder, dtype, device)
+        self.weights = loading.load(folder, dtype, device)
         config = self.weights.config
-        token_bytes = 2 * config.layers * config.key_width * dtype.itemsize
+        layers = len(config.layout.layers)
+        token_bytes = 2 * layers * config.kv_heads * config.head_width * dtype.itemsize
         # At least one sequence of full length, plus the position after the last (see `ModelRef.context_tokens`).
         tokens = max(cache_bytes // token_bytes, config.context_tokens + 1)
         self.cache = KVCache(
             BlockPool(-(-tokens // BLOCK_TOKENS)),
-            layers=config.layers,
+            layers=layers,
             kv_heads=config.kv_heads,
             head_width=config.head_width,
             dtype=dtype,
@@ -149,9 +148,8 @@ class Runner:
             base = self._bases[key] = LoadedBase(base_dir, self._dtype, self._device, self._cache_bytes)
         if adapter_dir is None:
             return Model(base, None)
-        adapter = PackedAdapter.from_lora(checkpoint.load(adapter_dir)[0], self._dtype, self._device)
-        _check_fit(adapter, base.weights, adapter_dir)
-        return Model(base, adapter)
+        lora, _ = checkpoint.load(adapter_dir, base.weights.config.layout)
+        return Model(base, PackedAdapter.from_lora(lora, self._dtype, self._device))
 
     def _step(self, base: LoadedBase, chunks: list[Chunk[Model]]) -> Iterator[Event]:
         chunks, mixture = _arrange(base.stacks, chunks)
@@ -188,25 +186,19 @@ class Runner:
 def _fault(sequence: Running) -> str | None:
     """What would make a request fail in the midst of others: it is refused before it joins them."""
     request, pool = sequence.request, sequence.model.pool
-    vocabulary = sequence.model.base.weights.config.vocabulary_size
+    config = sequence.model.base.weights.config
+    vocabulary = config.vocabulary_size
+    positions = len(request.prompt_ids) + max(request.sampling.max_tokens - 1, 0)  # the last is never fed back
     ids = [*request.prompt_ids, *request.sampling.logit_bias]
     if not request.prompt_ids:
         return "the prompt has no tokens"
     if not all(0 <= token_id < vocabulary for token_id in ids):
         return f"token ids must be between 0 and {vocabulary - 1}"
+    if positions > config.context_tokens:
+        return f"prompt and completion need {positions} positions, and the model has {config.context_tokens}"
     if sequence.blocks_needed > pool.blocks:
         return f"prompt and completion need more than the {pool.blocks * BLOCK_TOKENS} tokens this engine has room for"
     return None
-
-
-def _check_fit(adapter: PackedAdapter, weights: llama.Llama, adapter_dir: Path) -> None:
-    if len(adapter.factors) != len(weights.layers):
-        raise ValueError(f"{adapter_dir} has {len(adapter.factors)} layers, its base {len(weights.layers)}")
-    for index, layer in enumerate(weights.layers):
-        for site in SITES:
-            given, needed = adapter.shape(index, site), tuple(getattr(layer, site).shape)
-            if given != needed:
-                raise ValueError(f"{adapter_dir}: layer {index}, {site}: shape {given}, but the base has {needed}")
 
 
 def _arrange(stacks: AdapterStacks, chunks: list[Chunk[Model]]) -> tuple[list[Chunk[Model]], Mixture | None]:
@@ -222,7 +214,7 @@ def _arrange(stacks: AdapterStacks, chunks: list[Chunk[Model]]) -> tuple[list[Ch
     return arranged, stacks.mix(plain_tokens, [(adapter, lengths[adapter]) for adapter in adapters])
 
 
-def _score_prompt(weights: llama.Llama, chunk: Chunk[Model], hidden_TD: Tensor) -> None:
+def _score_prompt(weights: Decoder, chunk: Chunk[Model], hidden_TD: Tensor) -> None:
     """Adds the scores of the prompt tokens that the tokens of this chunk predict."""
     sequence = chunk.sequence
     top = sequence.request.top_logprobs or 0

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunesmith.adapters.lora import Adapters
-from tunesmith.decoder.llama import Llama
+from tunesmith.decoder.base import Decoder
 from tunesmith.training.batches import Row
 from tunesmith.training.loss import score
 from tunesmith.training.metrics import Tally
@@ -26,7 +26,7 @@ T = TypeVar("T")
 class Evaluator:
     """A model with its adapters, as it is now."""
 
-    model: Llama
+    model: Decoder
     adapters: Adapters
     workers: Workers
     beat: Callable[[], None]
@@ -60,12 +60,11 @@ class Evaluator:
     def class_probabilities(self, rows: Sequence[Row], class_ids: Sequence[int]) -> NDArray[np.float64]:
         """Probability of each class for each row, [rows, classes]: of its first token, normalised over the classes."""
         found = np.empty((len(rows), len(class_ids)))
-        head_KD = self.model.head_VD[list(class_ids)]
         # Cut after the first completion token: the rest would be computed for nothing.
         first_only = [Row(row.token_ids[: row.completion_start + 1], row.completion_start) for row in rows]
 
         def probabilities(_: MicroBatch, hidden_MD: Tensor) -> NDArray[np.float64]:
-            return (hidden_MD @ head_KD.T).double().softmax(1).numpy()
+            return self.model.logits(hidden_MD, class_ids).double().softmax(1).numpy()
 
         for indices, _, each in self._each(probabilities, first_only, prompt_loss_weight=0.0):
             found[indices] = each

@@ -13,39 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.adapters.lora import SITE_LAYERS, Lora, LowRank, Site
+from tunesmith.adapters.lora import Lora, LowRank, Site
 
 
 class TrainableLora:
     """Factors as one tensor. `flat` holds, layer by layer and site by site, the A of a site stacked, then its B."""
 
     def __init__(self, start: Lora) -> None:
-        stacks = [
-            torch.cat([getattr(layer[name], factor) for name in SITE_LAYERS[site]])
-            for layer in start.factors
-            for site in SITE_LAYERS
-            for factor in ("a_RI", "b_OR")
-        ]
+        self._keys = [(layer, site) for layer, sites in enumerate(start.layout.layers) for site in sites]
+        parts = [start.parts(*key) for key in self._keys]
+        stacks = [torch.cat([getattr(part, factor) for part in site]) for site in parts for factor in ("a_RI", "b_OR")]
         self._shapes = [stack.shape for stack in stacks]
-        self._rows = [
-            [layer[name].b_OR.shape[0] for name in SITE_LAYERS[site]] for layer in start.factors for site in SITE_LAYERS
-        ]
+        self._rows = [[part.b_OR.shape[0] for part in site] for site in parts]
         self.flat = torch.cat([stack.flatten() for stack in stacks])
         self.flat_gradient = torch.zeros_like(self.flat)
-        self.lora = Lora(tuple({} for _ in start.factors), start.scale)
+        self.lora = Lora(start.layout, tuple({} for _ in start.factors), start.scale)
         """The factors by name, as views of `flat`."""
-        sites = [(layer, site) for layer in self.lora.factors for site in SITE_LAYERS]
-        for (layer, site), (a, b), rows in zip(sites, self._pairs(self.flat), self._rows, strict=True):
-            for name, a_RI, b_OR in zip(SITE_LAYERS[site], a.split(start.rank), b.split(rows), strict=True):
-                layer[name] = LowRank(a_RI, b_OR)
+        for (layer, site), (a, b), rows in zip(self._keys, self._pairs(self.flat), self._rows, strict=True):
+            linears = start.layout.layers[layer][site]
+            for linear, a_RI, b_OR in zip(linears, a.split(start.rank), b.split(rows), strict=True):
+                self.lora.factors[layer][linear.name] = LowRank(a_RI, b_OR)
 
     def view(self) -> FactorView:
         """The same factors with gradients of their own, for one thread."""
         gradient = torch.zeros_like(self.flat)
         sites: dict[tuple[int, Site], tuple[Tensor, Tensor, list[int]]] = {}
-        keys = [(layer, site) for layer in range(len(self.lora.factors)) for site in SITE_LAYERS]
         for key, values, gradients, rows in zip(
-            keys, self._pairs(self.flat), self._pairs(gradient), self._rows, strict=True
+            self._keys, self._pairs(self.flat), self._pairs(gradient), self._rows, strict=True
         ):
             a, b = (value.detach().requires_grad_() for value in values)
             a.grad, b.grad = gradients

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tunesmith.decoder.llama import Llama
+from tunesmith.decoder.base import Decoder
 from tunesmith.training.batches import Row
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.loss import score
@@ -23,7 +23,7 @@ class Learner:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         factors: TrainableLora,
         workers: Workers,
         *,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunesmith.decoder.llama import Llama
+from tunesmith.decoder.base import Decoder
 from tunesmith.training.packing import MicroBatch
 
 _CHUNK_LOGITS = 1 << 21
@@ -27,7 +27,7 @@ class Scores:
     """Whether no token was held more likely."""
 
 
-def score(model: Llama, hidden_MD: Tensor, batch: MicroBatch, gradient_MD: Tensor | None = None) -> Scores:
+def score(model: Decoder, hidden_MD: Tensor, batch: MicroBatch, gradient_MD: Tensor | None = None) -> Scores:
     """Scores of the `batch` whose weighed positions have the states `hidden_MD`.
 
     `gradient_MD`, where given, receives that of sum(weight * nll) with respect to the states. It is made here, chunk by

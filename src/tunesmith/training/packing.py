@@ -46,10 +46,15 @@ class MicroBatch:
     source: tuple[int, ...]
     """Where each row stood among the rows that were cut into micro-batches."""
 
-    def attend(self, layer: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> Tensor:
-        """Causal attention within each row (`decoder.llama.Attend`)."""
+    def attend(self, layer: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, *, window: int | None = None) -> Tensor:
+        """Causal attention within each row (`decoder.base.Attend`)."""
         q, k, v = (self._padded(x).transpose(1, 2) for x in (q_NHd, k_NKd, v_NKd))
-        a_BHTd = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+        if window is None or window >= length:
+            a_BHTd = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            band_TT = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
+            a_BHTd = F.scaled_dot_product_attention(q, k, v, attn_mask=band_TT, enable_gqa=grouped)
         a_NHd: Tensor = _Unpad.apply(a_BHTd.transpose(1, 2), self.cell_of_token_N)  # type: ignore[no-untyped-call]
         return a_NHd
 
