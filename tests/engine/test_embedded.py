@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.engine.models import make_adapter, plain_logprobs
-from tests.tiny import VOCABULARY_SIZE, make_tiny_base
+from tests.tiny import CONTEXT_TOKENS, VOCABULARY_SIZE, make_tiny_base
 from tunesmith.engine.base import EngineOutput, GenerateRequest, PromptScored, SampledToken, SamplingParams
 from tunesmith.engine.embedded import EmbeddedEngine
 from tunesmith.engine.messages import Ended, Event, Produced
@@ -177,6 +177,7 @@ async def test_a_model_made_again_at_the_same_path_is_another(
         ((-1,), {}, "between 0"),
         ((1,), {VOCABULARY_SIZE: 1.0}, "between 0"),
         ((), {}, "no tokens"),
+        ((1,) * (CONTEXT_TOKENS - 14), {}, "2049 positions, and the model has 2048"),
     ],
 )
 async def test_what_would_fail_others_is_refused_alone(

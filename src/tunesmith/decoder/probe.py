@@ -98,14 +98,19 @@ def trace(network: transformers.PreTrainedModel) -> Trace:
         raise Unfit("it takes no position_ids")
     if network.get_output_embeddings() is None:
         raise Unfit("it has no output projection")
+    for name, value in config.to_dict().items():  # small numbers hardly show a cap, large ones do
+        if "softcap" in name and value is not None:
+            raise Unfit(f"its scores are soft-capped, which is not computed here ({name} = {value})")
     tokens = 5
     seen = _run_watched(network, tokens)
 
     modules = {module: name for name, module in network.named_modules()}
     places = [_place(modules[attended.module]) for attended in seen.attended]
     paths = {path for path, _, _ in places}
+    if not paths:
+        raise Unfit("transformers does not let its attention be replaced")
     if len(paths) != 1:
-        raise Unfit(f"its attention is in {sorted(paths) or 'no place'}, not in one list of layers")
+        raise Unfit(f"its attention is in {sorted(paths)}, not in one list of layers")
     (path,) = paths
     n_layers = len(network.get_submodule(path))  # type: ignore[arg-type]
     if [layer for _, layer, _ in places] != list(range(n_layers)) or any(

@@ -53,7 +53,7 @@ class MicroBatch:
         if window is None or window >= length:
             a_BHTd = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
-            band_TT = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
+            band_TT = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
             a_BHTd = F.scaled_dot_product_attention(q, k, v, attn_mask=band_TT, enable_gqa=grouped)
         a_NHd: Tensor = _Unpad.apply(a_BHTd.transpose(1, 2), self.cell_of_token_N)  # type: ignore[no-untyped-call]
         return a_NHd
