@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from pretraining.corpus import read_documents
-from pretraining.train import CausalRows
+from pretraining.kernels import CausalRows
 from tunesmith.decoder.llama import Llama, load
 
 

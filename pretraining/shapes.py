@@ -1,8 +1,11 @@
-"""The four shapes of the family: Llama type, vocabulary 16,384, context 2,048, tied embeddings."""
+"""The four shapes of the family: Llama type, vocabulary 16,384, context 2,048, tied embeddings; and fresh weights."""
 
 from __future__ import annotations
 
-from tunesmith.decoder.llama import LlamaConfig
+import torch
+from torch import Tensor
+
+from tunesmith.decoder.llama import Layer, Llama, LlamaConfig
 
 VOCABULARY_SIZE = 16_384
 CONTEXT_TOKENS = 2_048
@@ -33,6 +36,20 @@ SHAPES = {
 }
 
 
+def parameters(config: LlamaConfig) -> int:
+    """Weights in matrices, the shared embedding counted once; the norms are too few to matter."""
+    return config.layers * _layer_weights(config) + config.vocabulary_size * config.width
+
+
+def flops_per_token(config: LlamaConfig, row_tokens: int) -> float:
+    """Arithmetic of one token forward and backward: 6 a weight, and attention over half a row on average."""
+    return 6.0 * (parameters(config) + config.layers * config.query_width * row_tokens)
+
+
+def _layer_weights(config: LlamaConfig) -> int:
+    return config.width * (2 * config.query_width + 2 * config.key_width + 3 * config.feed_forward_width)
+
+
 def to_json(config: LlamaConfig) -> dict[str, object]:
     """The `config.json` of an ordinary Llama checkpoint of this shape."""
     return {
@@ -55,3 +72,48 @@ def to_json(config: LlamaConfig) -> dict[str, object]:
         "eos_token_id": 0,
         "torch_dtype": "float32",
     }
+
+
+def random_llama(config: LlamaConfig, generator: torch.Generator) -> Llama:
+    """A model with fresh fp32 weights; the products that write into the residual stream begin at zero."""
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * columns**-0.5
+
+    layers = [
+        Layer(
+            attention_norm_D=torch.ones(config.width),
+            qkv=matrix(config.query_width + 2 * config.key_width, config.width),
+            qkv_bias=None,
+            q_norm_d=None,
+            k_norm_d=None,
+            o=torch.zeros(config.width, config.query_width),
+            feed_norm_D=torch.ones(config.width),
+            gate_up=matrix(2 * config.feed_forward_width, config.width),
+            down=torch.zeros(config.width, config.feed_forward_width),
+        )
+        for _ in range(config.layers)
+    ]
+    embedding = torch.randn(config.vocabulary_size, config.width, generator=generator) * 0.02
+    return Llama(config, embedding, layers, torch.ones(config.width), embedding)
+
+
+def with_parameters(model: Llama, parameters: list[Tensor]) -> Llama:
+    """The same model over other tensors, in the order of `Llama.parameters`."""
+    supply = iter(parameters)
+    embedding = next(supply)
+    layers = [
+        Layer(
+            attention_norm_D=next(supply),
+            qkv=next(supply),
+            qkv_bias=None,
+            q_norm_d=None,
+            k_norm_d=None,
+            o=next(supply),
+            feed_norm_D=next(supply),
+            gate_up=next(supply),
+            down=next(supply),
+        )
+        for _ in model.layers
+    ]
+    return Llama(model.config, embedding, layers, next(supply), embedding)

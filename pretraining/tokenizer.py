@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = train(arguments.corpus)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(arguments.out))
+    tokenizer.save(str(arguments.out), pretty=False)
     print(f"{arguments.out}: {tokenizer.get_vocab_size()} entries")
 
 

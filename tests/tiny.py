@@ -10,7 +10,7 @@ import tunesmith
 
 VOCABULARY_SIZE = 16_384
 CONTEXT_TOKENS = 2_048
-TOKENIZER = Path(tunesmith.__file__).parent / "weights" / "ada" / "tokenizer.json"
+TOKENIZER = Path(tunesmith.__file__).parent / "weights" / "tokenizer.json"
 
 
 def make_tiny_base(folder: Path, *, width: int = 32, layers: int = 2, seed: int = 0) -> Path:

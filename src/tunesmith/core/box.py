@@ -1,7 +1,8 @@
 """The models in the box: how their weights are packed in the wheel and unpacked on first use. Numpy only, no torch.
 
-Every matrix is held as int8 with one fp32 scale a row, about a quarter of its fp32 size; vectors stay fp32. Unpacked, a
-model is an ordinary checkpoint folder (config.json, tokenizer.json, model.safetensors in fp32) that any tool reads.
+Every matrix is held as int8 with one fp32 scale a row, about a quarter of its fp32 size; vectors stay fp32. Packed
+models that lie beside each other share one tokenizer, which lies beside them. Unpacked, a model is an ordinary
+checkpoint folder (config.json, tokenizer.json, model.safetensors in fp32) that any tool reads.
 """
 
 from __future__ import annotations
@@ -19,15 +20,23 @@ from safetensors.numpy import load_file, save_file
 from tunesmith.rundir import sync_folder
 
 BOX = Path(__file__).parents[1] / "weights"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
 PACKED = "model.int8.safetensors"
 SCALE_SUFFIX = ".row_scale"
 
 
 def pack(checkpoint: Path, packed: Path) -> None:
-    """Writes the box form of an fp32 checkpoint folder to the folder `packed`."""
+    """Writes the box form of an fp32 checkpoint folder to the folder `packed`, and its tokenizer beside it.
+
+    Raises ValueError if the tokenizer beside it is another one.
+    """
     packed.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "tokenizer.json"):
-        shutil.copyfile(checkpoint / name, packed / name)
+    tokenizer, shared = (checkpoint / TOKENIZER).read_bytes(), packed.parent / TOKENIZER
+    if shared.exists() and shared.read_bytes() != tokenizer:
+        raise ValueError(f"{checkpoint / TOKENIZER} is not {shared}: models in one box share their tokenizer")
+    shared.write_bytes(tokenizer)
+    shutil.copyfile(checkpoint / CONFIG, packed / CONFIG)
     tensors: dict[str, NDArray[Any]] = {}
     for name, tensor in sorted(load_file(checkpoint / "model.safetensors").items()):
         if tensor.ndim == 1:
@@ -42,18 +51,19 @@ def pack(checkpoint: Path, packed: Path) -> None:
 def unpack(packed: Path, home: Path) -> Path:
     """The checkpoint folder of a packed model under `<home>/bases/`, made if it is not there yet.
 
-    Its name carries the digest of the packed weights, so a new release never meets an old folder. Two processes may
+    Its name carries the digest of the packed files, so a new release never meets an old folder. Two processes may
     unpack at once: each writes beside, the first rename wins.
     """
-    digest = hashlib.sha256((packed / PACKED).read_bytes()).hexdigest()[:12]
+    sources = {packed / CONFIG: CONFIG, packed.parent / TOKENIZER: TOKENIZER}
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, packed / PACKED))).hexdigest()[:12]
     folder = home / "bases" / f"{packed.name}-{digest}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
     try:
-        for name in ("config.json", "tokenizer.json"):
-            shutil.copyfile(packed / name, beside / name)
+        for path, name in sources.items():
+            shutil.copyfile(path, beside / name)
         save_file(_dequantize(load_file(packed / PACKED)), beside / "model.safetensors", metadata={"format": "pt"})
         sync_folder(beside)
         try:

@@ -1,0 +1,105 @@
+"""Muon for the matrices inside the layers, Adam for embedding and norms, and the processes that share the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretraining.recipe import Recipe
+
+
+@dataclass(slots=True)
+class Optimizer:
+    """Muon for matrices inside the layers, Adam for the rest; momentum and moments are the state."""
+
+    parameters: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+
+    @classmethod
+    def over(cls, parameters: list[Tensor]) -> Optimizer:
+        """An optimizer at rest."""
+        return cls(parameters, [torch.zeros_like(p) for p in parameters], [torch.zeros_like(p) for p in parameters])
+
+    @torch.no_grad()
+    def step(self, step: int, recipe: Recipe, workers: Workers) -> None:
+        """One update from the `.grad` of every parameter."""
+        rate = recipe.rate(step)
+        matrices = [i for i, p in enumerate(self.parameters) if p.ndim == 2 and i > 0]  # 0 is the embedding
+        for index in matrices:
+            self.first[index].mul_(0.95).add_(gradient(self.parameters[index]))
+        directions = self._directions(matrices, workers)
+        for index in matrices:
+            parameter = self.parameters[index]
+            scale = max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
+            parameter.mul_(1 - 0.01 * rate * recipe.muon_learning_rate)
+            parameter.sub_(directions[index].float() * (rate * recipe.muon_learning_rate * scale))
+        for index in sorted(set(range(len(self.parameters))) - set(matrices)):
+            parameter, first, second = self.parameters[index], self.first[index], self.second[index]
+            first.lerp_(gradient(parameter), 0.1)
+            second.lerp_(gradient(parameter).square(), 0.05)
+            bias_1, bias_2 = 1 - 0.9 ** (step + 1), 1 - 0.95 ** (step + 1)
+            parameter.sub_(rate * recipe.adam_learning_rate * (first / bias_1) / ((second / bias_2).sqrt() + 1e-8))
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _directions(self, matrices: list[int], workers: Workers) -> dict[int, Tensor]:
+        """The orthogonal update of each matrix, bf16: equal shapes in one batch, the work shared by the processes."""
+        directions = {i: torch.zeros_like(self.parameters[i], dtype=torch.bfloat16) for i in matrices}
+        for shape in dict.fromkeys(self.parameters[i].shape for i in matrices):
+            mine = [i for i in matrices if self.parameters[i].shape == shape][workers.rank :: workers.count]
+            if mine:
+                batch = torch.stack([gradient(self.parameters[i]) + 0.95 * self.first[i] for i in mine])
+                for index, direction in zip(mine, orthogonal(batch), strict=True):
+                    directions[index].copy_(direction)
+        workers.sum(list(directions.values()))
+        return directions
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    """The gradient that the backward passes have summed up."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def orthogonal(matrices_LRC: Tensor) -> Tensor:
+    """For each matrix, one with its singular vectors and singular values near 1, by five Newton-Schulz steps; bf16.
+
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+    """
+    x = matrices_LRC.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """The processes that share a run: each computes part of every batch, all end each step with the same weights."""
+
+    rank: int
+    count: int
+
+    @classmethod
+    def join(cls, device: str) -> Workers:
+        """Meets the others if `torchrun` started this process, else works alone."""
+        if not dist.is_torchelastic_launched():
+            return cls(rank=0, count=1)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """Replaces each tensor by its sum over all processes."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))

@@ -1,0 +1,38 @@
+"""What decides the weights of a run besides data and shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides the weights besides the data and the shape."""
+
+    tokens: int
+    batch_tokens: int = 16_384
+    micro_batch_tokens: int = 4_096
+    row_tokens: int = 512
+    long_row_tokens: int = 2_048
+    long_share: float = 0.15
+    """Share of the tokens, at the end, that is trained in long rows."""
+    muon_learning_rate: float = 0.01
+    adam_learning_rate: float = 0.003
+    warmup_steps: int = 100
+    decay_share: float = 0.45
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer updates."""
+        return self.tokens // self.batch_tokens
+
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate at `step`."""
+        warmup = (step + 1) / self.warmup_steps
+        decay = (self.steps - step) / max(1.0, self.steps * self.decay_share)
+        return min(1.0, warmup, decay)
+
+    def row_length(self, step: int) -> int:
+        """Tokens of a row at `step`."""
+        return self.long_row_tokens if step >= self.steps * (1 - self.long_share) else self.row_tokens
