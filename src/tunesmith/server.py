@@ -239,7 +239,7 @@ def _make_engine(settings: Settings, bases: Bases) -> Engine:
         case "scripted":
             from tunesmith.engine.scripted import ScriptedEngine
 
-            tokenizer = Tokenizer.from_folder(bases.folder(bases.list()[0].name))
+            tokenizer = Tokenizer.from_folder(_first_base(bases))
             return ScriptedEngine(tokenizer.vocabulary_size, end_of_text_id=tokenizer.end_of_text_id)
         case other:
             raise CannotStart(f"There is no engine {other!r}. Set TUNESMITH_ENGINE to embedded or scripted.")
@@ -296,12 +296,18 @@ def _dispatcher_fault(dispatcher: Dispatcher) -> str | None:
 
 async def _engine_fault(engine: Engine, bases: Bases) -> str | None:
     """Whether it has the first base, which it loads if not: an engine is up when it can answer."""
-    base_dir = await run_in_threadpool(bases.folder, bases.list()[0].name)
     try:
-        await engine.load(base_dir, None)
-    except (EngineUnavailable, ValueError) as error:
+        await engine.load(await run_in_threadpool(_first_base, bases), None)
+    except (EngineUnavailable, CannotStart, ValueError) as error:
         return str(error)
     return None
+
+
+def _first_base(bases: Bases) -> Path:
+    usable = bases.list()
+    if not usable:
+        raise CannotStart("None of the bases in bases.toml has been pulled. Get them with: tunesmith models pull")
+    return bases.folder(usable[0].name)
 
 
 def _refuse_open_network(settings: Settings) -> None:

@@ -66,6 +66,8 @@ class Settings:
     """At most this much training is lost to a crash."""
     heartbeat_s: float = 15.0
     """Pause between keep-alive comments on event streams."""
+    offline: bool = False
+    """Refuse `tunesmith models pull`, the one command that downloads. The server never does, offline or not."""
 
     @property
     def database(self) -> str:
@@ -95,9 +97,22 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         except ValueError as error:
             raise ValueError(f"{name}={text!r} is not a valid {kinds[key]}: {error}") from error
         value = values[key]
-        if isinstance(value, int | float) and not BOUNDS[key][0] <= value <= BOUNDS[key][1]:  # NaN is in no bounds
+        if (
+            key in BOUNDS and isinstance(value, int | float) and not BOUNDS[key][0] <= value <= BOUNDS[key][1]
+        ):  # NaN is in no bounds
             raise ValueError(f"{name}={text} is out of bounds: it is from {BOUNDS[key][0]:g} to {BOUNDS[key][1]:g}.")
     return Settings(**values)  # type: ignore[arg-type]
+
+
+def read_flag(text: str) -> bool:
+    """A switch in the environment: 1, true, yes or on; 0, false, no, off or empty. Raises ValueError."""
+    match text.strip().lower():
+        case "1" | "true" | "yes" | "on":
+            return True
+        case "" | "0" | "false" | "no" | "off":
+            return False
+        case _:
+            raise ValueError("it is 1 or 0")
 
 
 def _parse(kind: str, text: str) -> object:
@@ -106,6 +121,8 @@ def _parse(kind: str, text: str) -> object:
             return int(text)
         case "float":
             return float(text)
+        case "bool":
+            return read_flag(text)
         case "Path":
             return Path(text).expanduser().absolute()
         case _:

@@ -30,21 +30,31 @@ class Tokenizer:
         self._end_of_text_id = end_of_text_id
         byte_of = {character: byte for byte, character in _byte_characters().items()}
         added = {index: token.content.encode() for index, token in definition.get_added_tokens_decoder().items()}
-        self._bytes = {
-            index: bytes(byte_of[c] for c in spelling)
-            for spelling, index in definition.get_vocab(with_added_tokens=False).items()
-            if index not in added
-        } | added
+        try:
+            self._bytes = {
+                index: bytes(byte_of[c] for c in spelling)
+                for spelling, index in definition.get_vocab(with_added_tokens=False).items()
+                if index not in added
+            } | added
+        except KeyError as error:
+            raise ValueError(f"the tokenizer spells tokens with {error.args[0]!r}, which stands for no byte") from error
         self._vocabulary_size = max(self._bytes) + 1
         self._longest_token_bytes = max(map(len, self._bytes.values()))
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """The tokenizer of a checkpoint folder. Raises FileNotFoundError without `tokenizer.json` there."""
+        """The tokenizer of a checkpoint folder.
+
+        Raises FileNotFoundError without `tokenizer.json` there, ValueError for one that cannot be used.
+        """
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer.json in {folder}")
-        return cls(tokenizers.Tokenizer.from_file(str(path)))
+        try:
+            definition = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower for what it cannot read
+            raise ValueError(f"it is no tokenizer: {error}") from error
+        return cls(definition)
 
     @property
     def vocabulary_size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from safetensors.numpy import load_file
 
 from tunesmith.core import box
 from tunesmith.core.bases import Bases
+from tunesmith.core.catalogue import hub_folder
+from tunesmith.errors import NotFound
 
 
 def test_unpacking_gives_an_ordinary_folder_within_half_a_quantum(tiny_base: Path, tmp_path: Path) -> None:
@@ -71,19 +74,50 @@ def test_the_catalogue_adds_and_replaces(tiny_base: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("entry", "complaint"),
     [
-        ("[Ada]\nfolder = '{base}'", "lower-case"),
-        ("[x]\npath = '{base}'", 'give folder = "..."'),
-        ("[x]\nfolder = 5", "a path in quotes"),
-        ("[x]\nfolder = '{base}'\nlora = 3", "learning_rate besides"),
-        ("[x]\nfolder = '/nowhere'", "has no config.json"),
-        ("[x]\nfolder = '{base}'\nlearning_rate = 'fast'", "between 0 and 1, not 'fast'"),
-        ("[x]\nfolder = '{base}'\nlearning_rate = 2", "between 0 and 1, not 2"),
+        ("[x]\nfolder = '/nowhere'", r"\[x\]: folder /nowhere has no config\.json"),
+        ("[x]\nfolder = '{base}'\ncontext_tokens = 4096", "context_tokens is 4096, and the model reads 2048"),
+        ("[x]\nhub = 'org/name'\nrevision = 'main'", "40 hexadecimal digits"),
     ],
 )
 def test_a_wrong_catalogue_stops_with_a_sentence(entry: str, complaint: str, tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "bases.toml").write_text(entry.format(base=tiny_base))
     with pytest.raises(ValueError, match=complaint):
         Bases(tmp_path)
+
+
+def test_a_shorter_context_and_a_price(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "bases.toml").write_text(
+        f"[x]\nfolder = '{tiny_base}'\ncontext_tokens = 512\nprice_per_1k_training_tokens = 0.5\n"
+    )
+    base = Bases(tmp_path).get("x")
+    assert (base.context_tokens, base.price_per_1k_training_tokens) == (512, 0.5)
+
+
+def test_the_models_own_context_bounds_it(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gpt2"
+    shutil.copytree(tiny_base, folder)
+    (folder / "config.json").write_text('{"model_type": "gpt2", "n_positions": 1024}')
+    (tmp_path / "bases.toml").write_text(f"[x]\nfolder = '{folder}'")
+    assert Bases(tmp_path).get("x").context_tokens == 1024
+
+
+def test_a_hub_model_that_is_not_here_leaves_the_others(tiny_base: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (tmp_path / "bases.toml").write_text(
+        f"[curie]\nhub = 'org/name'\nrevision = '{commit}'\n[x]\nfolder = '{tiny_base}'"
+    )
+    bases = Bases(tmp_path)
+    assert [base.name for base in bases.list()] == ["ada", "babbage", "davinci", "x"]
+    assert "babbage, davinci name the same weights" in bases.get("ada").note
+    for ask in (bases.get, bases.folder):
+        with pytest.raises(NotFound, match=f"tunesmith models pull org/name --revision {commit} --as curie"):
+            ask("curie")
+    with pytest.raises(NotFound, match="not among those of this server"):
+        bases.folder("gone")
+    (hub_folder(tmp_path, "org/name", commit)).mkdir(parents=True)
+    with pytest.raises(NotFound, match=r"has no config\.json"):  # somebody emptied it
+        bases.get("curie")
+    assert [base.name for base in Bases(tmp_path).list()] == ["ada", "babbage", "davinci", "x"]
 
 
 def test_pickled_weights_are_refused(tiny_base: Path, tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_the_queue_is_the_order_of_claims(world: World) -> None:
 
 def test_in_turn_prefers_who_has_waited_longest_for_a_turn() -> None:
     def waiting(job_id: str, organization_id: str, position: int, last_turn: int) -> Waiting:
-        return Waiting(job_id, organization_id, position, last_turn, None)
+        return Waiting(job_id, organization_id, position, last_turn, None, 0.0)
 
     queue = [waiting("a1", "a", 1, 9), waiting("b1", "b", 2, 4), waiting("c1", "c", 3, 0), waiting("b2", "b", 4, 4)]
     assert [job.job_id for job in in_turn(reversed(queue))] == ["c1", "b1", "a1", "b2"]

@@ -1,4 +1,4 @@
-"""`tunesmith models`: what can be called and tuned, and what stands behind each name."""
+"""`tunesmith models list`: what can be called and tuned, and what stands behind each name."""
 
 from __future__ import annotations
 

@@ -56,12 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands, everywhere)
     _add_demo(commands, everywhere)
     _add_keys(commands, everywhere)
-    models = commands.add_parser(
-        "models",
-        parents=[everywhere],
-        help="List the models that can be called and tuned, and what stands behind each.",
-    )
-    models.set_defaults(run="tunesmith.cli.models:list_models")
+    _add_models(commands, everywhere)
     add_api(commands, everywhere)
     return parser
 
@@ -125,3 +120,56 @@ def _add_keys(commands: Commands[argparse.ArgumentParser], everywhere: argparse.
     revoke = verbs.add_parser("revoke", parents=[everywhere], help="End a key at once.")
     revoke.add_argument("-i", "--id", required=True, help="Id of the key, from `tunesmith keys list`.")
     revoke.set_defaults(run="tunesmith.cli.keys:revoke_key")
+
+
+def _add_models(commands: Commands[argparse.ArgumentParser], everywhere: argparse.ArgumentParser) -> None:
+    models = commands.add_parser(
+        "models",
+        parents=[everywhere],
+        help="Models: list them, pull base models from the hub, check base models.",
+        description="Without a command: the same as list.",
+    )
+    models.set_defaults(run="tunesmith.cli.models:list_models")
+    verbs = models.add_subparsers(title="commands", metavar="COMMAND")
+    listing = verbs.add_parser(
+        "list",
+        parents=[everywhere],
+        help="List the models that can be called and tuned, and what stands behind each.",
+    )
+    listing.set_defaults(run="tunesmith.cli.models:list_models")
+
+    pull = verbs.add_parser(
+        "pull",
+        parents=[everywhere],
+        help="Make a model of the model hub a base: download, verify and pin it.",
+        description="Downloads safetensors, config and tokenizer, verifies every digest, and writes the base to "
+        "<home>/bases.toml with its commit pinned. Broken off, the same command goes on where it was. HF_TOKEN opens "
+        "gated and private models, HF_ENDPOINT names another hub. No other command downloads anything.",
+    )
+    pull.add_argument(
+        "repository",
+        nargs="?",
+        metavar="ORG/NAME",
+        help="The model on the hub; without it, every hub model of bases.toml that is not here yet.",
+    )
+    pull.add_argument("--revision", help="Commit, branch or tag (default: main); the commit it means now is pinned.")
+    pull.add_argument(
+        "--as",
+        dest="alias",
+        metavar="NAME",
+        help="What the base is called; ada, babbage, curie or davinci put it in place of the one in the box "
+        "(default: after the repository).",
+    )
+    pull.add_argument("--home", help="Folder for everything that is kept (default: TUNESMITH_HOME or ~/.tunesmith).")
+    pull.set_defaults(run="tunesmith.cli.pull:pull_models")
+
+    check = verbs.add_parser(
+        "check",
+        parents=[everywhere],
+        help="Check base models: files, digests, tokenizer, forward pass, memory.",
+        description="Looks at the base models of a home folder without a server and without loading weights. Exit code "
+        "1 if anything is wrong with one of them.",
+    )
+    check.add_argument("names", nargs="*", metavar="NAME", help="Bases to check (default: all).")
+    check.add_argument("--home", help="Folder for everything that is kept (default: TUNESMITH_HOME or ~/.tunesmith).")
+    check.set_defaults(run="tunesmith.cli.check:check")

@@ -21,7 +21,9 @@ FLAGS = {
     "max_concurrent_runs": "TUNESMITH_MAX_CONCURRENT_RUNS",
 }
 """Flag -> the variable it stands for; the flag wins."""
-SECRETS = ("TUNESMITH_OWNER_KEY", "TUNESMITH_DATABASE_URL")
+SECRETS = ("TUNESMITH_OWNER_KEY", "TUNESMITH_DATABASE_URL", "HF_TOKEN")
+NO_HUB = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""Models come with `tunesmith models pull` and in no other way: not through a library that looks for updates either."""
 OF_THE_CLIENT = "TUNESMITH_BASE_URL"
 """Tells commands where the server is; it is no setting of the server."""
 
@@ -31,6 +33,7 @@ def serve(args: argparse.Namespace, output: Output) -> int:
     settings = settings_of(args, os.environ)
     for name in SECRETS:
         os.environ.pop(name, None)  # engine and trainers inherit the environment, and need none of these
+    os.environ.update(NO_HUB)
 
     def announce(base_url: str, new_owner_key: str | None) -> None:
         if output.machine:

@@ -1,32 +1,35 @@
 """The base catalogue: ada, babbage, curie, davinci -> a checkpoint folder. Knows names and folders, loads no weights.
 
-Four names come with the package. `<home>/bases.toml` adds bases or puts others in their place:
-
-    [curie]
-    folder = "/models/qwen3-1.7b"   # an ordinary checkpoint folder: config.json, tokenizer.json, *.safetensors
-    learning_rate = 0.002           # optional; a job's peak rate is this times its learning_rate_multiplier
+Four names come with the package. `<home>/bases.toml` adds bases or puts others in their place: see `core/catalogue.py`.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import tomllib
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.core import box
+from tunesmith.core.catalogue import FILE, Entry, read_catalogue
+from tunesmith.core.checkpoint_folder import CONFIG, TOKENIZER, context_tokens_of, read_config
+from tunesmith.errors import NotFound
+
+logger = logging.getLogger(__name__)
 
 LONGEST_EXAMPLE_TOKENS = 2_048
-"""The most a training example may hold, whatever the base could read. Source: the fine-tuning guide (2023)."""
+"""The most a training example may hold unless `context_tokens` allows more. Source: the fine-tuning guide (2023)."""
 DEFAULT_LEARNING_RATE = 0.005
 """Times the usual multiplier of 0.1 this is 5e-4, which serves the box best: docs/design/decisions/defaults.md."""
 BOX_CREATED_UNIX = 1_795_305_600
-BOX_NAMES = {"ada": "ada", "babbage": "ada", "curie": "ada", "davinci": "ada"}
-"""Name -> packed checkpoint."""
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_KEYS = {"folder", "learning_rate"}
+BOX_NAMES = {
+    "ada": ("ada", DEFAULT_LEARNING_RATE),
+    "babbage": ("ada", DEFAULT_LEARNING_RATE),
+    "curie": ("ada", DEFAULT_LEARNING_RATE),
+    "davinci": ("ada", DEFAULT_LEARNING_RATE),
+}
+"""Name -> (packed checkpoint under `weights/`, learning rate)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,86 +43,118 @@ class Base:
     created_unix: int
     note: str
     """One line for people: what stands behind the name."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    base: Base
-    folder: Path | None
-    """None: in the box."""
+    price_per_1k_training_tokens: float = 0.0
+    """US dollars; what a job says it costs."""
 
 
 class Bases:
-    """All bases of one home folder. The catalogue file is read once, when this is made."""
+    """All bases of one home folder. The catalogue file is read once, when this is made.
+
+    A hub model that has not been pulled is there under its name alone: it is not listed, and asking for it says how to
+    get it. Once it is pulled it can be used at once.
+    """
 
     def __init__(self, home: Path) -> None:
-        """Raises ValueError naming entry and rule if `<home>/bases.toml` is wrong."""
+        """Raises ValueError naming entry and rule if `<home>/bases.toml` or a folder that it names is wrong."""
         self._home = home
-        self._entries = {name: _box_entry(name) for name in BOX_NAMES}
-        catalogue = home / "bases.toml"
-        if catalogue.exists():
+        self._entries = read_catalogue(home)
+        in_the_box = [name for name in BOX_NAMES if name not in self._entries]
+        self._bases = {name: _box_base(name, [other for other in in_the_box if other != name]) for name in in_the_box}
+        self._waiting: set[str] = set()
+        for name, entry in self._entries.items():
+            if entry.hub is None:
+                self._bases[name] = self._read(entry)
+                continue
+            self._waiting.add(name)
             try:
-                entries = tomllib.loads(catalogue.read_text())
-            except tomllib.TOMLDecodeError as error:
-                raise ValueError(f"{catalogue} is not TOML: {error}") from error
-            for name, fields in entries.items():
-                self._entries[name] = _folder_entry(catalogue, name, fields)
+                self._arrive(name)
+            except NotFound as error:
+                logger.warning("base cannot be used base=%s reason=%s", name, error.message)
 
     def list(self) -> list[Base]:
-        """Every base, the box first, then the catalogue's in its order."""
-        return [entry.base for entry in self._entries.values()]
+        """Every base that can be used, the box first, then the catalogue's in its order."""
+        for name in sorted(self._waiting):
+            with suppress(NotFound):
+                self._arrive(name)
+        order = [*BOX_NAMES, *(name for name in self._entries if name not in BOX_NAMES)]
+        return [self._bases[name] for name in order if name in self._bases]
 
     def get(self, name: str) -> Base:
-        """Raises KeyError for a name that is not in the catalogue."""
-        return self._entries[name].base
+        """Raises KeyError for a name that is not in the catalogue, NotFound for a hub model that is not here."""
+        if name in self._waiting:
+            self._arrive(name)
+        return self._bases[name]
 
     def folder(self, name: str) -> Path:
-        """The checkpoint folder of a base. Raises KeyError; a box model is unpacked on first use (under a second)."""
-        folder = self._entries[name].folder
-        return box.unpack(box.BOX / BOX_NAMES[name], self._home) if folder is None else folder
+        """The checkpoint folder of a base; a box model is unpacked on first use (under a second).
+
+        Raises NotFound for a hub model that is not here, and for a name that is not, or no longer, in the catalogue.
+        """
+        try:
+            self.get(name)
+        except KeyError as error:
+            raise NotFound(
+                f"The base `{name}` is not among those of this server. Whoever runs it adds it to {FILE} again.",
+                param="model",
+                code="model_not_found",
+            ) from error
+        entry = self._entries.get(name)
+        return box.unpack(box.BOX / BOX_NAMES[name][0], self._home) if entry is None else entry.folder
+
+    def _arrive(self, name: str) -> None:
+        """Take up a hub model that has been pulled since. Raises NotFound if it has not, or is no checkpoint."""
+        entry = self._entries[name]
+        if not entry.folder.is_dir():
+            raise NotFound(
+                f"The base `{name}` is {entry.hub} of the model hub and has not been pulled to this server. Whoever "
+                f"runs the server gets it with: {entry.pull_command}",
+                param="model",
+                code="model_not_found",
+            )
+        try:
+            self._bases[name] = self._read(entry)
+        except ValueError as error:
+            raise NotFound(str(error), param="model", code="model_not_found") from error
+        self._waiting.discard(name)
+
+    def _read(self, entry: Entry) -> Base:
+        where = f"{self._home / FILE}: [{entry.name}]"
+        for needed in (CONFIG, TOKENIZER):
+            if not (entry.folder / needed).is_file():
+                raise ValueError(f"{where}: folder {entry.folder} has no {needed}; a base is an ordinary checkpoint.")
+        if not any(entry.folder.glob("*.safetensors")):
+            raise ValueError(f"{where}: folder {entry.folder} has no *.safetensors; pickled weights are never read.")
+        try:
+            config = read_config(entry.folder)
+        except ValueError as error:
+            raise ValueError(f"{where}: folder {entry.folder}: {error}.") from error
+        reads_tokens = context_tokens_of(config)
+        if entry.context_tokens is not None and reads_tokens is not None and entry.context_tokens > reads_tokens:
+            raise ValueError(
+                f"{where}: context_tokens is {entry.context_tokens}, and the model reads {reads_tokens}. Lower it."
+            )
+        # What stands behind a base is for its users; where it lies is not for every member to know.
+        source = (
+            f"checkpoint {entry.folder.name}" if entry.hub is None else f"{entry.hub} at {str(entry.revision)[:12]}"
+        )
+        return Base(
+            name=entry.name,
+            context_tokens=entry.context_tokens or min(reads_tokens or LONGEST_EXAMPLE_TOKENS, LONGEST_EXAMPLE_TOKENS),
+            learning_rate=DEFAULT_LEARNING_RATE if entry.learning_rate is None else entry.learning_rate,
+            created_unix=int((entry.folder / CONFIG).stat().st_mtime),
+            note=source,
+            price_per_1k_training_tokens=entry.price_per_1k_training_tokens,
+        )
 
 
-def _box_entry(name: str) -> _Entry:
-    packed = BOX_NAMES[name]
-    sharing = [other for other, target in BOX_NAMES.items() if target == packed and other != name]
+def _box_base(name: str, others: Sequence[str]) -> Base:
+    packed, learning_rate = BOX_NAMES[name]
+    sharing = [other for other in others if BOX_NAMES[other][0] == packed]
     shared = f"; {', '.join(sharing)} name the same weights" if sharing else ""
-    return _Entry(
-        base=Base(
-            name=name,
-            context_tokens=LONGEST_EXAMPLE_TOKENS,
-            learning_rate=DEFAULT_LEARNING_RATE,
-            created_unix=BOX_CREATED_UNIX,
-            note=f"in the box: the {packed} checkpoint{shared}",
-        ),
-        folder=None,
-    )
-
-
-def _folder_entry(catalogue: Path, name: str, fields: object) -> _Entry:
-    where = f"{catalogue}: [{name}]"
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{where}: a name has lower-case letters, digits, '.', '_' and '-' only, at most 64.")
-    if not isinstance(fields, dict) or "folder" not in fields or not fields.keys() <= _KEYS:
-        raise ValueError(f'{where}: give folder = "..." and at most {", ".join(sorted(_KEYS - {"folder"}))} besides.')
-    if not isinstance(fields["folder"], str):
-        raise ValueError(f"{where}: folder is a path in quotes, not {fields['folder']!r}.")
-    folder = Path(fields["folder"]).expanduser()
-    for needed in ("config.json", "tokenizer.json"):
-        if not (folder / needed).is_file():
-            raise ValueError(f"{where}: folder {folder} has no {needed}; a base is an ordinary checkpoint folder.")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{where}: folder {folder} has no *.safetensors; pickled weights are never read.")
-    rate = fields.get("learning_rate", DEFAULT_LEARNING_RATE)
-    if not isinstance(rate, (int, float)) or not 0 < rate < 1:
-        raise ValueError(f"{where}: learning_rate is a number between 0 and 1, not {rate!r}.")
-    context = json.loads((folder / "config.json").read_text()).get("max_position_embeddings", LONGEST_EXAMPLE_TOKENS)
-    return _Entry(
-        base=Base(
-            name=name,
-            context_tokens=min(context, LONGEST_EXAMPLE_TOKENS),
-            learning_rate=float(rate),
-            created_unix=int((folder / "config.json").stat().st_mtime),
-            note=f"checkpoint {folder.name}",  # where it lies is not for every member to know
-        ),
-        folder=folder,
+    return Base(
+        name=name,
+        context_tokens=LONGEST_EXAMPLE_TOKENS,
+        learning_rate=learning_rate,
+        created_unix=BOX_CREATED_UNIX,
+        note=f"in the box: the {packed} checkpoint{shared}",
     )

@@ -103,12 +103,15 @@ class Jobs:
         """Check everything, then make a pending job and its first event.
 
         Raises InvalidRequest naming the field for hyperparameters out of bounds, an unknown or unfit file, rows that
-        are too long, and flags that contradict the data; NotFound for an unknown model. Then nothing was made.
+        are too long, and flags that contradict the data; NotFound for a model that is unknown or whose base is not
+        here. Then nothing was made.
         """
         requests.check(request)
         with self._store.reading() as connection:
             model, training, validation = self._named(connection, caller, request)
+        self._bases.folder(model.base_name)  # raises where a tuned model's base is not, or no longer, here
         training_examples = self._admit(request, model, training, validation)
+        cost_usd = self._cost_usd(request, model, training, training_examples)
         job_id = self._store.new_id("ft-")
         now = int(self._store.clock())
         with self._store.transaction() as connection:
@@ -128,6 +131,7 @@ class Jobs:
                     training_file_id=training.id,
                     validation_file_id=None if validation is None else validation.id,
                     training_examples=training_examples,
+                    cost_usd=cost_usd,
                     seed=SEED,
                     lease=0,
                     progress_seq=0,
@@ -318,6 +322,16 @@ class Jobs:
             limit_tokens=self._bases.get(model.base_name).context_tokens,
         )
 
+    def _cost_usd(self, request: FineTuneRequest, model: Model, training: File, training_examples: int) -> float:
+        """Price times tokens of the training file times epochs. The tokens are counted only where there is a price."""
+        base = self._bases.get(model.base_name)
+        if base.price_per_1k_training_tokens == 0:
+            return 0.0
+        folder = self._bases.folder(base.name)
+        tokens = sum(_tokens(folder, example) for example in self._files.examples(training))
+        epochs = requests.resolve(request, training_examples).n_epochs
+        return base.price_per_1k_training_tokens * tokens * epochs / 1_000
+
     def _get(self, connection: Connection, caller: Caller, job_id: str) -> Job:
         query = _with_files(jobs.c.id == job_id, jobs.c.organization_id == caller.organization_id)
         row = connection.execute(query).mappings().one_or_none()
@@ -330,7 +344,7 @@ class Jobs:
             if waiting.queue_number == number:
                 continue
             if waiting.queue_number is None:
-                self._events.append(connection, waiting.job_id, "info", "Fine-tune costs $0.00")
+                self._events.append(connection, waiting.job_id, "info", f"Fine-tune costs ${waiting.cost_usd:,.2f}")
                 message = f"Fine-tune enqueued. Queue number: {number}"
             else:
                 message = f"Fine-tune is in the queue. Queue number: {number}"

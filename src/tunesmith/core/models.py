@@ -73,7 +73,7 @@ class Models:
             return self.find(connection, caller.organization_id, name)
 
     def resolve(self, caller: Caller, name: str) -> ModelRef:
-        """What to run for `name`. Raises NotFound."""
+        """What to run for `name`. Raises NotFound, also where the base of a tuned model is not here."""
         return self.resolve_in(caller.organization_id, name)
 
     def resolve_in(self, organization_id: str, name: str) -> ModelRef:

@@ -20,12 +20,20 @@ class Waiting(NamedTuple):
     position: int
     last_turn: int
     queue_number: int | None
+    cost_usd: float
 
 
 def queue(connection: Connection) -> list[Waiting]:
     """All pending jobs in the order in which they start."""
     query = (
-        select(jobs.c.id, jobs.c.organization_id, jobs.c.position, organizations.c.last_turn, jobs.c.queue_number)
+        select(
+            jobs.c.id,
+            jobs.c.organization_id,
+            jobs.c.position,
+            organizations.c.last_turn,
+            jobs.c.queue_number,
+            jobs.c.cost_usd,
+        )
         .join(organizations)
         .where(jobs.c.status == JobStatus.PENDING)
     )

@@ -100,6 +100,7 @@ jobs = Table(
     Column("validation_file_id", ForeignKey("files.id")),
     Column("result_file_id", ForeignKey("files.id")),
     Column("training_examples", BigInteger, nullable=False),
+    Column("cost_usd", Double, nullable=False, server_default="0"),
     Column("seed", BigInteger, nullable=False),
     Column("fine_tuned_model", String),  # keeps its value when the model is deleted
     Column("error", String),

@@ -1,0 +1,92 @@
+"""Which forward pass a checkpoint gets, told from its config alone: no torch, and no code of the checkpoint's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+OWN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+OWN_ROTATIONS = ("default", "llama3")
+"""What `decoder/llama.py` computes; a test holds these and `_is_own` against it."""
+INSTALL = "pip install 'tunesmith[transformers]'"
+
+
+class ForwardPass(StrEnum):
+    """Who computes a model."""
+
+    OWN = "own"
+    TRANSFORMERS = "transformers"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a config says of the kind of model it is for."""
+
+    model_type: str | None
+    forward_pass: ForwardPass
+    reason: str | None
+    """A sentence, where there is no forward pass."""
+    own_code: tuple[str, ...]
+    """Python files that the config wants to be run with. They never are."""
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """Who would compute the model of this config, and if nobody, why."""
+    kind = config.get("model_type")
+    kind = kind if isinstance(kind, str) and kind else None
+    code = _own_code(config)
+    forward, reason = ForwardPass.NONE, None
+    if kind is None:
+        reason = "config.json names no model_type, so what kind of model it is cannot be told"
+    elif _is_own(kind, config):
+        forward = ForwardPass.OWN
+    elif _transformers_has(kind):
+        forward = ForwardPass.TRANSFORMERS
+    elif code:
+        reason = (
+            f"a model of type {kind!r} is computed by code that comes with it ({', '.join(code)}), and code of a "
+            f"checkpoint is never run here{_more_with_transformers()}"
+        )
+    else:
+        reason = f"no forward pass for model_type {kind!r} is known here{_more_with_transformers()}"
+    return Architecture(kind, forward, reason, code)
+
+
+def _is_own(kind: str, config: Mapping[str, Any]) -> bool:
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return (
+        kind in OWN_MODEL_TYPES
+        and isinstance(rope, dict)
+        and rope.get("rope_type", rope.get("type", "default")) in OWN_ROTATIONS
+        and config.get("hidden_act", "silu") == "silu"
+        and not config.get("attention_bias")
+        and not config.get("mlp_bias")
+    )
+
+
+def _own_code(config: Mapping[str, Any]) -> tuple[str, ...]:
+    named = config.get("auto_map")
+    targets = named.values() if isinstance(named, dict) else ()
+    files = {str(target).rpartition("--")[2].partition(".")[0] + ".py" for target in targets if target}
+    return tuple(sorted(files))
+
+
+def _transformers_has(kind: str) -> bool:
+    """Whether the transformers that is installed has this model type, told by its files: importing it takes seconds."""
+    package = _transformers()
+    folder = kind.replace("-", "_")
+    return package is not None and folder.isidentifier() and any((package / "models" / folder).glob("modeling_*.py"))
+
+
+def _transformers() -> Path | None:
+    spec = find_spec("transformers")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _more_with_transformers() -> str:
+    return "" if _transformers() is not None else f". The package transformers knows more types; to add it: {INSTALL}"
