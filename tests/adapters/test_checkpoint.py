@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,24 @@ def test_what_is_saved_is_loaded(tiny_base: Path, tmp_path: Path) -> None:
     for (_, _, a), (_, _, b) in zip(lora.tensors(), loaded.tensors(), strict=True):
         assert torch.equal(a.a_RI, b.a_RI)
         assert torch.equal(a.b_OR, b.b_OR)
+    assert lora.embedding is not None and loaded.embedding is not None
+    assert torch.equal(lora.embedding.a_RI, loaded.embedding.a_RI)
+    assert torch.equal(lora.embedding.b_OR, loaded.embedding.b_OR)
+
+
+def test_the_embedding_may_be_left_out_but_not_by_half(tiny_base: Path, tmp_path: Path) -> None:
+    layout = llama.load(tiny_base).config.layout
+    lora = replace(random_lora(layout, rank=2, alpha=4.0), embedding=None)
+    checkpoint.save(lora, tmp_path, base_name_or_path="tiny", rank=2, alpha=4.0)
+    loaded, config = checkpoint.load(tmp_path, layout)
+
+    assert loaded.embedding is None
+    assert "embed_tokens" not in config["target_modules"]
+
+    name = "base_model.model.model.embed_tokens.lora_embedding_A"
+    save_file(load_file(tmp_path / checkpoint.WEIGHTS) | {name: torch.ones(2, 16_384)}, tmp_path / checkpoint.WEIGHTS)
+    with pytest.raises(ValueError, match="lora_embedding_B"):
+        checkpoint.load(tmp_path, layout)
 
 
 def test_pickled_weights_are_not_read(tiny_base: Path, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tunesmith.adapters.lora import Layout, Linear, initial
+from tunesmith.adapters.lora import EMBEDDING_STEPS, Layout, Linear, initial
 
 SITES = {
     "qkv": (
@@ -28,6 +29,19 @@ def test_initial_factors_are_drawn_as_peft_draws_them() -> None:
         assert torch.allclose(part.a_RI, expected, atol=1e-7)
         assert torch.equal(part.b_OR, torch.zeros(linear.outputs, 3))
     assert (lora.scale, lora.rank) == (2.0, 3)
+
+
+def test_the_embedding_starts_with_nothing_and_moves_alike_at_every_rank() -> None:
+    layout = replace(LAYOUT, embedding=Linear("model.embed_tokens", outputs=8_000, inputs=5))
+    for rank, alpha in ((16, 32.0), (4, 512.0)):
+        lora = initial(layout, rank=rank, alpha=alpha, generator=torch.Generator().manual_seed(5))
+        assert lora.embedding is not None
+        assert lora.embedding_delta(torch.arange(5)).abs().max() == 0  # type: ignore[union-attr]
+        # A step of the optimizer moves every entry of a token's row of A by one learning rate, up or down.
+        lora.embedding.a_RI.fill_(1.0)
+        moved = lora.embedding_delta(torch.tensor([3]))
+        assert moved is not None
+        assert float(moved.square().mean().sqrt()) == pytest.approx(EMBEDDING_STEPS, rel=0.05)
 
 
 def test_tensors_come_in_the_order_of_the_layout() -> None:

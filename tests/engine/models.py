@@ -29,7 +29,11 @@ def make_adapter(base_dir: Path, folder: Path, *, seed: int, rank: int = 4, alph
     for layer, linear in layout.linears():
         a_RI, b_OR = random(rank, linear.inputs), random(linear.outputs, rank) * 0.5 * rank / alpha
         factors[layer][linear.name] = LowRank(a_RI, b_OR)
-    lora = Lora(layout, factors, alpha / rank)
+    embedding = None
+    if layout.embedding is not None and seed % 2:  # some adapters leave the embeddings alone
+        a_RV, b_DR = random(rank, layout.embedding.inputs), random(layout.embedding.outputs, rank)
+        embedding = LowRank(a_RV * layout.embedding.inputs**0.5, b_DR * 0.01 * rank / alpha)
+    lora = Lora(layout, factors, alpha / rank, embedding)
     checkpoint.save(lora, folder, base_name_or_path=str(base_dir), rank=rank, alpha=alpha)
     return folder
 

@@ -16,11 +16,13 @@ LABELS = (" positive", " negative")
 
 
 def random_lora(layout: Layout, *, rank: int, alpha: float, seed: int = 3) -> Lora:
-    """An adapter with both factors random, so that it changes every product."""
+    """An adapter with both factors random, so that it changes every product and the embeddings."""
     chance = torch.Generator().manual_seed(seed)
     lora = initial(layout, rank=rank, alpha=alpha, generator=chance)
     for _, _, part in lora.tensors():
         part.b_OR.normal_(std=0.1, generator=chance)
+    if lora.embedding is not None:
+        lora.embedding.a_RI.normal_(std=0.02, generator=chance)
     return lora
 
 

@@ -6,6 +6,7 @@ Knows files and names. Reads safetensors only: a pickled `adapter_model.bin` cou
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,20 @@ def save(lora: Lora, folder: Path, *, base_name_or_path: str, rank: int, alpha: 
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": sorted({linear.name.rpartition(".")[2] for _, linear in lora.layout.linears()}),
+        "target_modules": sorted(_targets(lora)),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
     }
-    state: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     for layer, name, factors in lora.tensors():
         for letter, tensor in (("A", factors.a_RI), ("B", factors.b_OR)):
-            # A copy of its own: factors may be views of one larger tensor, which safetensors does not write.
-            state[_key(lora.layout, layer, name, letter)] = (
-                tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-            )
+            named[_key(lora.layout, layer, name, letter)] = tensor
+    if lora.embedding is not None:
+        for letter, tensor in (("A", lora.embedding.a_RI), ("B", lora.embedding.b_OR)):
+            named[_embedding_key(lora.layout, letter)] = tensor
+    # Copies of their own: factors may be views of one larger tensor, which safetensors does not write.
+    state = {key: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for key, tensor in named.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / WEIGHTS, safetensors_torch.save(state, metadata={"format": "pt"}))
     write_json(folder / CONFIG, config)
@@ -70,7 +73,7 @@ def load(folder: Path, layout: Layout) -> tuple[Lora, dict[str, Any]]:
 
     Raises FileNotFoundError without safetensors, and ValueError naming what an adapter here cannot have: a kind other
     than LoRA, an option of `_PLAIN_OPTIONS`, a linear layer left out or unknown to the base, a tensor of the wrong
-    shape, a damaged file.
+    shape, a damaged file. The embedding may be left out.
     """
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}; pickled weights are never read")
@@ -85,14 +88,33 @@ def load(folder: Path, layout: Layout) -> tuple[Lora, dict[str, Any]]:
 
     factors: tuple[dict[str, LowRank], ...] = tuple({} for _ in layout.layers)
     for layer, linear in layout.linears():
-        factors[layer][linear.name] = _take(folder, state, layout, layer, linear, rank)
+        keys = [_key(layout, layer, linear.name, letter) for letter in "AB"]
+        factors[layer][linear.name] = _take(folder, state, keys, linear, rank)
+    embedding = None
+    if layout.embedding is not None:
+        keys = [_embedding_key(layout, letter) for letter in "AB"]
+        if state.keys() & set(keys):
+            embedding = _take(folder, state, keys, layout.embedding, rank)
     if state:
         raise ValueError(f"{folder / WEIGHTS} holds tensors of no layer of its base: {', '.join(sorted(state)[:3])}")
-    return Lora(layout, factors, scale), config
+    return Lora(layout, factors, scale, embedding), config
+
+
+def _targets(lora: Lora) -> set[str]:
+    """The last part of the name of every module that the adapter covers, as PEFT finds them."""
+    names = {linear.name for _, linear in lora.layout.linears()}
+    if lora.embedding is not None and lora.layout.embedding is not None:
+        names.add(lora.layout.embedding.name)
+    return {name.rpartition(".")[2] for name in names}
 
 
 def _key(layout: Layout, layer: int, name: str, letter: str) -> str:
     return f"base_model.model.{layout.path}.{layer}.{name}.lora_{letter}.weight"
+
+
+def _embedding_key(layout: Layout, letter: str) -> str:
+    assert layout.embedding is not None
+    return f"base_model.model.{layout.embedding.name}.lora_embedding_{letter}"
 
 
 def _check_options(folder: Path, config: dict[str, Any]) -> None:
@@ -103,9 +125,9 @@ def _check_options(folder: Path, config: dict[str, Any]) -> None:
             raise ValueError(f"{folder / CONFIG}: {option} = {config[option]!r} is not supported, only {plain[0]!r}")
 
 
-def _take(folder: Path, state: dict[str, Tensor], layout: Layout, layer: int, linear: Linear, rank: int) -> LowRank:
+def _take(folder: Path, state: dict[str, Tensor], keys: Sequence[str], linear: Linear, rank: int) -> LowRank:
     try:
-        a_RI, b_OR = (state.pop(_key(layout, layer, linear.name, letter)).float() for letter in "AB")
+        a_RI, b_OR = (state.pop(key).float() for key in keys)
     except KeyError as error:
         raise ValueError(
             f"{folder / WEIGHTS} has no {error.args[0]}; an adapter here covers every linear layer of its base"
@@ -113,7 +135,6 @@ def _take(folder: Path, state: dict[str, Tensor], layout: Layout, layer: int, li
     given, needed = (tuple(a_RI.shape), tuple(b_OR.shape)), ((rank, linear.inputs), (linear.outputs, rank))
     if given != needed:
         raise ValueError(
-            f"{folder / WEIGHTS}: factors A and B of {layout.path}.{layer}.{linear.name} have the shapes {given}, "
-            f"but rank and base ask for {needed}"
+            f"{folder / WEIGHTS}: {' and '.join(keys)} have the shapes {given}, but rank and base ask for {needed}"
         )
     return LowRank(a_RI, b_OR)

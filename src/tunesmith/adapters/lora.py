@@ -1,6 +1,6 @@
 """Low-rank adapters as the forward pass sees them. Knows tensors and sites; nothing of files, training or engines.
 
-Legend: N = tokens, R = rank, I = inputs of a linear layer, O = its outputs.
+Legend: N = tokens, R = rank, I = inputs of a linear layer, O = its outputs, V = vocabulary, D = model width.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+EMBEDDING_STEPS = 8.0
+"""See `initial`. Source: at rank 16 and alpha 32 it gives B the deviation 1, which is PEFT's."""
 
 Site = str
 """A product in a layer of a model: one linear layer, or several with the same input, stacked along their outputs."""
@@ -36,6 +39,9 @@ class Layout:
     """The sites of each decoder layer, and their linear layers in stacking order."""
     transposed: bool = False
     """Whether the base keeps these weights as [inputs, outputs]: what PEFT calls `fan_in_fan_out`."""
+    embedding: Linear | None = None
+    """What turns tokens into vectors, as a linear layer with an input for each token; its name is whole, as in
+    `model.embed_tokens`. None where adapters leave it as it is."""
 
     def linears(self) -> Iterator[tuple[int, Linear]]:
         """Every (layer index, linear layer), in the fixed order in which factors are drawn, listed and saved."""
@@ -50,6 +56,9 @@ class Adapters(Protocol):
 
     def delta(self, layer: int, site: Site, x_NI: Tensor) -> Tensor | None:
         """What the adapters add to the product of `site` for each token, [N, O]; None where they add nothing."""
+
+    def embedding_delta(self, token_ids_N: Tensor) -> Tensor | None:
+        """What the adapters add to the embedding of each token, [N, D]; None where they add nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,8 @@ class Lora:
     factors: tuple[dict[str, LowRank], ...]
     scale: float
     """alpha / rank"""
+    embedding: LowRank | None = None
+    """Factors of the embedding, A [R, V] and B [D, R], where the adapter covers it."""
 
     @property
     def rank(self) -> int:
@@ -91,15 +102,28 @@ class Lora:
         deltas = [h_NR @ part.b_OR.T for h_NR, part in zip(hidden, parts, strict=True)]
         return torch.cat(deltas, dim=-1) if len(deltas) > 1 else deltas[0]
 
+    def embedding_delta(self, token_ids_N: Tensor) -> Tensor | None:
+        """See `Adapters`."""
+        if self.embedding is None:
+            return None
+        return self.embedding.a_RI[:, token_ids_N].T @ self.embedding.b_OR.T * self.scale
+
 
 def initial(layout: Layout, *, rank: int, alpha: float, generator: torch.Generator) -> Lora:
     """An adapter that adds nothing yet: A uniform in +-1/sqrt(I), B zero, fp32; drawn in the order of `Layout.linears`.
 
-    Source: PEFT `reset_lora_parameters` (Kaiming uniform with a = sqrt(5), as torch.nn.Linear).
+    Source: PEFT `reset_lora_parameters` (Kaiming uniform with a = sqrt(5), as torch.nn.Linear). For an embedding it is
+    A that is zero, and B is normal, with a deviation that makes an optimizer's step of size s move an embedding by
+    about EMBEDDING_STEPS * s, whatever the rank and alpha.
     """
     factors: tuple[dict[str, LowRank], ...] = tuple({} for _ in layout.layers)
     for index, linear in layout.linears():
         bound = linear.inputs**-0.5
         a_RI = torch.empty(rank, linear.inputs).uniform_(-bound, bound, generator=generator)
         factors[index][linear.name] = LowRank(a_RI, torch.zeros(linear.outputs, rank))
-    return Lora(layout, factors, alpha / rank)
+    scale = alpha / rank
+    if layout.embedding is None:
+        return Lora(layout, factors, scale)
+    a_RV = torch.zeros(rank, layout.embedding.inputs)
+    b_DR = torch.empty(layout.embedding.outputs, rank).normal_(generator=generator)
+    return Lora(layout, factors, scale, LowRank(a_RV, b_DR * (EMBEDDING_STEPS / (scale * rank**0.5))))

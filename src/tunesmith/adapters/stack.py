@@ -4,7 +4,7 @@ Tokens of one adapter lie together (a segment). A long segment is two ordinary p
 as when many sequences generate at once, are stacked and go through two batched products together.
 
 Legend: N = tokens, S = segments stacked, T = tokens of a segment, I = inputs of a site, R = ranks of its linear layers
-one after another, O = its outputs.
+one after another, O = its outputs, V = vocabulary, D = model width.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class PackedAdapter:
 
     factors: tuple[dict[Site, tuple[Tensor, Tensor]], ...]
     """By layer: A [I, R] and B [R, O], which is block-diagonal where a site is several linear layers."""
+    embedding: tuple[Tensor, Tensor] | None = None
+    """A [V, R] and B [R, D], where the adapter covers the embedding."""
 
     @classmethod
     def from_lora(cls, lora: Lora, dtype: torch.dtype, device: torch.device | str) -> PackedAdapter:
@@ -46,7 +48,10 @@ class PackedAdapter:
                 b_RO = torch.block_diag(*(part.b_OR.T for part in parts)) * lora.scale
                 sites[site] = (a_RI.T.to(device, dtype).contiguous(), b_RO.to(device, dtype).contiguous())
             packed.append(sites)
-        return cls(tuple(packed))
+        if lora.embedding is None:
+            return cls(tuple(packed))
+        a_VR, b_RD = lora.embedding.a_RI.T, lora.embedding.b_OR.T * lora.scale
+        return cls(tuple(packed), (a_VR.to(device, dtype).contiguous(), b_RD.to(device, dtype).contiguous()))
 
 
 Segment = tuple[PackedAdapter, int]
@@ -70,7 +75,7 @@ class AdapterStacks:
         for group in _alike(segments):
             tokens = group[0][1]
             adapters = tuple(adapter for adapter, _ in group)
-            runs.append(_Run(start, len(group), tokens, self._stack(adapters)))
+            runs.append(_Run(start, len(group), tokens, self._stack(adapters), adapters))
             start += len(group) * tokens
         return Mixture(plain_tokens, start, tuple(runs)) if runs else None
 
@@ -93,6 +98,7 @@ class _Run:
     segments: int
     tokens: int
     stack: Stack
+    adapters: tuple[PackedAdapter, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,21 @@ class Mixture:
             x_STI = x_NI[rows].view(run.segments, run.tokens, -1)
             torch.bmm(torch.bmm(x_STI, a_SIR), b_SRO, out=delta_NO[rows].view(run.segments, run.tokens, outputs))
         return delta_NO
+
+    def embedding_delta(self, token_ids_N: Tensor) -> Tensor | None:
+        """See `Adapters`. Not stacked: it is one look-up a pass, and A is as long as the vocabulary."""
+        delta_ND: Tensor | None = None
+        for run in self.runs:
+            for index, adapter in enumerate(run.adapters):
+                if adapter.embedding is None:
+                    continue
+                a_VR, b_RD = adapter.embedding
+                if delta_ND is None:
+                    delta_ND = b_RD.new_zeros(self.tokens, b_RD.shape[1])
+                start = run.start + index * run.tokens
+                rows = slice(start, start + run.tokens)
+                torch.mm(F.embedding(token_ids_N[rows], a_VR), b_RD, out=delta_ND[rows])
+        return delta_ND
 
 
 def _alike(segments: Sequence[Segment]) -> Iterator[list[Segment]]:

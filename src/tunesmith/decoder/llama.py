@@ -137,7 +137,8 @@ class LlamaConfig:
             "gate_up": (Linear("mlp.gate_proj", inner, width), Linear("mlp.up_proj", inner, width)),
             "down": (Linear("mlp.down_proj", width, inner),),
         }
-        return Layout("model.layers", (sites,) * self.layers)
+        embedding = Linear("model.embed_tokens", outputs=width, inputs=self.vocabulary_size)
+        return Layout("model.layers", (sites,) * self.layers, embedding=embedding)
 
 
 @dataclass(slots=True)
@@ -172,6 +173,8 @@ class Llama:
         config = self.config
         cos_Nd, sin_Nd = _rotation(positions_N, config, self.embedding_VD.dtype)
         x_ND = F.embedding(token_ids_N, self.embedding_VD)
+        delta_ND = None if adapters is None else adapters.embedding_delta(token_ids_N)
+        x_ND = x_ND if delta_ND is None else x_ND + delta_ND
         for index, layer in enumerate(self.layers):
             y_ND = self._norm(x_ND, layer.attention_norm_D)
             qkv = _adapted(y_ND, layer.qkv, layer.qkv_bias, adapters, index, "qkv")

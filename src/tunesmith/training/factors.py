@@ -3,7 +3,8 @@
 Computes the same as `adapters.lora.Lora`, in one node of the autograd graph a site instead of eight: a step of a small
 model spends much of its time between operations.
 
-Legend: N = tokens, R = rank, P = linear layers stacked in a site, I = inputs, O = stacked outputs.
+Legend: N = tokens, R = rank, P = linear layers stacked in a site, I = inputs, O = stacked outputs, V = vocabulary,
+D = model width.
 """
 
 from __future__ import annotations
@@ -11,25 +12,41 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.adapters.lora import Lora, LowRank, Site
 
+Pair = tuple[Tensor, Tensor]
+"""A and B."""
+
 
 class TrainableLora:
-    """Factors as one tensor. `flat` holds, layer by layer and site by site, the A of a site stacked, then its B."""
+    """Factors as one tensor.
+
+    `flat` holds, layer by layer and site by site, the A of a site stacked, then its B; last the embedding's A [V, R],
+    a row a token, and its B, if it has any.
+    """
 
     def __init__(self, start: Lora) -> None:
         self._keys = [(layer, site) for layer, sites in enumerate(start.layout.layers) for site in sites]
         parts = [start.parts(*key) for key in self._keys]
         stacks = [torch.cat([getattr(part, factor) for part in site]) for site in parts for factor in ("a_RI", "b_OR")]
+        if start.embedding is not None:
+            stacks += [start.embedding.a_RI.T, start.embedding.b_OR]
         self._shapes = [stack.shape for stack in stacks]
         self._rows = [[part.b_OR.shape[0] for part in site] for site in parts]
         self.flat = torch.cat([stack.flatten() for stack in stacks])
         self.flat_gradient = torch.zeros_like(self.flat)
-        self.lora = Lora(start.layout, tuple({} for _ in start.factors), start.scale)
+        pairs, embedding = self._pairs(self.flat)
+        self.lora = Lora(
+            start.layout,
+            tuple({} for _ in start.factors),
+            start.scale,
+            None if embedding is None else LowRank(embedding[0].T, embedding[1]),
+        )
         """The factors by name, as views of `flat`."""
-        for (layer, site), (a, b), rows in zip(self._keys, self._pairs(self.flat), self._rows, strict=True):
+        for (layer, site), (a, b), rows in zip(self._keys, pairs, self._rows, strict=True):
             linears = start.layout.layers[layer][site]
             for linear, a_RI, b_OR in zip(linears, a.split(start.rank), b.split(rows), strict=True):
                 self.lora.factors[layer][linear.name] = LowRank(a_RI, b_OR)
@@ -37,29 +54,35 @@ class TrainableLora:
     def view(self) -> FactorView:
         """The same factors with gradients of their own, for one thread."""
         gradient = torch.zeros_like(self.flat)
-        sites: dict[tuple[int, Site], tuple[Tensor, Tensor, list[int]]] = {}
-        for key, values, gradients, rows in zip(
-            self._keys, self._pairs(self.flat), self._pairs(gradient), self._rows, strict=True
-        ):
-            a, b = (value.detach().requires_grad_() for value in values)
-            a.grad, b.grad = gradients
-            sites[key] = a, b, rows
-        return FactorView(sites, self.lora.scale, gradient)
+        (pairs, embedding), (gradients, embedding_gradient) = self._pairs(self.flat), self._pairs(gradient)
+        sites = {
+            key: (*_leaves(pair, of_pair), rows)
+            for key, pair, of_pair, rows in zip(self._keys, pairs, gradients, self._rows, strict=True)
+        }
+        leaves = _leaves(embedding, embedding_gradient) if embedding and embedding_gradient else None
+        return FactorView(sites, leaves, self.lora.scale, gradient)
 
-    def _pairs(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Stacked A [P R, I] and stacked B [O, R] of each site, as views of `flat`."""
+    def _pairs(self, flat: Tensor) -> tuple[list[Pair], Pair | None]:
+        """Stacked A [P R, I] and stacked B [O, R] of each site, and the embedding's two, as views of `flat`."""
         parts = flat.split([shape.numel() for shape in self._shapes])
         views = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-        return list(zip(views[::2], views[1::2], strict=True))
+        pairs = list(zip(views[::2], views[1::2], strict=True))
+        sites = len(self._keys)
+        return pairs[:sites], pairs[sites] if len(pairs) > sites else None
 
 
 class FactorView:
     """Implements `Adapters`; a backward pass adds to `flat_gradient`, laid out as `TrainableLora.flat`."""
 
     def __init__(
-        self, sites: dict[tuple[int, Site], tuple[Tensor, Tensor, list[int]]], scale: float, flat_gradient: Tensor
+        self,
+        sites: dict[tuple[int, Site], tuple[Tensor, Tensor, list[int]]],
+        embedding: Pair | None,
+        scale: float,
+        flat_gradient: Tensor,
     ) -> None:
         self._sites = sites
+        self._embedding = embedding
         self._scale = scale
         self.flat_gradient = flat_gradient
 
@@ -68,6 +91,20 @@ class FactorView:
         a, b, rows = self._sites[layer, site]
         delta_NO: Tensor = _Delta.apply(x_NI, a, b, rows, self._scale)  # type: ignore[no-untyped-call]
         return delta_NO
+
+    def embedding_delta(self, token_ids_N: Tensor) -> Tensor | None:
+        """See `Adapters`."""
+        if self._embedding is None:
+            return None
+        a_VR, b_DR = self._embedding
+        return F.embedding(token_ids_N, a_VR).mul(self._scale) @ b_DR.T
+
+
+def _leaves(pair: Pair, gradients: Pair) -> Pair:
+    """The same values, each its own in the autograd graph, which adds to `gradients`."""
+    a, b = (value.detach().requires_grad_() for value in pair)
+    a.grad, b.grad = gradients
+    return a, b
 
 
 class _Delta(torch.autograd.Function):
