@@ -68,13 +68,13 @@ def test_the_catalogue_adds_and_replaces(tiny_base: Path, tmp_path: Path) -> Non
     assert [base.name for base in bases.list()] == ["ada", "babbage", "curie", "davinci", "qwen-mini"]
     assert bases.folder("curie") == tiny_base
     assert bases.get("curie").learning_rate == 0.01
-    assert bases.get("qwen-mini").learning_rate == bases.get("ada").learning_rate
+    assert bases.get("qwen-mini").learning_rate == DEFAULT_LEARNING_RATE < bases.get("ada").learning_rate
 
 
 @pytest.mark.parametrize(
     ("entry", "complaint"),
     [
-        ("[x]\nfolder = '/nowhere'", r"\[x\]: folder /nowhere has no config\.json"),
+        ("[x]\nfolder = '/nowhere'", r"\[x\]: folder /nowhere is not there"),
         ("[x]\nfolder = '{base}'\ncontext_tokens = 4096", "context_tokens is 4096, and the model reads 2048"),
         ("[x]\nhub = 'org/name'\nrevision = 'main'", "40 hexadecimal digits"),
     ],

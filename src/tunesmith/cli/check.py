@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
 from tunesmith.cli.home import home_settings
 from tunesmith.cli.output import Output, UsageError
 from tunesmith.cli.tables import show_table
+from tunesmith.core.architectures import ForwardPass
 from tunesmith.core.base_check import Report, base_names, check_base
 
 GIB = 1 << 30
@@ -32,21 +34,18 @@ def check(args: argparse.Namespace, output: Output) -> int:
 
 
 def _show(reports: list[Report], output: Output) -> None:
-    numbers = ("parameters", "on disk", "context", "to serve", "to tune", "learning rate")
+    numbers = ("weights", "on disk", "context", "serve / tune", "rate")
     show_table(
         output,
-        ["base", "type", "forward pass", "stored as", *numbers, "findings"],
+        ["base", "type", *numbers, "findings"],
         [
             [
                 report.name,
-                report.model_type or "-",
-                report.forward_pass or "-",
-                ", ".join(report.dtypes) or "-",
-                _parameters(report.parameters),
+                _type(report),
+                f"{_parameters(report.parameters)} {','.join(report.dtypes)}".rstrip(),
                 _size(report.size_bytes),
                 "-" if report.context_tokens is None else f"{report.context_tokens:,}",
-                _memory(report.serving_bytes),
-                _memory(report.training_bytes),
+                _memory(report.serving_bytes, report.training_bytes),
                 f"{report.learning_rate:g}",
                 _verdict(report),
             ]
@@ -61,13 +60,15 @@ def _show(reports: list[Report], output: Output) -> None:
         output.say(f"{name}: {finding.level}: {finding.message}")
 
 
+def _type(report: Report) -> str:
+    """`llama` for what our own forward pass computes, `gpt2 (transformers)` for what another does."""
+    foreign = report.forward_pass is ForwardPass.TRANSFORMERS
+    return f"{report.model_type or '-'}{' (transformers)' if foreign else ''}"
+
+
 def _verdict(report: Report) -> str:
-    counts = {
-        word: sum(finding.level == level for finding in report.findings)
-        for level, word in (("error", "error"), ("note", "note"))
-    }
-    told = [f"{count} {word}{'s' if count > 1 else ''}" for word, count in counts.items() if count]
-    return ", ".join(told) or "none"
+    counts = Counter(finding.level for finding in report.findings)
+    return ", ".join(f"{count} {level}{'s' if count > 1 else ''}" for level, count in sorted(counts.items())) or "none"
 
 
 def _parameters(count: int | None) -> str:
@@ -82,8 +83,10 @@ def _size(size_bytes: int | None) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
 
 
-def _memory(size_bytes: int | None) -> str:
-    return "-" if size_bytes is None else f"{size_bytes / GIB:.1f} GiB"
+def _memory(serving_bytes: int | None, training_bytes: int | None) -> str:
+    if serving_bytes is None or training_bytes is None:
+        return "-"
+    return f"{serving_bytes / GIB:.1f} / {training_bytes / GIB:.1f} GiB"
 
 
 def _record(report: Report) -> dict[str, Any]:

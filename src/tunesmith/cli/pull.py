@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from tunesmith.cli.output import Output, UsageError
 from tunesmith.core.catalogue import FILE, read_catalogue
 from tunesmith.core.hub import DEFAULT_ENDPOINT, Hub, Progress, PullFailed, RemoteFile
 from tunesmith.core.pull import Pulled, pull, pulling
-from tunesmith.settings import Settings, read_flag
+from tunesmith.settings import read_flag
 
 SHOWN_EVERY = 0.1
 """A log gets a line each time so much more of a file is here."""
@@ -47,7 +48,7 @@ def pull_models(args: argparse.Namespace, output: Output) -> int:
             if output.machine:
                 output.record(_record(pulled))
             else:
-                output.say(_story(pulled, settings.home))
+                output.say(_story(pulled, args.home))
     return 0
 
 
@@ -68,8 +69,9 @@ def _missing(home: Path) -> list[tuple[str, str | None, str | None]]:
     return [(entry.hub, entry.revision, entry.name) for entry in entries if entry.hub and not entry.folder.is_dir()]
 
 
-def _story(pulled: Pulled, home: Path) -> str:
+def _story(pulled: Pulled, home: str | None) -> str:
     repository = pulled.repository
+    where = "" if home is None else f" --home {shlex.quote(home)}"
     lines = [
         f"{pulled.name} is {repository.name} at {repository.commit}, in {pulled.folder}.",
         f"Its card states the licence {repository.licence}." if repository.licence else "Its card states no licence.",
@@ -78,13 +80,9 @@ def _story(pulled: Pulled, home: Path) -> str:
         lines.append(f"It was {pulled.was} before; models tuned on that need it back.")
     if pulled.fetched_bytes == 0:
         lines.append("Everything was here already; all digests are right.")
-    lines.append(f"To see whether it can be used: tunesmith models check {pulled.name}{_home_flag(home)}")
+    lines.append(f"To see whether it can be used: tunesmith models check {pulled.name}{where}")
     lines.append("A server that is running takes up new names when it starts again.")
     return "\n".join(lines)
-
-
-def _home_flag(home: Path) -> str:
-    return "" if home == Settings().home else f" --home {home}"
 
 
 def _record(pulled: Pulled) -> dict[str, Any]:

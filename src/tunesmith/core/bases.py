@@ -119,6 +119,8 @@ class Bases:
 
     def _read(self, entry: Entry) -> Base:
         where = f"{self._home / FILE}: [{entry.name}]"
+        if not entry.folder.is_dir():
+            raise ValueError(f"{where}: folder {entry.folder} is not there. Correct it, or take the entry out.")
         for needed in (CONFIG, TOKENIZER):
             if not (entry.folder / needed).is_file():
                 raise ValueError(f"{where}: folder {entry.folder} has no {needed}; a base is an ordinary checkpoint.")
