@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tests.core.test_pull import configure, drop, shard
 from tunesmith.core.architectures import ForwardPass, architecture_of
 from tunesmith.core.base_check import Report, base_names, check_base
+from tunesmith.core.bases import DEFAULT_LEARNING_RATE
 from tunesmith.core.catalogue import hub_folder, put
 from tunesmith.decoder.llama import MODEL_TYPES, LlamaConfig
 
@@ -52,7 +53,7 @@ def test_what_a_person_asks_for_is_counted_from_the_headers(home: Path, tiny_bas
     assert report.findings == []
     assert report.parameters == sum(array.size for array in arrays.values())
     assert report.size_bytes == (tiny_base / "model.safetensors").stat().st_size
-    assert (report.folder, report.learning_rate) == (home / "mine", 0.005)
+    assert (report.folder, report.learning_rate) == (home / "mine", DEFAULT_LEARNING_RATE)
 
 
 def weights(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tunesmith.core import box
-from tunesmith.core.bases import Bases
+from tunesmith.core.bases import DEFAULT_LEARNING_RATE, Bases
 from tunesmith.core.catalogue import hub_folder
 from tunesmith.errors import NotFound
 

@@ -29,9 +29,11 @@ logger = logging.getLogger(__name__)
 Parity = Callable[[RunDir, RunSpec], str | None]
 """Why the adapter in a run folder may not be served, in words for the user; None if it may. See `runs/parity.py`."""
 
-LORA_RANK = 16
-LORA_ALPHA = 32.0
-"""Adapters are scaled by alpha / rank, that is by 2; the learning rates of `core/bases.py` are for this scale."""
+LORA_RANK = 32
+LORA_ALPHA = 512.0
+"""Adapters are scaled by alpha / rank, that is by 16, where 2 is customary: B, which starts at zero, then moves eight
+times as fast beside A. The learning rates of `core/bases.py` are for this scale. What it gains, and why it is not a
+learning rate of B's own: docs/design/decisions/defaults.md."""
 FRUITLESS_STARTS = 6
 """A trainer that died is started again this often without getting further, each time after a longer pause, a minute
 in all: a full disk may have room again by then. After that the job fails with the trainer's last words."""
