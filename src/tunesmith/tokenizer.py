@@ -1,45 +1,54 @@
-"""Text to token ids and back, over a checkpoint's `tokenizer.json`. Knows bytes and characters; nothing of models.
+"""Text to token ids and back, without loss. Knows bytes and characters; nothing of models.
 
-Byte-level tokenizers only (GPT-2, Llama 3, Qwen, the box): every token stands for fixed bytes, so any text makes the
-round trip, and a token may be part of a character.
+Every token stands for fixed bytes, and the bytes of a text's tokens are the text: a token may be a part of a character.
+Two things stand before a prompt and are not shown: the token that begins a text, and the space that SentencePiece puts
+before a first word. What follows a prompt, a completion, is encoded by itself, and neither stands there: so trainer and
+engine see the same tokens.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import tokenizers
+from tunesmith import vocabulary
+from tunesmith.vocabulary import METASPACE, Vocabulary
 
-END_OF_TEXT = "<|endoftext|>"
-"""Ends a document, stands before the next, and is what an empty prompt means."""
+TRIALS = (
+    "Review: a  b\tc\n\nDon't! 1234 ->",
+    " yes",
+    "  \u00c9\u00a0\u3000\ufb01 \u2026 \u2460",
+    "\u65e5\u672c \U0001f47d ",
+)
+"""Every tokenizer must give these back. What folds case, spaces or compatible characters does not."""
+COMPOSED_BYTES = 3
+"""So many bytes may become one where a tokenizer composes characters first: nine of a Korean syllable become three."""
+
+_MISREAD = re.compile(rf"({METASPACE})|(?<=<)(?=0x[0-9A-F]{{2}}>)")
+"""In a text: what a metaspace vocabulary would take for a space, and where it could take four characters for a byte."""
 
 
 class Tokenizer:
     """The tokenizer of one base model. Immutable, safe to share between threads."""
 
-    def __init__(self, definition: tokenizers.Tokenizer) -> None:
-        """Raises ValueError if `definition` is not byte-level or has no end-of-text token."""
-        if not isinstance(definition.decoder, tokenizers.decoders.ByteLevel):
-            raise ValueError(f"the tokenizer's decoder is {definition.decoder!r}; only byte-level tokenizers are read")
-        end_of_text_id = definition.token_to_id(END_OF_TEXT)
-        if end_of_text_id is None:
-            raise ValueError(f"the tokenizer has no token {END_OF_TEXT}")
-        self._definition = definition
-        self._end_of_text_id = end_of_text_id
-        byte_of = {character: byte for byte, character in _byte_characters().items()}
-        added = {index: token.content.encode() for index, token in definition.get_added_tokens_decoder().items()}
-        try:
-            self._bytes = {
-                index: bytes(byte_of[c] for c in spelling)
-                for spelling, index in definition.get_vocab(with_added_tokens=False).items()
-                if index not in added
-            } | added
-        except KeyError as error:
-            raise ValueError(f"the tokenizer spells tokens with {error.args[0]!r}, which stands for no byte") from error
-        self._vocabulary_size = max(self._bytes) + 1
-        self._longest_token_bytes = max(map(len, self._bytes.values()))
+    def __init__(self, known: Vocabulary) -> None:
+        """Raises ValueError if texts would not come back as they were."""
+        self._known = known
+        self._vocabulary_size = max(known.contents) + 1
+        self._most_bytes = max(map(len, known.contents.values())) * (COMPOSED_BYTES if known.composes else 1)
+        self._specials = tuple(known.contents[index].decode() for index in known.special_ids)
+        ids_of_bytes = {content: index for index, content in known.contents.items() if len(content) == 1}
+        self._spelt = (
+            {METASPACE: [ids_of_bytes[bytes([byte])] for byte in METASPACE.encode()]} if known.metaspace else {}
+        )
+        for text in TRIALS:
+            ids = self.prompt_ids(text)
+            for back in (self.decode(self.encode(text)), self.prompt_text(ids)):
+                if back != text:
+                    raise ValueError(f"the tokenizer makes {back!r} of {text!r}; only those that lose nothing are read")
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -47,14 +56,7 @@ class Tokenizer:
 
         Raises FileNotFoundError without `tokenizer.json` there, ValueError for one that cannot be used.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"no tokenizer.json in {folder}")
-        try:
-            definition = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower for what it cannot read
-            raise ValueError(f"it is no tokenizer: {error}") from error
-        return cls(definition)
+        return cls(vocabulary.read(folder))
 
     @property
     def vocabulary_size(self) -> int:
@@ -62,59 +64,104 @@ class Tokenizer:
         return self._vocabulary_size
 
     @property
-    def longest_token_bytes(self) -> int:
-        """No token stands for more bytes: a text has at least its bytes divided by this many tokens."""
-        return self._longest_token_bytes
+    def end_of_text_id(self) -> int:
+        """The first of `ending_ids`."""
+        return self._known.ending_ids[0]
 
     @property
-    def end_of_text_id(self) -> int:
-        """The id of `<|endoftext|>`."""
-        return self._end_of_text_id
+    def ending_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, such as `<|endoftext|>` or `</s>`: each of them ends a generation."""
+        return self._known.ending_ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """`text` has no fewer tokens; told without encoding it. Raises UnicodeEncodeError as `encode`."""
+        return len(text.encode()) // self._most_bytes
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, nothing added; `<|endoftext|>` in the text is that one token.
+        """The ids of a text that follows another, nothing added; a special token written out in it is that one token.
 
         Raises UnicodeEncodeError for a lone surrogate, which no bytes stand for.
         """
-        text.encode()  # the library's own error would not say where
-        return list(self._definition.encode(text, add_special_tokens=False).ids)
+        return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for each text; several times faster than one by one."""
-        for text in texts:
-            text.encode()
-        return [list(e.ids) for e in self._definition.encode_batch(list(texts), add_special_tokens=False)]
+        split = [self._split(text) for text in texts]
+        encoded = self._encode(list(itertools.chain(*split)))
+        ids_of = ([self._spelt.get(piece, next(encoded)) for piece in pieces] for pieces in split)
+        return [list(itertools.chain(*ids)) for ids in ids_of]
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The ids of a prompt: as `encode`, but an empty prompt is the start of a document, `[end_of_text_id]`."""
-        return self.encode(text) or [self._end_of_text_id]
+        """The ids of a prompt: what begins a text, then the text. An empty one that nothing begins: `end_of_text_id`.
+
+        Raises UnicodeEncodeError as `encode`.
+        """
+        return self.prompt_ids_many([text])[0]
+
+    def prompt_ids_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`prompt_ids` for each text; several times faster than one by one."""
+        opening = self._known.opening_ids
+        encoded = self.encode_many([self._with_space(text) for text in texts])
+        return [[*opening, *ids] or [self.end_of_text_id] for ids in encoded]
+
+    def prompt_pieces(self, token_ids: Sequence[int]) -> list[bytes | None]:
+        """What each token of a prompt shows: None for one that the tokenizer itself puts before texts.
+
+        Of the prompt_ids of a text, the pieces are the text.
+        """
+        known = self._known
+        hidden = len(known.opening_ids) if tuple(token_ids[: len(known.opening_ids)]) == known.opening_ids else 0
+        shown = [self.token_bytes(token_id) for token_id in token_ids[hidden:]]
+        if known.space_in_front and shown and token_ids[hidden] not in known.special_ids:
+            shown[0] = shown[0].removeprefix(b" ")
+        return [*[None] * hidden, *shown]
+
+    def prompt_text(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt; bytes that are no character become U+FFFD."""
+        return b"".join(piece or b"" for piece in self.prompt_pieces(token_ids)).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for; empty for ids without a token (rows that only pad an embedding matrix)."""
-        return self._bytes.get(token_id, b"")
+        return self._known.contents.get(token_id, b"")
 
     def token_text(self, token_id: int) -> str:
         r"""What tables of log-probabilities show: the text, or `bytes:\xf0\x9f` where it is not whole characters."""
         return bytes_text(self.token_bytes(token_id))
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of tokens; bytes that are no character become U+FFFD."""
+        """The text of tokens that follow a prompt; bytes that are no character become U+FFFD."""
         return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")
+
+    def _encode(self, pieces: list[str]) -> Iterator[list[int]]:
+        library = self._known.library
+        if len(pieces) == 1:  # waking the library's threads takes longer than the work
+            return iter([library.encode(pieces[0], add_special_tokens=False).ids])
+        return (encoding.ids for encoding in library.encode_batch(pieces, add_special_tokens=False))
+
+    def _with_space(self, text: str) -> str:
+        plain = self._known.space_in_front and text and not text.startswith(self._specials)
+        return f" {text}" if plain else text
+
+    def _split(self, text: str) -> list[str]:
+        """The text in pieces that can be encoded one by one without loss."""
+        text.encode()  # the library's own error would not say where
+        if not self._known.metaspace:
+            return [text]
+        return [piece for piece in _MISREAD.split(text) if piece]
 
 
 class IncrementalDecoder:
-    """Text from tokens as they come: a character is given out when its last byte is there.
+    """Text from the bytes of tokens as they come: a character is given out when its last byte is there.
 
-    Over a whole stream, what `push` and `finish` return adds up to `Tokenizer.decode` of all tokens.
+    Over a whole stream, what `push` and `finish` return adds up to all bytes decoded at once.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, token_id: int) -> str:
-        """The characters that this token completes; may be empty."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+    def push(self, content: bytes) -> str:
+        """The characters that these bytes complete; may be empty."""
+        return self._decoder.decode(content)
 
     def finish(self) -> str:
         """U+FFFD if the stream ended within a character, else nothing."""
@@ -127,13 +174,3 @@ def bytes_text(content: bytes) -> str:
         return content.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(chr(b) if 0x20 <= b < 0x7F else f"\\x{b:02x}" for b in content)
-
-
-def _byte_characters() -> dict[int, str]:
-    """How byte-level vocabularies spell each byte: printable Latin-1 as itself, the rest from U+0100 on.
-
-    Source: `bytes_to_unicode` of GPT-2's encoder.py.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny import TOKENIZER
-from tunesmith.data.checks import SHOWN_OVER_LONG, OverLong, most_tokens, survey
+from tunesmith.data.checks import OPENING_TOKENS, SHOWN_OVER_LONG, OverLong, most_tokens, survey
 from tunesmith.data.formats import Example
 from tunesmith.tokenizer import Tokenizer
 
@@ -36,10 +36,10 @@ def test_only_rows_that_could_be_too_long_are_tokenised() -> None:
         counted.append(example)
         return words(example)
 
-    rows = [Example("a b", "c"), Example("a" * 9, "c"), Example("a b c d", "e f")]
-    found = survey(rows, count_tokens=count, limit_tokens=5, max_completions=0)
+    rows = [Example("a b", "c"), Example("a" * 9, "c"), Example("a b c d e f g h", "i j")]
+    found = survey(rows, count_tokens=count, limit_tokens=5 + OPENING_TOKENS, max_completions=0)
     assert counted == rows[1:]
-    assert found.over_long == (OverLong(row=3, tokens=6),)
+    assert found.over_long == (OverLong(row=3, tokens=10),)
 
 
 def test_stops_when_enough_rows_are_too_long() -> None:

@@ -299,6 +299,7 @@ async def test_texts_that_cannot_fit_cost_the_tokenizer_little(
         encoded.append(sum(map(len, texts)))
         return encode_many(tokenizer, texts)
 
+    await completer.complete(CompletionRequest(model, ("x",), max_tokens=0))  # the tokenizer is read, and tried
     monkeypatch.setattr(Tokenizer, "encode_many", counted)
     with pytest.raises(InvalidRequest, match="requested at least 58839 tokens"):
         await completer.open(CompletionRequest(model, ("x" * 1_000_000,)))

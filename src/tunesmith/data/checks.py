@@ -12,6 +12,8 @@ from tunesmith.data.formats import Example
 
 SHOWN_OVER_LONG = 5
 """A survey ends at this many over-long rows: enough to show, and counting tokens is the slow part."""
+OPENING_TOKENS = 4
+"""A tokenizer puts no more than this before a text. See `vocabulary.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,5 +62,5 @@ def survey(
 
 
 def most_tokens(example: Example) -> int:
-    """No tokenizer makes more of this row: one token a byte, and an empty prompt is one token too."""
-    return max(1, len(example.prompt.encode())) + len(example.completion.encode())
+    """No tokenizer makes more of this row: one token a byte, and a few that begin a text."""
+    return len(example.prompt.encode()) + len(example.completion.encode()) + OPENING_TOKENS

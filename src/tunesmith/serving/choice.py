@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tunesmith.engine.base import EngineOutput, FinishReason, PromptScored, TokenScore
 from tunesmith.serving.request import Prompt
 from tunesmith.serving.stops import StopScanner
-from tunesmith.tokenizer import IncrementalDecoder, Tokenizer
+from tunesmith.tokenizer import IncrementalDecoder, Tokenizer, bytes_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class ChoiceWriter:
         self.generated_tokens = 0
         self._total_logprob = 0.0
         self._tokenizer = tokenizer
-        self._decoder = IncrementalDecoder(tokenizer)
+        self._decoder = IncrementalDecoder()
         self._scanner = StopScanner(stop)
         self._prompt_ids = prompt_ids
         self._echo = echo
@@ -105,7 +105,7 @@ class ChoiceWriter:
         if echo:
             self._decoded = self._released = 0
         else:
-            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+            text = prompt if isinstance(prompt, str) else tokenizer.prompt_text(prompt)
             self._decoded = self._released = len(text)
 
     @property
@@ -127,7 +127,7 @@ class ChoiceWriter:
         self._total_logprob += output.score.logprob or 0.0
         if output.finish == "stop":
             return self.end("stop")  # the token of the end of the text is no text
-        text = self._scanner.push(self._decode(output.score))
+        text = self._scanner.push(self._decode(output.score, self._tokenizer.token_bytes(output.score.token_id)))
         if self._scanner.stopped:
             return self._cut(text)
         return self.end("length", text) if output.finish else self._delta(text, None)
@@ -143,24 +143,29 @@ class ChoiceWriter:
         return ChoiceDelta(self.index, text, self._table(rows), reason)
 
     def _prompt(self, scores: Sequence[TokenScore]) -> ChoiceDelta | None:
-        return self._delta("".join(self._decode(score) for score in scores), None)
+        pieces = self._tokenizer.prompt_pieces([score.token_id for score in scores])
+        shown = [(score, piece) for score, piece in zip(scores, pieces, strict=True) if piece is not None]
+        # What is not shown is no row: the first that is has no log-probability, as the first of any echoed prompt.
+        first = [(TokenScore(score.token_id, None), piece) for score, piece in shown[:1]]
+        return self._delta("".join(self._decode(*row) for row in [*first, *shown[1:]]), None)
 
     def _cut(self, text: str) -> ChoiceDelta:
         delta = self._delta(text, "stop")
         assert delta is not None
         return delta
 
-    def _decode(self, score: TokenScore) -> str:
+    def _decode(self, score: TokenScore, content: bytes) -> str:
         """The characters that a token completes; its row of the table waits until they are given out."""
         if self._with_table:
-            name = self._tokenizer.token_text
+            token = bytes_text(content)
             top: dict[str, float] | None = None
             if score.logprob is not None:
                 top = {}
-                for token_id, logprob in (*score.top, (score.token_id, score.logprob)):
-                    top.setdefault(name(token_id), logprob)
-            self._waiting.append(_Row(name(score.token_id), score.logprob, top, self._decoded))
-        text = self._decoder.push(score.token_id)
+                for token_id, logprob in score.top:
+                    top.setdefault(self._tokenizer.token_text(token_id), logprob)
+                top[token] = score.logprob  # also where a likelier token reads the same
+            self._waiting.append(_Row(token, score.logprob, top, self._decoded))
+        text = self._decoder.push(content)
         self._decoded += len(text)
         return text
 

@@ -148,7 +148,7 @@ class Completer:
                     frequency_penalty=request.frequency_penalty,
                     logit_bias=request.logit_bias,
                     seed=derive(seed, p, s),
-                    stop_token_ids=(tokenizer.end_of_text_id,),
+                    stop_token_ids=tokenizer.ending_ids,
                 )
                 top = request.logprobs if with_table or not request.ranked else 0  # ranking needs each token's own
                 writer = ChoiceWriter(
@@ -177,9 +177,10 @@ class _Sequence:
 def _encode(tokenizer: Tokenizer, request: CompletionRequest) -> list[tuple[int, ...]]:
     prompts = request.prompts
     encoded = _encode_texts(tokenizer, request, [prompt for prompt in prompts if isinstance(prompt, str)])
-    start = (tokenizer.end_of_text_id,)
     return [
-        tuple(next(encoded)) or start if isinstance(prompt, str) else _known(tokenizer, prompt) or start
+        tuple(next(encoded))
+        if isinstance(prompt, str)
+        else _known(tokenizer, prompt) or tuple(tokenizer.prompt_ids(""))
         for prompt in prompts
     ]
 
@@ -194,10 +195,10 @@ def _encode_texts(tokenizer: Tokenizer, request: CompletionRequest, texts: Seque
     for start in range(0, len(texts), ENCODED_AT_ONCE):
         some = texts[start : start + ENCODED_AT_ONCE]
         try:
-            fewest = max(len(text.encode()) for text in some) // tokenizer.longest_token_bytes
+            fewest = max(map(tokenizer.fewest_tokens, some))
             if fewest > context_tokens:
                 raise _too_long(request, fewest, at_least=True)
-            encoded = tokenizer.encode_many(some)
+            encoded = tokenizer.prompt_ids_many(some)
         except UnicodeEncodeError as error:
             raise InvalidRequest(
                 f"'prompt' holds half of a surrogate pair ({error.object[error.start]!r}), no character. Remove it.",

@@ -44,7 +44,7 @@ def encode_rows(
     param: str,
     beat: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Rows of `examples`, prompt and completion encoded apart, as in serving; an empty prompt is `<|endoftext|>`.
+    """Rows of `examples`, prompt and completion encoded apart, as in serving; see `Tokenizer.prompt_ids`.
 
     Raises InvalidRequest(`param`) naming the line of an example over `context_tokens`, or of one without completion.
     `beat` is called now and then.
@@ -52,10 +52,9 @@ def encode_rows(
     rows: list[Row] = []
     left = iter(examples)
     while block := list(itertools.islice(left, _BLOCK)):
-        prompts = tokenizer.encode_many([example.prompt for example in block])
+        prompts = tokenizer.prompt_ids_many([example.prompt for example in block])
         completions = tokenizer.encode_many([example.completion for example in block])
-        for prompt, completion in zip(prompts, completions, strict=True):
-            prompt_ids = prompt or [tokenizer.end_of_text_id]
+        for prompt_ids, completion in zip(prompts, completions, strict=True):
             _check(len(rows) + 1, len(prompt_ids), len(completion), context_tokens, param)
             rows.append(Row(array("i", prompt_ids + completion), len(prompt_ids)))
         beat()
