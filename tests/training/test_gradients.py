@@ -53,7 +53,9 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(
     assert gradients.keys() == {name.replace(".default", "") for name in expected}
     for name, gradient in expected.items():
         assert gradient is not None
-        assert (gradients[name.replace(".default", "")] - gradient).abs().max() < 1e-5, name
+        assert (gradients[name.replace(".default", "")] - gradient).abs().max() < 1e-5 * gradient.abs().max().clamp(
+            min=1
+        ), name
         assert gradient.abs().max() > 1e-4  # there is something to compare
 
 

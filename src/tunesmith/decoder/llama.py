@@ -171,7 +171,7 @@ class Llama:
     ) -> Tensor:
         """The normed output of the last layer, [N, D]: `logits` of a row is the prediction of the token after it."""
         config = self.config
-        cos_Nd, sin_Nd = _rotation(positions_N, config, self.embedding_VD.dtype)
+        cos_Nd, sin_Nd = rotation(positions_N, config, self.embedding_VD.dtype)
         x_ND = F.embedding(token_ids_N, self.embedding_VD)
         delta_ND = None if adapters is None else adapters.embedding_delta(token_ids_N)
         x_ND = x_ND if delta_ND is None else x_ND + delta_ND
@@ -292,7 +292,8 @@ def _adapted(
     return product if delta is None else product + delta
 
 
-def _rotation(positions_N: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation(positions_N: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles, [N, 1, d]: both halves of d hold the same angles."""
     steps = torch.arange(0, config.head_width, 2, dtype=torch.float32, device=positions_N.device)
     frequencies = 1.0 / config.rope_theta ** (steps / config.head_width)
     if config.rope_stretch is not None:

@@ -35,10 +35,11 @@ class TrainableLora:
         if start.embedding is not None:
             stacks += [start.embedding.a_RI.T, start.embedding.b_OR]
         self._shapes = [stack.shape for stack in stacks]
-        self._rows = [[part.b_OR.shape[0] for part in site] for site in parts]
+        self.site_outputs = [[part.b_OR.shape[0] for part in site] for site in parts]
+        """The outputs of each linear layer of each site."""
         self.flat = torch.cat([stack.flatten() for stack in stacks])
         self.flat_gradient = torch.zeros_like(self.flat)
-        pairs, embedding = self._pairs(self.flat)
+        pairs, embedding = self.pairs(self.flat)
         self.lora = Lora(
             start.layout,
             tuple({} for _ in start.factors),
@@ -46,7 +47,7 @@ class TrainableLora:
             None if embedding is None else LowRank(embedding[0].T, embedding[1]),
         )
         """The factors by name, as views of `flat`."""
-        for (layer, site), (a, b), rows in zip(self._keys, pairs, self._rows, strict=True):
+        for (layer, site), (a, b), rows in zip(self._keys, pairs, self.site_outputs, strict=True):
             linears = start.layout.layers[layer][site]
             for linear, a_RI, b_OR in zip(linears, a.split(start.rank), b.split(rows), strict=True):
                 self.lora.factors[layer][linear.name] = LowRank(a_RI, b_OR)
@@ -54,15 +55,15 @@ class TrainableLora:
     def view(self) -> FactorView:
         """The same factors with gradients of their own, for one thread."""
         gradient = torch.zeros_like(self.flat)
-        (pairs, embedding), (gradients, embedding_gradient) = self._pairs(self.flat), self._pairs(gradient)
+        (pairs, embedding), (gradients, embedding_gradient) = self.pairs(self.flat), self.pairs(gradient)
         sites = {
             key: (*_leaves(pair, of_pair), rows)
-            for key, pair, of_pair, rows in zip(self._keys, pairs, gradients, self._rows, strict=True)
+            for key, pair, of_pair, rows in zip(self._keys, pairs, gradients, self.site_outputs, strict=True)
         }
         leaves = _leaves(embedding, embedding_gradient) if embedding and embedding_gradient else None
         return FactorView(sites, leaves, self.lora.scale, gradient)
 
-    def _pairs(self, flat: Tensor) -> tuple[list[Pair], Pair | None]:
+    def pairs(self, flat: Tensor) -> tuple[list[Pair], Pair | None]:
         """Stacked A [P R, I] and stacked B [O, R] of each site, and the embedding's two, as views of `flat`."""
         parts = flat.split([shape.numel() for shape in self._shapes])
         views = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]

@@ -27,27 +27,53 @@ class Scores:
     """Whether no token was held more likely."""
 
 
-def score(model: Decoder, hidden_MD: Tensor, batch: MicroBatch, gradient_MD: Tensor | None = None) -> Scores:
+def score(
+    model: Decoder,
+    hidden_MD: Tensor,
+    batch: MicroBatch,
+    gradient_MD: Tensor | None = None,
+    *,
+    prompt_head_VD: Tensor | None = None,
+) -> Scores:
     """Scores of the `batch` whose weighed positions have the states `hidden_MD`.
 
     `gradient_MD`, where given, receives that of sum(weight * nll) with respect to the states. It is made here, chunk by
     chunk beside the logits, since the head is frozen: all logits of a batch never exist at once. For weight w,
-    probabilities p and target y it is w (p W - W_y), with W the head.
+    probabilities p and target y it is w (p W - W_y), with W the head. Prompt tokens are many and weigh little: with
+    `prompt_head_VD`, the head in another dtype, theirs are computed in that.
     """
-    nll_M = torch.empty(len(hidden_MD))
-    right_M = torch.empty(len(hidden_MD), dtype=torch.bool)
+    scores = Scores(torch.empty(len(hidden_MD)), torch.empty(len(hidden_MD), dtype=torch.bool))
     size = max(1, _CHUNK_LOGITS // model.config.vocabulary_size)
-    for start in range(0, len(hidden_MD), size):
-        chunk = slice(start, start + size)
-        target_m1 = batch.target_M[chunk, None]
-        logits_mV = model.logits(hidden_MD[chunk]).float()
-        target_logits_m1 = logits_mV.gather(1, target_m1)
-        largest_m1 = logits_mV.amax(1, keepdim=True)
-        unnormalised_mV = logits_mV.sub_(largest_m1).exp_()
-        total_m1 = unnormalised_mV.sum(1, keepdim=True)
-        nll_M[chunk] = (total_m1.log() + largest_m1 - target_logits_m1).squeeze(1)
-        right_M[chunk] = (target_logits_m1 == largest_m1).squeeze(1)
-        if gradient_MD is not None:
-            expected_mD = (unnormalised_mV @ model.head_VD).div_(total_m1)
-            gradient_MD[chunk] = (expected_mD - model.head_VD[target_m1.squeeze(1)]) * batch.weight_M[chunk, None]
-    return Scores(nll_M, right_M)
+    if prompt_head_VD is None:
+        kinds = [(torch.arange(len(hidden_MD)), model.head_VD)]
+    else:
+        is_prompt_M = torch.ones(len(hidden_MD), dtype=torch.bool).index_fill_(0, batch.completion_C, False)
+        kinds = [(batch.completion_C, model.head_VD), (is_prompt_M.nonzero().squeeze(1), prompt_head_VD)]
+    for positions, head_VD in kinds:
+        for chunk_m in positions.split(size):
+            coarse = head_VD is prompt_head_VD
+            states_mD = hidden_MD[chunk_m]
+            logits_mV = (states_mD.to(head_VD.dtype) @ head_VD.T).float() if coarse else model.logits(states_mD).float()
+            gradient_mD = _score_chunk(
+                logits_mV, head_VD, batch.target_M[chunk_m], chunk_m, scores, gradient_MD is None
+            )
+            if gradient_MD is not None and gradient_mD is not None:
+                gradient_MD[chunk_m] = gradient_mD.mul_(batch.weight_M[chunk_m, None])
+    return scores
+
+
+def _score_chunk(
+    logits_mV: Tensor, head_VD: Tensor, target_m: Tensor, chunk_m: Tensor, scores: Scores, no_gradient: bool
+) -> Tensor | None:
+    """Fills the scores of a chunk; returns p W - W_y. Overwrites the logits."""
+    target_m1 = target_m[:, None]
+    target_logits_m1 = logits_mV.gather(1, target_m1)
+    largest_m1 = logits_mV.amax(1, keepdim=True)
+    unnormalised_mV = logits_mV.sub_(largest_m1).exp_()
+    total_m1 = unnormalised_mV.sum(1, keepdim=True)
+    scores.nll_M[chunk_m] = (total_m1.log() + largest_m1 - target_logits_m1).squeeze(1)
+    scores.right_M[chunk_m] = (target_logits_m1 == largest_m1).squeeze(1)
+    if no_gradient:
+        return None
+    expected_mD = (unnormalised_mV.to(head_VD.dtype) @ head_VD).float().div_(total_m1)
+    return expected_mD.sub_(head_VD[target_m])

@@ -1,0 +1,94 @@
+"""The step by hand against autograd over the decoder, which the tests of the decoder hold against transformers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pretraining.shapes import SHAPES, random_llama
+from tests.training.rows import random_lora, random_rows
+from tunesmith.decoder.llama import Llama
+from tunesmith.training import attention, folded, gradients
+from tunesmith.training.factors import TrainableLora
+from tunesmith.training.gradients import Learner
+from tunesmith.training.metrics import Tally
+from tunesmith.training.workers import Workers
+
+ROWS = random_rows([(5, 1), (12, 3), (1, 4), (60, 2), (7, 2), (33, 9)])
+
+
+def _model(*, heads: int = 4, kv_heads: int = 2, qkv_bias: bool = False) -> Llama:
+    generator = torch.Generator().manual_seed(5)
+    shape = replace(SHAPES["tiny"], heads=heads, kv_heads=kv_heads, layers=3, vocabulary_size=16_384)
+    model = random_llama(shape, generator)
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    if qkv_bias:
+        for layer in model.layers:
+            layer.qkv_bias = torch.randn(len(layer.qkv), generator=generator) * 0.1
+    return model
+
+
+def _step(model: Llama, dtype: torch.dtype, prompt_loss_weight: float = 0.1) -> tuple[Tally, torch.Tensor]:
+    factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0))
+    with Workers(1, len(ROWS)) as workers:
+        learner = Learner(model, factors, workers, beat=lambda: None, dtype=dtype, max_tokens=100)
+        tally = learner.learn(ROWS, prompt_loss_weight=prompt_loss_weight)
+    return tally, factors.flat_gradient
+
+
+def _by_autograd(model: Llama, monkeypatch: pytest.MonkeyPatch) -> tuple[Tally, torch.Tensor]:
+    with monkeypatch.context() as patch:
+        patch.setattr(gradients, "covers", lambda model: False)
+        return _step(model, torch.float32)
+
+
+@pytest.mark.parametrize("longest_plain_row", [0, 512])
+@pytest.mark.parametrize(("heads", "kv_heads", "qkv_bias"), [(4, 2, False), (4, 4, True), (6, 1, False)])
+def test_loss_and_gradients_are_those_of_autograd(
+    heads: int, kv_heads: int, qkv_bias: bool, longest_plain_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(heads=heads, kv_heads=kv_heads, qkv_bias=qkv_bias)
+    theirs, expected = _by_autograd(model, monkeypatch)
+
+    monkeypatch.setattr(attention, "LONGEST_PLAIN_ROW", longest_plain_row)
+    ours, gradient = _step(model, torch.float32)
+
+    assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
+    assert ours.sequence_accuracy == theirs.sequence_accuracy
+    assert (gradient - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_in_bf16_the_gradient_points_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    theirs, expected = _by_autograd(model, monkeypatch)
+
+    ours, gradient = _step(model, torch.bfloat16)
+
+    assert ours.loss == pytest.approx(theirs.loss, abs=0.02)
+    assert torch.cosine_similarity(gradient, expected, dim=0) > 0.998
+    assert gradient.norm() == pytest.approx(float(expected.norm()), rel=0.02)
+
+
+def test_rounding_up_tokens_and_cells_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    _, plain = _step(model, torch.float32)
+
+    monkeypatch.setitem(folded.ROUNDING, torch.float32, 64)
+    monkeypatch.setitem(folded.CELL_ROUNDING, torch.float32, 16)
+    _, rounded = _step(model, torch.float32)
+
+    assert (plain - rounded).abs().max() < 1e-6 * plain.abs().max()
+
+
+def test_what_it_does_not_cover_is_left_to_autograd() -> None:
+    assert folded.covers(_model())
+    assert not folded.covers(replace(_model(), config=replace(_model().config, qk_norm=True)))
+
+
+def test_precision_is_as_asked() -> None:
+    assert folded.product_dtype("float32") == torch.float32
+    assert folded.product_dtype("bfloat16") == torch.bfloat16
+    assert folded.product_dtype("auto") in (torch.float32, torch.bfloat16)
