@@ -304,9 +304,12 @@ async def _engine_fault(engine: Engine, bases: Bases) -> str | None:
 
 
 def _first_base(bases: Bases) -> Path:
-    usable = bases.list()
+    usable = [base for base in bases.list() if base.refusal is None]
     if not usable:
-        raise CannotStart("None of the bases in bases.toml has been pulled. Get them with: tunesmith models pull")
+        raise CannotStart(
+            "None of the bases in bases.toml can be used. Pull what is not here with: tunesmith models pull; for the "
+            "others, tunesmith models check tells why."
+        )
     return bases.folder(usable[0].name)
 
 

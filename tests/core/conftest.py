@@ -100,7 +100,7 @@ def trained(folder: Path) -> tuple[Path, Path]:
 def put_base(home: Path, name: str = "ada") -> None:
     folder = home / "checkpoint"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 2048}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 2048}))
     safetensors.numpy.save_file({"none": np.zeros(1, np.float32)}, folder / "model.safetensors")
     shutil.copy(TOKENIZER, folder / "tokenizer.json")
     (home / "bases.toml").write_text(f'[{name}]\nfolder = "{folder}"\n')

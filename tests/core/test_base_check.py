@@ -95,10 +95,10 @@ def forget_the_end(definition: dict[str, Any]) -> None:
         (drop("config.json"), r"error: config\.json is not there"),
         (write("config.json", b"{"), r"error: config\.json is not JSON"),
         (drop("tokenizer.json"), r"error: there is no tokenizer\.json, the one form"),
-        (write("tokenizer.json", b"{"), r"error: tokenizer\.json cannot be used: it is no tokenizer"),
+        (write("tokenizer.json", b"{"), r"error: tokenizer\.json cannot be used: tokenizer\.json is not JSON"),
         (write("tokenizer.json", b"[" * 100_000), r"error: tokenizer\.json cannot be used"),
         (tokenizer(lambda d: d.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})), "byte-level"),
-        (tokenizer(forget_the_end), r"cannot be used: the tokenizer has no token <\|endoftext\|>"),
+        (tokenizer(forget_the_end), r"cannot be used: no end of a text is known"),
         (drop("model.safetensors"), r"error: there is no \*\.safetensors"),
         (
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
@@ -141,6 +141,10 @@ def forget_the_end(definition: dict[str, Any]) -> None:
             r"modeling_x\.py.*never run here",
         ),
         (configure(quantization_config={"bits": 4}), "error: the weights are quantised"),
+        (
+            configure(model_type="gemma2", attn_logit_softcapping=50.0),
+            r"error: its scores are soft-capped \(attn_logit",
+        ),
         (configure(max_position_embeddings=None), "note: config.json does not say how many tokens"),
     ],
 )
@@ -233,6 +237,16 @@ def test_other_types_go_through_transformers_where_it_is_installed() -> None:
         pytest.skip("transformers is not installed")
     for kind in ("gpt2", "gpt_neox", "opt", "gemma", "olmo2", "phi"):
         assert architecture_of({"model_type": kind}).forward_pass is ForwardPass.TRANSFORMERS
+
+
+def test_what_transformers_has_and_no_test_here_is_not_called_sound(home: Path) -> None:
+    if find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    for kind, noted in (("gemma", False), ("olmo2", True)):
+        configure(model_type=kind)(home / "mine")
+        report = check_base(home, "mine")
+        assert report.forward_pass is ForwardPass.TRANSFORMERS
+        assert ("tried when it is first loaded" in told(report)) == noted
 
 
 def test_without_transformers_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

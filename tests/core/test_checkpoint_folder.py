@@ -108,6 +108,9 @@ def test_a_config_is_bounded(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]}
+
+
 @pytest.mark.parametrize(
     ("config", "tokens"),
     [
@@ -124,9 +127,57 @@ def test_a_config_is_bounded(tmp_path: Path) -> None:
             },
             32768,
         ),
+        ({"model_type": "phi3", "max_position_embeddings": 131_072, "rope_scaling": LONG}, 131_072),
+        ({"model_type": "phi3", "max_position_embeddings": 131_072, "original_max_position_embeddings": 4096}, 131_072),
+        (
+            {
+                "model_type": "phi3",
+                "max_position_embeddings": 131_072,
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": LONG,
+            },
+            4096,
+        ),
+        (
+            {"max_position_embeddings": 8192, "rope_parameters": LONG | {"original_max_position_embeddings": 1024}},
+            1024,
+        ),
+        (
+            {
+                "max_position_embeddings": 8192,
+                "rope_parameters": {"full_attention": LONG | {"original_max_position_embeddings": 512}},
+            },
+            512,
+        ),
+        ({"max_position_embeddings": 8192, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, 8192),
+        ({"text_config": {"max_position_embeddings": 512}, "max_position_embeddings": 1024}, 512),
         ({"max_position_embeddings": "many"}, None),
         ({}, None),
     ],
 )
 def test_how_much_a_model_reads(config: dict[str, Any], tokens: int | None) -> None:
     assert context_tokens_of(config) == tokens
+
+
+@pytest.mark.parametrize("spelt", ["rope_scaling", "rope_parameters"])
+def test_no_more_is_advertised_than_the_decoder_reads(spelt: str, tmp_path: Path) -> None:
+    """Phi-3 changes its rotations where a text is longer than those of its pretraining: there both stop."""
+    from tests.architectures import make_base
+    from tunesmith.decoder import loading
+
+    fields = {
+        "model_type": "phi3",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 128,
+        "pad_token_id": 0,
+        spelt: {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4},
+    }
+    base = make_base(tmp_path, fields)
+    assert context_tokens_of(read_config(base)) == loading.load(base).config.context_tokens == 128
+    assert context_tokens_of(fields) == 128

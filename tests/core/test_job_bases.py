@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from tests.core.test_leases import claim, start, succeed
 from tunesmith.core.bases import Bases
 from tunesmith.core.jobs import Jobs
 from tunesmith.core.models import Models
-from tunesmith.errors import NotFound
+from tunesmith.errors import InvalidRequest, NotFound
 from tunesmith.tokenizer import Tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -83,3 +85,37 @@ def test_a_tuned_model_whose_base_is_gone_says_so(world: World, tmp_path: Path) 
     for ask in (lambda: gone.job(model=name), lambda: gone.models.resolve(gone.owner, name)):
         with pytest.raises(NotFound, match="The base `mine` is not among those of this server"):
             ask()
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"model_type": "no-such-model"}, "no forward pass for model_type 'no-such-model'"),
+        ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, "soft-capped"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+    ],
+)
+def test_a_base_that_cannot_be_run_is_neither_tuned_nor_served(
+    world: World, fields: dict[str, object], reason: str
+) -> None:
+    folder = world.home / "checkpoint"
+    config = json.loads((folder / "config.json").read_text())
+    shutil.copytree(folder, world.home / "odd")
+    (world.home / "odd" / "config.json").write_text(json.dumps(config | fields))
+    odd = with_bases(world, "[curie]\nfolder = 'odd'\n")
+    for ask in (lambda: odd.job(model="curie"), lambda: odd.models.resolve(odd.owner, "curie")):
+        with pytest.raises(
+            InvalidRequest, match=f"The base `curie` cannot be used on this server: .*{reason}"
+        ) as error:
+            ask()
+        assert error.value.param == "model"
+        assert str(world.home) not in error.value.message
+    assert odd.job(model="ada").model == "ada"
+
+
+def test_a_base_whose_tokenizer_cannot_be_used_is_not_tuned(world: World) -> None:
+    shutil.copytree(world.home / "checkpoint", world.home / "odd")
+    (world.home / "odd" / "tokenizer.json").write_text("{}")
+    odd = with_bases(world, "[curie]\nfolder = 'odd'\n")
+    with pytest.raises(InvalidRequest, match="`curie` cannot be used on this server: the tokenizer's decoder is none"):
+        odd.job(model="curie")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.vocabularies import KINDS, llama2, llama3
 from tunesmith.core.models import ModelRef
+from tunesmith.engine.embedded import EmbeddedEngine
 from tunesmith.engine.scripted import ScriptedEngine
+from tunesmith.errors import InvalidRequest
 from tunesmith.serving.completer import Choice, Completer, CompletionRequest, Usage
 from tunesmith.tokenizer import Tokenizer
 
@@ -95,3 +98,27 @@ async def test_every_end_that_the_checkpoint_names_ends_an_answer(tmp_path: Path
         request = CompletionRequest(ModelRef("ada", "ada", folder, None, 200), ("x",), temperature=0)
         (choice,) = (await completer.complete(request)).choices
         assert (choice.text, choice.finish_reason) == (" yes", "stop")
+
+
+async def test_a_base_that_cannot_be_run_is_refused_with_the_reason(tmp_path: Path, tiny_base: Path) -> None:
+    engine = EmbeddedEngine(threads=1)
+    try:
+        completer = Completer(engine, max_resident_adapters=1, new_seed=lambda: 1)
+        for name, spoilt, reason in (
+            ("words", "tokenizer.json", "the tokenizer's decoder is none"),
+            ("weights", "model.safetensors", "header"),
+        ):
+            base = Path(shutil.copytree(tiny_base, tmp_path / name))
+            (base / spoilt).write_text("{}")
+            with pytest.raises(
+                InvalidRequest, match=rf"The model `ada` cannot be run on this server: .*{reason}"
+            ) as error:
+                await completer.open(CompletionRequest(ModelRef("ada", "ada", base, None, 200), ("x",)))
+            assert error.value.param == "model"
+            assert str(tmp_path) not in error.value.message
+        # What is advertised and what the engine takes should agree; where they do not, the user hears the numbers.
+        model = ModelRef("ada", "ada", tiny_base, None, 9_999)
+        with pytest.raises(InvalidRequest, match=r"need 3\d\d\d positions, and the model has 2048"):
+            await completer.complete(CompletionRequest(model, ("x",), max_tokens=3_000))
+    finally:
+        await engine.close()

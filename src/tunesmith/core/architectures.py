@@ -12,6 +12,8 @@ from typing import Any
 OWN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 OWN_ROTATIONS = ("default", "llama3")
 """What `decoder/llama.py` computes; a test holds these and `_is_own` against it."""
+TRIED_TYPES = ("gpt2", "gpt_neox", "opt", "gemma", "gemma3_text", "phi")
+"""Types that tests tune and serve through transformers. Any other is tried when it is loaded, and may be refused."""
 INSTALL = "pip install 'tunesmith[transformers]'"
 
 
@@ -41,7 +43,12 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     kind = kind if isinstance(kind, str) and kind else None
     code = _own_code(config)
     forward, reason = ForwardPass.NONE, None
-    if kind is None:
+    capped = next((key for key, value in text_config(config).items() if "softcap" in key and value is not None), None)
+    if config.get("quantization_config"):
+        reason = "the weights are quantised (quantization_config in config.json), which nothing here computes"
+    elif capped is not None:
+        reason = f"its scores are soft-capped ({capped} in config.json), which nothing here computes"
+    elif kind is None:
         reason = "config.json names no model_type, so what kind of model it is cannot be told"
     elif _is_own(kind, config):
         forward = ForwardPass.OWN
@@ -55,6 +62,12 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     else:
         reason = f"no forward pass for model_type {kind!r} is known here{_more_with_transformers()}"
     return Architecture(kind, forward, reason, code)
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that is about text: a part of its own where a model reads images too."""
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else config
 
 
 def _is_own(kind: str, config: Mapping[str, Any]) -> bool:

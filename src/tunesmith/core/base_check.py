@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.core import box
-from tunesmith.core.architectures import Architecture, ForwardPass, architecture_of
+from tunesmith.core.architectures import TRIED_TYPES, Architecture, ForwardPass, architecture_of
 from tunesmith.core.bases import BOX_NAMES, DEFAULT_LEARNING_RATE, LONGEST_EXAMPLE_TOKENS
 from tunesmith.core.catalogue import Entry, read_catalogue
 from tunesmith.core.checkpoint_folder import (
@@ -151,8 +151,11 @@ def _config(report: Report) -> dict[str, Any] | None:
         report.error(architecture.reason)
     elif architecture.own_code:
         report.note(f"config.json names code of its own ({', '.join(architecture.own_code)}); it is not run")
-    if config.get("quantization_config"):
-        report.error("the weights are quantised (quantization_config in config.json), which nothing here computes")
+    if architecture.forward_pass is ForwardPass.TRANSFORMERS and architecture.model_type not in TRIED_TYPES:
+        report.note(
+            f"{architecture.model_type} is a type of model that transformers knows and that is not tested here; "
+            "whether it runs right is tried when it is first loaded, and if not it is refused with the reason"
+        )
     return config
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.core import box
+from tunesmith.core.architectures import architecture_of
 from tunesmith.core.catalogue import FILE, Entry, read_catalogue
 from tunesmith.core.checkpoint_folder import CONFIG, TOKENIZER, context_tokens_of, read_config
-from tunesmith.errors import NotFound
+from tunesmith.errors import InvalidRequest, NotFound
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class Base:
     """One line for people: what stands behind the name."""
     price_per_1k_training_tokens: float = 0.0
     """US dollars; what a job says it costs."""
+    refusal: str | None = None
+    """Why it can be neither tuned nor served, as far as its config tells; None where nothing speaks against it."""
 
 
 class Bases:
@@ -89,16 +92,19 @@ class Bases:
     def folder(self, name: str) -> Path:
         """The checkpoint folder of a base; a box model is unpacked on first use (under a second).
 
-        Raises NotFound for a hub model that is not here, and for a name that is not, or no longer, in the catalogue.
+        Raises NotFound for a hub model that is not here, and for a name that is not, or no longer, in the catalogue;
+        InvalidRequest for a model that cannot be run here.
         """
         try:
-            self.get(name)
+            refusal = self.get(name).refusal
         except KeyError as error:
             raise NotFound(
                 f"The base `{name}` is not among those of this server. Whoever runs it adds it to {FILE} again.",
                 param="model",
                 code="model_not_found",
             ) from error
+        if refusal is not None:
+            raise InvalidRequest(f"The base `{name}` cannot be used on this server: {refusal}.", param="model")
         entry = self._entries.get(name)
         return box.unpack(box.BOX / BOX_NAMES[name][0], self._home) if entry is None else entry.folder
 
@@ -136,6 +142,9 @@ class Bases:
             raise ValueError(
                 f"{where}: context_tokens is {entry.context_tokens}, and the model reads {reads_tokens}. Lower it."
             )
+        refusal = architecture_of(config).reason
+        if refusal is not None:
+            logger.warning("base cannot be used base=%s reason=%s", entry.name, refusal)
         # What stands behind a base is for its users; where it lies is not for every member to know.
         source = (
             f"checkpoint {entry.folder.name}" if entry.hub is None else f"{entry.hub} at {str(entry.revision)[:12]}"
@@ -147,6 +156,7 @@ class Bases:
             created_unix=int((entry.folder / CONFIG).stat().st_mtime),
             note=source,
             price_per_1k_training_tokens=entry.price_per_1k_training_tokens,
+            refusal=refusal,
         )
 
 

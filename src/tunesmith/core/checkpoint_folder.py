@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.core.architectures import text_config
+
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "model.safetensors"
@@ -27,6 +29,8 @@ MAX_HEADER_BYTES = 100_000_000
 """The bound of the safetensors library itself."""
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 """How configs call the most positions a model reads, the usual name first."""
+LENGTH_DEPENDENT_ROTATIONS = ("longrope", "su")
+"""The second is what the first was once called."""
 
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16}
 _BITS |= {"BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4}
@@ -80,13 +84,27 @@ def parse_object(name: str, content: bytes) -> dict[str, Any]:
 
 
 def context_tokens_of(config: Mapping[str, Any]) -> int | None:
-    """The most positions the model reads, or None where the config does not tell."""
+    """The most positions the model computes right here, or None where the config does not tell."""
+    config = text_config(config)
     found: int | None = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+    if found is not None and (stretched_from := _stretched_from(config)) is not None:
+        found = min(found, stretched_from)
     window = config.get("sliding_window")
     slides = config.get("use_sliding_window", config.get("model_type") == "mistral")
     if found is not None and slides and isinstance(window, int):
         return min(found, window)  # within the window, sliding equals full attention
     return found
+
+
+def _stretched_from(config: Mapping[str, Any]) -> int | None:
+    """Where rotations begin to depend on the length of the text: beyond, a batch would hang on its longest sequence."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    parts = [rope, *rope.values()] if isinstance(rope, dict) else []
+    for part in parts:
+        if isinstance(part, dict) and part.get("rope_type", part.get("type")) in LENGTH_DEPENDENT_ROTATIONS:
+            kept = part.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+            return kept if isinstance(kept, int) else None
+    return None
 
 
 def shards_of(folder: Path) -> list[str]:

@@ -103,13 +103,13 @@ class Jobs:
         """Check everything, then make a pending job and its first event.
 
         Raises InvalidRequest naming the field for hyperparameters out of bounds, an unknown or unfit file, rows that
-        are too long, and flags that contradict the data; NotFound for a model that is unknown or whose base is not
-        here. Then nothing was made.
+        are too long, flags that contradict the data, and a base that cannot be trained here; NotFound for a model that
+        is unknown or whose base is not here. Then nothing was made.
         """
         requests.check(request)
         with self._store.reading() as connection:
             model, training, validation = self._named(connection, caller, request)
-        self._bases.folder(model.base_name)  # raises where a tuned model's base is not, or no longer, here
+        _check_tokenizer(model.base_name, self._bases.folder(model.base_name))
         training_examples = self._admit(request, model, training, validation)
         cost_usd = self._cost_usd(request, model, training, training_examples)
         job_id = self._store.new_id("ft-")
@@ -317,7 +317,6 @@ class Jobs:
             request,
             self._files.examples(training),
             None if validation is None else self._files.examples(validation),
-            # Most files have no row long enough for its tokens to be counted: the tokenizer is loaded when one has.
             count_tokens=lambda example: _tokens(self._bases.folder(model.base_name), example),
             limit_tokens=self._bases.get(model.base_name).context_tokens,
         )
@@ -479,6 +478,15 @@ def _job(row: RowMapping) -> Job:
 @lru_cache(maxsize=8)
 def _tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(folder)
+
+
+def _check_tokenizer(base_name: str, folder: Path) -> None:
+    """Raises InvalidRequest for a base whose tokenizer cannot be used: its trainer would, after a long wait."""
+    try:
+        _tokenizer(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).replace(str(folder), folder.name)
+        raise InvalidRequest(f"The base `{base_name}` cannot be used on this server: {reason}.", param="model") from error
 
 
 def _tokens(base_dir: Path, example: Example) -> int:

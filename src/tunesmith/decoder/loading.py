@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from tunesmith.decoder import llama
 from tunesmith.decoder.base import Decoder
@@ -14,12 +15,23 @@ from tunesmith.decoder.base import Decoder
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Decoder:
     """A model from an ordinary checkpoint folder: `config.json` and safetensors.
 
-    Raises ValueError with a reason for a model that cannot be run right, or only with transformers where that is not
-    installed; FileNotFoundError without safetensors; KeyError naming a weight that is missing.
+    Raises ValueError with the reason for one that is not whole, that cannot be run right, or only with transformers
+    where that is not installed. Users read the reason: the folder goes by its name, where it lies is not for them.
     """
+    try:
+        return _load(folder, dtype, device)
+    except KeyError as error:
+        raise ValueError(f"the weights of {folder.name} lack {error.args[0]}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(str(error).replace(str(folder), folder.name)) from error
+
+
+def _load(folder: Path, dtype: torch.dtype, device: str) -> Decoder:
     config = json.loads((folder / "config.json").read_text())
     try:
         llama.LlamaConfig.from_json(config)
+    except KeyError as error:
+        raise ValueError(f"{folder.name}: config.json has no {error.args[0]}") from error
     except ValueError as unknown:
         return _load_foreign(folder, dtype, device, reason=unknown)
     return llama.load(folder, dtype, device)

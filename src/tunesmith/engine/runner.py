@@ -101,7 +101,7 @@ class Runner:
         try:
             self._models[handle] = self._load(Path(base_dir), Path(adapter_dir) if adapter_dir else None)
         except KeyError as error:
-            raise ValueError(f"the weights in {base_dir} lack {error.args[0]}") from error
+            raise ValueError(f"the adapter in {adapter_dir} lacks {error.args[0]}") from error
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{adapter_dir or base_dir} cannot be read: {error}") from error
 

@@ -66,6 +66,10 @@ class Worker:
             self._runner.load(handle, base_dir, adapter_dir)
         except ValueError as error:
             return Loaded(number, str(error))
+        except Exception as error:
+            # What a checkpoint can do to the libraries that read it has no end; the other models are served on.
+            logger.exception("model could not be loaded base=%s adapter=%s", base_dir, adapter_dir)
+            return Loaded(number, f"loading it failed ({type(error).__name__}); the log of the server tells more")
         logger.info("model loaded base=%s adapter=%s", base_dir, adapter_dir)
         return Loaded(number)
 

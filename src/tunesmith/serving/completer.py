@@ -14,9 +14,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunesmith.core.models import ModelRef
 from tunesmith.engine.base import Engine, GenerateRequest, SamplingParams
 from tunesmith.engine.chance import derive
-from tunesmith.errors import InvalidRequest, NotFound
+from tunesmith.engine.handles import ADAPTER_WEIGHTS
+from tunesmith.errors import InvalidRequest, NotFound, TunesmithError
 from tunesmith.serving.choice import Choice, ChoiceDelta, ChoiceWriter, Logprobs
 from tunesmith.serving.request import CompletionRequest
 from tunesmith.serving.residency import Lease, Residency
@@ -95,11 +97,14 @@ class Completer:
     async def open(self, request: CompletionRequest) -> CompletionStream:
         """Checks everything and loads the model; what is wrong with a request is known when this returns.
 
-        Raises InvalidRequest naming the field, NotFound if the model's files are gone, EngineUnavailable. The stream
-        raises EngineUnavailable if the engine dies meanwhile.
+        Raises InvalidRequest naming the field, also where the model cannot be run here; NotFound if its adapter is
+        gone; EngineUnavailable. The stream raises EngineUnavailable if the engine dies meanwhile.
         """
         model = request.model
-        tokenizer = await self._tokenizer(model.base_dir)
+        try:
+            tokenizer = await self._tokenizer(model.base_dir)
+        except (OSError, ValueError) as error:
+            raise _cannot_run(model, error) from error
         request.check(self._engine.capabilities, tokenizer.vocabulary_size)
         prompts = await asyncio.to_thread(_encode, tokenizer, request)
         longest = max(map(len, prompts))
@@ -108,11 +113,7 @@ class Completer:
         try:
             lease = await self._residency.acquire(model.base_dir, model.adapter_dir)
         except ValueError as error:
-            # Between looking the model up and opening its files it was deleted; if it was not, the operator must know.
-            logger.warning("model cannot be loaded model=%s reason=%s", model.name, error)
-            raise NotFound(
-                f"The model `{model.name}` does not exist. GET /v1/models lists those that do.", code="model_not_found"
-            ) from error
+            raise _cannot_run(model, error) from error
         sequences = list(self._sequences(request, tokenizer, prompts, lease.handle))
         return CompletionStream(_run(self._engine, request, sequences), lease)
 
@@ -172,6 +173,17 @@ class _Sequence:
     writer: ChoiceWriter
     pieces: list[ChoiceDelta]
     """What it has written, where that has to wait for ranking."""
+
+
+def _cannot_run(model: ModelRef, error: Exception) -> TunesmithError:
+    """What to answer where a model that was looked up cannot be loaded. The operator is told in any case."""
+    logger.warning("model cannot be loaded model=%s reason=%s", model.name, error)
+    if model.adapter_dir is not None and not (model.adapter_dir / ADAPTER_WEIGHTS).exists():  # deleted meanwhile
+        message = f"The model `{model.name}` does not exist. GET /v1/models lists those that do."
+        return NotFound(message, code="model_not_found")
+    # Where it lies is not for users.
+    reason = str(error).replace(str(model.adapter_dir), "its adapter").replace(str(model.base_dir), model.base_dir.name)
+    return InvalidRequest(f"The model `{model.name}` cannot be run on this server: {reason}.", param="model")
 
 
 def _encode(tokenizer: Tokenizer, request: CompletionRequest) -> list[tuple[int, ...]]:
@@ -266,11 +278,14 @@ async def _write(engine: Engine, sequence: _Sequence, show: Callable[[ChoiceDelt
         show(opening)
     if sequence.generate.sampling.max_tokens or sequence.generate.score_prompt:
         async with aclosing(engine.generate(sequence.generate)) as outputs:
-            async for output in outputs:
-                if piece := writer.push(output):
-                    show(piece)
-                    if piece.finish_reason:
-                        return
+            try:
+                async for output in outputs:
+                    if piece := writer.push(output):
+                        show(piece)
+                        if piece.finish_reason:
+                            return
+            except ValueError as error:
+                raise InvalidRequest(f"The engine cannot do this: {error}.") from error
     show(writer.end("length"))  # only where no tokens were asked for
 
 

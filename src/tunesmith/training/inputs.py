@@ -11,6 +11,7 @@ from tunesmith.adapters.lora import Lora, initial
 from tunesmith.data.formats import read_examples
 from tunesmith.decoder import loading
 from tunesmith.decoder.base import Decoder
+from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import RunDir, RunSpec
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training.batches import Row, encode_rows, generator
@@ -32,12 +33,11 @@ class Inputs:
 def read_inputs(run_dir: RunDir, spec: RunSpec, beat: Callable[[], None]) -> Inputs:
     """Reads and checks all of them.
 
-    Raises InvalidRequest where the data contradict the model or the hyperparameters, OSError and ValueError for a base
-    model or parent adapter that cannot be read.
+    Raises InvalidRequest where the data contradict the model or the hyperparameters, and with the reason for a base
+    that cannot be trained here; OSError and ValueError for a parent adapter that cannot be read.
     """
-    model = loading.load(Path(spec.base_dir))
+    model, tokenizer = _base(Path(spec.base_dir))
     beat()
-    tokenizer = Tokenizer.from_folder(Path(spec.base_dir))
     context_tokens = min(spec.context_tokens, model.config.context_tokens)
 
     def read(path: Path, param: str) -> list[Row]:
@@ -48,6 +48,14 @@ def read_inputs(run_dir: RunDir, spec: RunSpec, beat: Callable[[], None]) -> Inp
     validation = read(run_dir.validation_file, "validation_file") if run_dir.validation_file.exists() else []
     classes = Classes.find([*rows, *validation], spec.hyperparameters, tokenizer)
     return Inputs(model, rows, validation, classes, _start(spec, model))
+
+
+def _base(folder: Path) -> tuple[Decoder, Tokenizer]:
+    try:
+        return loading.load(folder), Tokenizer.from_folder(folder)
+    except (FileNotFoundError, ValueError) as error:
+        reason = str(error).replace(str(folder), folder.name)
+        raise InvalidRequest(f"The base model cannot be trained here: {reason}.", param="model") from error
 
 
 def _start(spec: RunSpec, model: Decoder) -> Lora:
