@@ -13,7 +13,9 @@ The platform writes `spec.json` and the data, then starts a trainer on the folde
     lock             held (flock) by the one trainer that may write here
     progress.jsonl   what the trainer reports: one ProgressLine a line, dense `seq` from 1
     heartbeat        touched while the trainer is alive
+    shortages        a byte for each time memory ran out; the executor adds those that killed the trainer
     checkpoints/     step-<n>/ folders of safetensors + JSON, manifest written last
+    epochs/          step-<n>/ folders of adapter/, parity.json and snapshot.json: epochs that become models too
     results.csv      one row a step
     adapter/         adapter_config.json, adapter_model.safetensors (PEFT's format)
     parity.json      {"rows": [{"token_ids", "completion_start", "logprobs"}]}: rows of the validation (or training)
@@ -33,8 +35,11 @@ from typing import Any, Literal
 
 PARENT_PID = "TRAINER_PARENT_PID"
 """Given from outside, for a parent may die before its child can ask who it is."""
+SNAPSHOT = "snapshot.json"
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The system's errors for a disk, a quota or a limit of file size without room: they pass when there is room again."""
+BROKEN_DISK = frozenset({errno.EROFS, errno.EIO})
+"""Those for a disk that became read-only, or does not do what it is told: they pass when it has been mended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,16 @@ class ResolvedHyperparameters:
     classification_positive_class: str | None = None
     """None where no metrics are computed, or for more than two classes."""
     classification_betas: tuple[float, ...] = (1.0,)
+    lora_rank: int | None = None
+    """Of the adapter; None where training goes on with that of a tuned model."""
+    lora_alpha: float | None = None
+    """The adapter's products are scaled by alpha / rank; None as for the rank."""
+    best_epoch: bool = False
+    """Whether the model is that of the epoch with the lowest validation loss, instead of the last."""
+    early_stopping_patience: int | None = None
+    """After so many epochs without a lower validation loss training ends; None: never before the last epoch."""
+    epoch_checkpoints: int = 0
+    """How many of the last epochs become models of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +82,14 @@ class RunSpec:
     hyperparameters: ResolvedHyperparameters
     base_learning_rate: float
     """Peak learning rate = this times `learning_rate_multiplier`."""
-    lora_rank: int
-    lora_alpha: float
+    lora_rank: int | None
+    """None where a parent adapter has them: rank and alpha are those of the adapter that is trained."""
+    lora_alpha: float | None
     seed: int
     threads: int
     checkpoint_interval_s: float
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the products in training steps; auto: bfloat16 where the processor multiplies it. All else is float32."""
     """0 takes a checkpoint after every step."""
 
 
@@ -84,6 +102,17 @@ class ProgressLine:
     message: str
     data: dict[str, float] | None = None
     """Numbers for machines, such as {"step": 10, "training_loss": 0.4}."""
+    kind: Literal["message", "metrics"] = "message"
+    """Metrics are for machines and modern clients; the clients of 2021-2023 are shown messages alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The model as it was when an epoch had ended."""
+
+    step: int
+    metrics: dict[str, float]
+    """Numbers of that step, by the names of the modern service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +163,11 @@ class RunDir:
         return self.path / "heartbeat"
 
     @property
+    def shortages(self) -> Path:
+        """Added to by trainer and executor; see `note_shortage`."""
+        return self.path / "shortages"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
         return self.path / "checkpoints"
@@ -142,6 +176,11 @@ class RunDir:
     def results(self) -> Path:
         """Written by the trainer."""
         return self.path / "results.csv"
+
+    @property
+    def epochs(self) -> Path:
+        """Folder of the epochs that become models of their own."""
+        return self.path / "epochs"
 
     @property
     def adapter(self) -> Path:
@@ -187,6 +226,32 @@ class RunDir:
             return Outcome(**json.loads(self.outcome.read_text()))
         except FileNotFoundError:
             return None
+
+    def snapshot(self, step: int) -> RunDir:
+        """The folder of the epoch that ended with `step`, laid out as a run folder is."""
+        return RunDir(self.epochs / f"step-{step}")
+
+    def write_snapshot(self, snapshot: Snapshot) -> None:
+        """In the folder of an epoch: says what is in it. Durable before it returns."""
+        write_json(self.path / SNAPSHOT, asdict(snapshot))
+
+    def snapshots(self) -> list[tuple[Snapshot, RunDir]]:
+        """The epochs that were kept, in their order, each with its folder."""
+        found = [
+            (Snapshot(**json.loads((path / SNAPSHOT).read_text())), RunDir(path))
+            for path in self.epochs.glob("step-*")
+            if not path.suffix  # .tmp is half written
+        ]
+        return sorted(found, key=lambda pair: pair[0].step)
+
+    def note_shortage(self) -> None:
+        """Memory ran out: the next trainer takes smaller micro-batches."""
+        with self.shortages.open("ab") as file:
+            file.write(b".")
+
+    def count_shortages(self) -> int:
+        """How often memory ran out in this run."""
+        return self.shortages.stat().st_size if self.shortages.exists() else 0
 
     def read_progress(self, after_seq: int) -> list[ProgressLine]:
         """Lines with `seq > after_seq`; a last line still being written is left for the next call."""

@@ -73,6 +73,7 @@ def make_run(
             seed=11,
             threads=1,
             checkpoint_interval_s=checkpoint_interval_s,
+            precision="float32",
         )
     )
     return run_dir

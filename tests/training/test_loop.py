@@ -45,8 +45,14 @@ def test_a_whole_run_learns_and_leaves_what_is_promised(tiny_base: Path, tmp_pat
     measured = [int(row["step"]) for row in rows if row["classification/accuracy"]]
     assert measured == [6, 11, 17, 22, 28, 33, 39, 44, 50, 55]  # the steps in which an epoch of 22 rows ends
     lines = [json.loads(line) for line in run_dir.progress.read_text().splitlines()]
-    assert [line["message"] for line in lines] == [f"Completed epoch {k}/10" for k in range(1, 11)]
-    assert [line["seq"] for line in lines] == list(range(1, 11))
+    said = [line["message"] for line in lines if line["kind"] == "message"]
+    assert said == [f"Completed epoch {k}/10" for k in range(1, 11)]
+    assert [line["seq"] for line in lines] == list(range(1, len(lines) + 1))
+    reported = [line for line in lines if line["kind"] == "metrics"]
+    assert [line["data"]["step"] for line in reported] == list(range(1, 56))
+    assert reported[9]["message"] == f"Step 10/55: training loss={float(rows[9]['training_loss']):.2f}"
+    # An epoch's end reports the whole validation set; every row is in the batch's part too, for four rows make half.
+    assert [line["data"]["step"] for line in lines if "full_validation_loss" in line["data"]][::2] == measured
     assert run_dir.heartbeat.exists()
 
 
@@ -113,6 +119,21 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_base: Path, tmp_path: Path) ->
     assert sorted(path.name for path in torn.checkpoints.iterdir()) == ["step-2", "step-3"]
     state = torn.checkpoints / "step-3" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"\xff")
+
+    train(torn)
+
+    for name in ("results.csv", "progress.jsonl", "adapter/adapter_model.safetensors"):
+        assert (whole.path / name).read_bytes() == (torn.path / name).read_bytes(), name
+
+
+def test_results_that_lost_bytes_cost_work_and_not_the_run(tiny_base: Path, tmp_path: Path) -> None:
+    prepared = {"train": examples(9), "hyperparameters": PLAIN}
+    whole = make_run(tmp_path / "whole", tiny_base, **prepared)  # type: ignore[arg-type]
+    torn = make_run(tmp_path / "torn", tiny_base, checkpoint_interval_s=0.0, **prepared)  # type: ignore[arg-type]
+    train(whole)
+    asked = iter([False, False, True])
+    assert train(torn, stop_asked=lambda: next(asked)) is None
+    torn.results.write_bytes(torn.results.read_bytes()[:-1])
 
     train(torn)
 

@@ -15,13 +15,14 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from tunesmith.rundir import sync_folder, write_bytes, write_json
+from tunesmith.training.epochs import Standing
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Position:
     results_bytes: int = 0
     progress_bytes: int = 0
     progress_seq: int = 0
+    standing: Standing = field(default_factory=Standing)
 
 
 def save(folder: Path, position: Position, state: dict[str, Tensor]) -> None:
@@ -58,11 +60,18 @@ def save(folder: Path, position: Position, state: dict[str, Tensor]) -> None:
         shutil.rmtree(old)
 
 
-def latest(folder: Path) -> tuple[Position, dict[str, Tensor]] | None:
-    """The newest checkpoint that is whole; None if there is none."""
+def latest(folder: Path, *, results: Path, progress: Path) -> tuple[Position, dict[str, Tensor]] | None:
+    """The newest checkpoint that is whole; None if there is none.
+
+    A checkpoint counts on the files that were growing beside it: one is passed over if `results` or `progress` has lost
+    bytes that it had then.
+    """
     for candidate in _newest_first(folder):
         try:
-            return _read(candidate)
+            position, state = _read(candidate)
+            _check_length(results, position.results_bytes)
+            _check_length(progress, position.progress_bytes)
+            return position, state
         except (OSError, ValueError) as error:
             logger.warning("checkpoint %s is passed over: %s", candidate, error)
     return None
@@ -71,8 +80,15 @@ def latest(folder: Path) -> tuple[Position, dict[str, Tensor]] | None:
 def _read(folder: Path) -> tuple[Position, dict[str, Tensor]]:
     if json.loads((folder / MANIFEST).read_text()) != _digests(folder):
         raise ValueError("its files do not match its manifest")
-    position = Position(**json.loads((folder / POSITION).read_text()))
+    raw = json.loads((folder / POSITION).read_text())
+    position = Position(**raw | {"standing": Standing(**raw["standing"])})
     return position, safetensors_torch.load((folder / STATE).read_bytes())
+
+
+def _check_length(path: Path, size_bytes: int) -> None:
+    actual_bytes = path.stat().st_size if path.exists() else 0
+    if actual_bytes < size_bytes:
+        raise ValueError(f"{path.name} has {actual_bytes} bytes and had {size_bytes}")
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -14,6 +14,9 @@ from tunesmith.training.batches import Row
 from tunesmith.training.evaluate import Evaluator
 from tunesmith.training.metrics import binary_metrics, multiclass_metrics
 
+SHOWN = 5
+"""Classes that a message names at most."""
+
 
 def metric_names(hyperparameters: ResolvedHyperparameters) -> tuple[str, ...]:
     """Names of the metrics in the order of their columns; none if they are not asked for."""
@@ -33,6 +36,8 @@ class Classes:
     positive_id: int | None
     """First token of the positive class; None asks for the metrics of many classes."""
     betas: tuple[float, ...]
+    longer: tuple[str, ...] = ()
+    """Classes of more than one token, of which the metrics judge the first alone."""
 
     @classmethod
     def find(
@@ -64,7 +69,20 @@ class Classes:
                     f"begin with: {shown}. Mind the space in front.",
                     param="classification_positive_class",
                 )
-        return cls(token_ids, positive_id, hyperparameters.classification_betas)
+        completions = {tuple(row.token_ids[row.completion_start :]) for row in rows if row.n_completion > 1}
+        longer = tuple(tokenizer.decode(list(ids)) for ids in sorted(completions))
+        return cls(token_ids, positive_id, hyperparameters.classification_betas, longer)
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell a user whose classes are not single tokens."""
+        if not self.longer:
+            return None
+        shown = ", ".join(map(repr, self.longer[:SHOWN])) + (", ..." if len(self.longer) > SHOWN else "")
+        return (
+            f"Classification metrics judge the first token of a completion, and these have more: {shown}. Ask with "
+            "max_tokens=1 to get what is measured, or make each class a single token, such as ' yes' and ' no'."
+        )
 
     def metrics(self, evaluator: Evaluator, rows: Sequence[Row]) -> dict[str, float | None]:
         """The metrics over `rows`, by the names of `metric_names`; None where one is undefined."""

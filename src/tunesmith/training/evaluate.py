@@ -15,6 +15,7 @@ from tunesmith.adapters.lora import Adapters
 from tunesmith.decoder.base import Decoder
 from tunesmith.training.batches import Row
 from tunesmith.training.loss import score
+from tunesmith.training.memory import Room
 from tunesmith.training.metrics import Tally
 from tunesmith.training.packing import MicroBatch, micro_batches
 from tunesmith.training.workers import Workers
@@ -31,6 +32,7 @@ class Evaluator:
     workers: Workers
     beat: Callable[[], None]
     """Called before each forward pass."""
+    room: Room
 
     def tally(self, rows: Sequence[Row], *, prompt_loss_weight: float) -> Tally:
         """Loss and accuracies over `rows`."""
@@ -76,13 +78,18 @@ class Evaluator:
         """`measure(batch, hidden_MD)` of every micro-batch, with the indices of its rows among `rows`."""
 
         @torch.inference_mode()
-        def share(_: int, indices: list[int]) -> list[tuple[list[int], MicroBatch, T]]:
+        def share(max_tokens: int, indices: list[int]) -> list[tuple[list[int], MicroBatch, T]]:
             measured = []
-            for batch in micro_batches([rows[index] for index in indices], prompt_loss_weight=prompt_loss_weight):
+            mine = [rows[index] for index in indices]
+            for batch in micro_batches(mine, prompt_loss_weight=prompt_loss_weight, max_tokens=max_tokens):
                 self.beat()
                 hidden_ND = self.model.hidden(batch.token_ids_N, batch.positions_N, batch.attend, self.adapters)
                 value = measure(batch, hidden_ND[batch.predicting_M])
                 measured.append(([indices[source] for source in batch.source], batch, value))
             return measured
 
-        return [entry for entries in self.workers.run(share, rows) for entry in entries]
+        def all_shares(max_tokens: int) -> list[tuple[list[int], MicroBatch, T]]:
+            parts = self.workers.run(lambda _, indices: share(max_tokens, indices), rows)
+            return [entry for entries in parts for entry in entries]
+
+        return self.room.fit(all_shares)

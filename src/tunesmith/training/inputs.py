@@ -62,5 +62,6 @@ def _start(spec: RunSpec, model: Decoder) -> Lora:
     layout = model.config.layout
     if spec.parent_adapter_dir is not None:  # a tuned model goes on with its own rank and scale
         return adapter_checkpoint.load(Path(spec.parent_adapter_dir), layout)[0]
+    assert spec.lora_rank is not None and spec.lora_alpha is not None  # None where there is a parent
     chance = generator(spec.seed, "factors")
     return initial(layout, rank=spec.lora_rank, alpha=spec.lora_alpha, generator=chance)

@@ -5,28 +5,41 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import Outcome, RunDir
 from tunesmith.training import checkpoint
-from tunesmith.training.batches import Schedule, validation_batch
+from tunesmith.training.batches import Row, Schedule, validation_batch
 from tunesmith.training.checkpoint import Position
+from tunesmith.training.epochs import Epochs
 from tunesmith.training.evaluate import Evaluator
 from tunesmith.training.factors import TrainableLora
+from tunesmith.training.folded import product_dtype
 from tunesmith.training.gradients import Learner
 from tunesmith.training.inputs import read_inputs
+from tunesmith.training.memory import Room
+from tunesmith.training.metrics import Tally
 from tunesmith.training.process import Heartbeat
 from tunesmith.training.products import save_adapter, write_parity
-from tunesmith.training.results import CLASSIFICATION_PREFIX, VALIDATION_COLUMNS, Progress, Results, columns
+from tunesmith.training.results import (
+    CLASSIFICATION_PREFIX,
+    FULL_VALIDATION,
+    VALIDATION_COLUMNS,
+    Progress,
+    Results,
+    columns,
+)
 from tunesmith.training.workers import Workers
 
 WARM_UP_SHARE = 0.03
 """Share of the steps over which the learning rate rises to its peak; from there it falls to nothing, both linearly."""
 LARGEST_GRADIENT_NORM = 1.0
 WEIGHT_DECAY = 0.01
-VALIDATIONS_PER_RUN = 100
+REPORTS_PER_RUN = 100
+"""How often a validation batch is measured, and the metrics of a step are reported."""
 
 
 def train(
@@ -50,13 +63,14 @@ def train(
     factors.flat.grad = factors.flat_gradient
     optimizer = torch.optim.AdamW([factors.flat], weight_decay=WEIGHT_DECAY, fused=True)
     peak_learning_rate = spec.base_learning_rate * asked.learning_rate_multiplier
-    validate_every = math.ceil(schedule.n_steps / VALIDATIONS_PER_RUN)
+    report_every = math.ceil(schedule.n_steps / REPORTS_PER_RUN)
 
     # Where it goes on.
-    resumed = checkpoint.latest(run_dir.checkpoints)
-    position = resumed[0] if resumed else Position()
+    resumed = checkpoint.latest(run_dir.checkpoints, results=run_dir.results, progress=run_dir.progress)
+    position, best = resumed[0] if resumed else Position(), None
     if resumed:
         factors.flat.copy_(resumed[1].pop("factors"))
+        best = resumed[1].pop("best", None)
         optimizer.state[factors.flat] = resumed[1]
     elapsed_tokens, saved_at = position.elapsed_tokens, clock()
 
@@ -65,12 +79,28 @@ def train(
         Results(run_dir.results, position.results_bytes, columns(asked, has_validation=bool(validation))) as results,
         Progress(run_dir.progress, position.progress_bytes, position.progress_seq) as progress,
     ):
-        learner = Learner(inputs.model, factors, workers, beat=beat)
-        evaluator = Evaluator(inputs.model, factors.lora, workers, beat)
+        room = Room(run_dir)
+        evaluator = Evaluator(inputs.model, factors.lora, workers, beat, room)
+        epochs = Epochs(run_dir, spec, factors, evaluator, validation or rows, position.standing, best)
+
+        @lru_cache(maxsize=1)
+        def learner(max_tokens: int) -> Learner:
+            dtype = product_dtype(spec.precision)
+            return Learner(inputs.model, factors, workers, beat=beat, dtype=dtype, max_tokens=max_tokens)
+
+        def learn(rows: list[Row], max_tokens: int) -> Tally:
+            return learner(max_tokens).learn(rows, prompt_loss_weight=asked.prompt_loss_weight)
+
+        if position.step == 0 and classes is not None and classes.warning is not None:
+            progress.say(classes.warning, level="warn")
+        taken = position.step
         for step, indices in enumerate(schedule.batches(position.step), start=position.step + 1):
+            if epochs.enough:
+                break
+
             # One step.
             batch = [rows[index] for index in indices]
-            training = learner.learn(batch, prompt_loss_weight=asked.prompt_loss_weight)
+            training = room.fit(partial(learn, batch))
             if not math.isfinite(training.loss):
                 raise InvalidRequest(
                     f"The training loss was no longer a number at step {step}. Use a smaller learning_rate_multiplier "
@@ -80,9 +110,10 @@ def train(
             torch.nn.utils.clip_grad_norm_([factors.flat], LARGEST_GRADIENT_NORM)
             optimizer.param_groups[0]["lr"] = peak_learning_rate * warm_up_and_fall(step, schedule.n_steps)
             optimizer.step()
+            taken = step
             elapsed_tokens += sum(len(row.token_ids) for row in batch)
 
-            # What it shows: one row of results, an event for each epoch that ended.
+            # What it shows: one row of results, metrics now and then, a message for each epoch that ended.
             cells: dict[str, float | None] = {
                 "step": step,
                 "elapsed_tokens": elapsed_tokens,
@@ -91,38 +122,55 @@ def train(
                 "training_sequence_accuracy": training.sequence_accuracy,
                 "training_token_accuracy": training.token_accuracy,
             }
-            if validation and (step % validate_every == 0 or step == schedule.n_steps):
+            ended = range(schedule.epochs_completed(step - 1) + 1, schedule.epochs_completed(step) + 1)
+            reporting = step % report_every == 0 or bool(ended)
+            if validation and reporting:
                 chosen = validation_batch(len(validation), asked.batch_size, spec.seed, step)
                 measured = evaluator.tally(
                     [validation[index] for index in chosen], prompt_loss_weight=asked.prompt_loss_weight
                 )
                 values = (measured.loss, measured.sequence_accuracy, measured.token_accuracy)
                 cells |= dict(zip(VALIDATION_COLUMNS, values, strict=True))
-            ended = range(schedule.epochs_completed(step - 1) + 1, schedule.epochs_completed(step) + 1)
             if classes is not None and validation and ended:
                 metrics = classes.metrics(evaluator, validation)
                 cells |= {CLASSIFICATION_PREFIX + name: value for name, value in metrics.items()}
             results.write(cells)
+            if ended and validation:
+                full = evaluator.tally(validation, prompt_loss_weight=asked.prompt_loss_weight)
+                cells |= dict(zip(FULL_VALIDATION, (full.loss, full.token_accuracy), strict=True))
+            measures = {name: value for name, value in cells.items() if value is not None and math.isfinite(value)}
+            if reporting:
+                progress.metrics(step, schedule.n_steps, measures)
             for epoch in ended:
-                progress.epoch_completed(epoch, asked.n_epochs, {"step": step, "training_loss": training.loss})
+                progress.epoch_completed(epoch, asked.n_epochs, measures)
+            if ended:
+                epochs.end(step, measures)
+                if epochs.enough and step < schedule.n_steps:
+                    progress.say(
+                        f"Stopped after epoch {ended[-1]}/{asked.n_epochs}: the validation loss was lowest at step "
+                        f"{epochs.standing.best_step}"
+                    )
 
             # What a crash must not cost.
             stopping = stop_asked()
             if stopping or clock() - saved_at >= spec.checkpoint_interval_s:
-                position = Position(step, elapsed_tokens, results.sync(), progress.sync(), progress.seq)
-                checkpoint.save(
-                    run_dir.checkpoints, position, {"factors": factors.flat, **optimizer.state[factors.flat]}
+                position = Position(
+                    step, elapsed_tokens, results.sync(), progress.sync(), progress.seq, epochs.standing
                 )
+                state = {"factors": factors.flat, **optimizer.state[factors.flat], **epochs.state}
+                checkpoint.save(run_dir.checkpoints, position, state)
                 saved_at = clock()
             if stopping:
                 return None
 
         # What is left behind.
+        if epochs.restore_best():
+            progress.say(f"The model is that of step {epochs.standing.best_step}, where the validation loss was lowest")
         results.sync()
         progress.sync()
         save_adapter(factors.lora, run_dir, spec)
         write_parity(run_dir, evaluator, validation or rows)
-        return Outcome("succeeded", trained_tokens=elapsed_tokens, steps=schedule.n_steps)
+        return Outcome("succeeded", trained_tokens=elapsed_tokens, steps=taken)
 
 
 def warm_up_and_fall(step: int, n_steps: int) -> float:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from tunesmith.rundir import ProgressLine, ResolvedHyperparameters, sync_folder
 from tunesmith.training.classes import metric_names
@@ -23,7 +23,13 @@ TRAINING_COLUMNS = (
 """Measured at every step, on its batch. Elapsed counts are cumulative, repeats included."""
 
 VALIDATION_COLUMNS = ("validation_loss", "validation_sequence_accuracy", "validation_token_accuracy")
-"""Measured on one validation batch, about a hundred times a run and at its last step."""
+"""Measured on one validation batch, about a hundred times a run and at the end of every epoch."""
+
+FULL_VALIDATION = ("full_validation_loss", "full_validation_token_accuracy")
+"""Measured over the whole validation set at the end of every epoch; reported with it, and no column of results.csv."""
+
+Level = Literal["info", "warn", "error"]
+Kind = Literal["message", "metrics"]
 
 CLASSIFICATION_PREFIX = "classification/"
 """Metrics of the whole validation set, measured at the end of every epoch."""
@@ -93,8 +99,19 @@ class Progress(GrowingFile):
         super().__init__(path, size_bytes)
         self.seq = seq
 
+    def say(self, message: str, data: dict[str, float] | None = None, *, level: Level = "info") -> None:
+        """Tells the user something."""
+        self._report(level, message, data, "message")
+
     def epoch_completed(self, epoch: int, n_epochs: int, data: dict[str, float]) -> None:
         """Reports the end of an epoch, counted from 1."""
+        self.say(f"Completed epoch {epoch}/{n_epochs}", data)
+
+    def metrics(self, step: int, n_steps: int, data: dict[str, float]) -> None:
+        """Reports the numbers of a step, in the words of the modern service."""
+        self._report("info", f"Step {step}/{n_steps}: training loss={data['training_loss']:.2f}", data, "metrics")
+
+    def _report(self, level: Level, message: str, data: dict[str, float] | None, kind: Kind) -> None:
         self.seq += 1
-        line = ProgressLine(self.seq, "info", f"Completed epoch {epoch}/{n_epochs}", data)
+        line = ProgressLine(self.seq, level, message, data, kind)
         self.write_line(json.dumps(asdict(line), ensure_ascii=False))
