@@ -110,7 +110,7 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
     files = Files(store, _open_blobs(settings.blobs), settings.max_upload_bytes)
     models = Models(store, bases, home)
     events = Events(store)
-    jobs = Jobs(store, files, models, bases, events)
+    jobs = Jobs(store, files, models, bases, events, settings.max_concurrent_runs)
     logger.info("swept files=%d adapters=%d", files.sweep(), models.sweep())
     engine = _make_engine(settings, bases)
     dispatcher = Dispatcher(

@@ -58,6 +58,10 @@ def test_a_new_job_is_pending_with_what_was_asked_and_one_event(world: World) ->
         error=None,
         seed=job.seed,
         training_examples=3,
+        queue_number=None,
+        paused=False,
+        started_unix=None,
+        finished_unix=None,
     )
     assert job.id.startswith("ft-")
     assert len(job.id) == 27

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
 import anyio
@@ -20,13 +20,17 @@ from tunesmith.api.sse import DONE, EventStream, frame
 from tunesmith.core.accounts import Caller
 from tunesmith.core.events import Event, Events
 from tunesmith.core.jobs import MOVES, Job, Jobs
+from tunesmith.core.models import Model
 from tunesmith.core.requests import DEFAULT_N_EPOCHS, DEFAULT_PROMPT_LOSS_WEIGHT, FineTuneRequest
+from tunesmith.core.statuses import ENDED
 from tunesmith.errors import EngineUnavailable, InvalidRequest
 
 DEFAULT_MODEL = "curie"
 CONCURRENT_ADMISSIONS = 4
 """Requests for fine-tunes being checked at once; the others wait. Each reads whole files in a thread, and must not take
 all threads."""
+OUR_OWN = ("seed", "best_epoch", "early_stopping_patience", "epoch_checkpoints")
+"""Fields that the published API of 2021-2023 did not have."""
 POLL_S = 0.2
 """Between two looks at the events of a job that is being followed."""
 
@@ -60,6 +64,19 @@ class FineTunesApi:
         """POST /v1/fine-tunes/{id}/cancel. Clients send no body, or an empty form: none is read."""
         return await self._with_events(await run_in_threadpool(self.jobs.cancel, caller, path_id(request)))
 
+    async def pause(self, request: Request, caller: Caller) -> Response:
+        """POST /v1/fine-tunes/{id}/pause. Our own; no body is read."""
+        return await self._with_events(await run_in_threadpool(self.jobs.pause, caller, path_id(request)))
+
+    async def resume(self, request: Request, caller: Caller) -> Response:
+        """POST /v1/fine-tunes/{id}/resume. Our own; no body is read."""
+        return await self._with_events(await run_in_threadpool(self.jobs.resume, caller, path_id(request)))
+
+    async def list_checkpoints(self, request: Request, caller: Caller) -> Response:
+        """GET /v1/fine-tunes/{id}/checkpoints: epochs that became models of their own, newest first. Our own."""
+        checkpoints = await run_in_threadpool(self.jobs.checkpoints, caller, path_id(request))
+        return JSONResponse(envelope([checkpoint_to_wire(model) for model in checkpoints]))
+
     async def list_events(self, request: Request, caller: Caller) -> Response:
         """GET /v1/fine-tunes/{id}/events: those so far, or with `?stream=true` those to come as well."""
         job_id = path_id(request)
@@ -69,7 +86,7 @@ class FineTunesApi:
             frames = self._follow(caller, job_id, after=_last_event_id(request))
             return EventStream(frames, heartbeat_s=self.heartbeat_s)
         events = await run_in_threadpool(self.events.list, job_id)
-        return JSONResponse(envelope([event_to_wire(event) for event in events]))
+        return JSONResponse(envelope(events_to_wire(events)))
 
     async def _follow(self, caller: Caller, job_id: str, after: int) -> AsyncGenerator[bytes, None]:
         """Every event after `after`, in order and once; `[DONE]` when the job has ended and all are sent."""
@@ -77,7 +94,8 @@ class FineTunesApi:
             # The status is read first: of a job that has ended, the events read after it are all there will be.
             job = await run_in_threadpool(self.jobs.get, caller, job_id)
             for event in await run_in_threadpool(self.events.list, job_id, after):
-                yield frame(event_to_wire(event), event_id=event.id)
+                if event.kind == "message":
+                    yield frame(event_to_wire(event), event_id=event.id)
                 after = event.id
             if not MOVES[job.status]:
                 yield DONE
@@ -89,7 +107,20 @@ class FineTunesApi:
 
     async def _with_events(self, job: Job) -> Response:
         events = await run_in_threadpool(self.events.list, job.id)
-        return JSONResponse({**job_to_wire(job), "events": [event_to_wire(event) for event in events]})
+        outlook = {} if job.status in ENDED else await run_in_threadpool(self._outlook, job)
+        return JSONResponse({**job_to_wire(job), **outlook, "events": events_to_wire(events)})
+
+    def _outlook(self, job: Job) -> dict[str, Any]:
+        """Where a job stands in the queue, and when it is likely to start and end: what is known of it."""
+        if job.paused:
+            return {"paused": True}
+        outlook = self.jobs.outlook(job)
+        values = {
+            "queue_number": job.queue_number,
+            "estimated_start": outlook.starts_unix,
+            "estimated_finish": outlook.ends_unix,
+        }
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def request_from_wire(fields: Fields) -> FineTuneRequest:
@@ -112,6 +143,12 @@ def request_from_wire(fields: Fields) -> FineTuneRequest:
         classification_n_classes=fields.integer("classification_n_classes"),
         classification_positive_class=fields.text("classification_positive_class"),
         classification_betas=fields.numbers("classification_betas"),
+        seed=fields.integer("seed"),
+        lora_rank=fields.integer("lora_rank"),
+        lora_alpha=fields.number("lora_alpha"),
+        best_epoch=fields.flag("best_epoch") or False,
+        early_stopping_patience=fields.integer("early_stopping_patience"),
+        epoch_checkpoints=fields.integer("epoch_checkpoints"),
     )
     fields.done()
     return request
@@ -145,10 +182,26 @@ def event_to_wire(event: Event) -> dict[str, Any]:
     }
 
 
+def events_to_wire(events: Iterable[Event]) -> list[dict[str, Any]]:
+    """The messages among them; the service of 2021-2023 had no other events."""
+    return [event_to_wire(event) for event in events if event.kind == "message"]
+
+
+def checkpoint_to_wire(model: Model) -> dict[str, Any]:
+    """The model of an epoch, with the numbers of the step that ended it."""
+    return {
+        "object": "fine-tune-checkpoint",
+        "created_at": model.created_unix,
+        "model": model.name,
+        "step_number": model.step,
+        "metrics": model.metrics,
+    }
+
+
 def _hyperparams(job: Job) -> dict[str, Any]:
     """As asked until the job starts, defaults that depend on the data being null; then as resolved.
 
-    The classification keys are there only for a job that asked for the metrics.
+    The classification keys are there only for a job that asked for the metrics, and our own only where they were asked.
     """
     asked, resolved = job.asked, job.hyperparameters
     values: dict[str, Any]
@@ -176,7 +229,9 @@ def _hyperparams(job: Job) -> dict[str, Any]:
             "classification_betas": asked.classification_betas,
         }
         values |= {name: value for name, value in given.items() if value is not None}
-    return values
+    if asked.lora_rank is not None or asked.lora_alpha is not None:
+        values |= {name: getattr(resolved or asked, name) for name in ("lora_rank", "lora_alpha")}
+    return values | {name: value for name in OUR_OWN if (value := getattr(asked, name)) not in (None, False)}
 
 
 def _number_or_auto(fields: Fields, name: str) -> int | None:

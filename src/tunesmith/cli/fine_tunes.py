@@ -30,6 +30,12 @@ HYPERPARAMETERS = (
     "classification_n_classes",
     "classification_positive_class",
     "classification_betas",
+    "seed",
+    "lora_rank",
+    "lora_alpha",
+    "best_epoch",
+    "early_stopping_patience",
+    "epoch_checkpoints",
 )
 
 
@@ -77,6 +83,27 @@ def cancel(args: argparse.Namespace, output: Output) -> int:
     """Ends a job that has not ended."""
     with connect(args) as client:
         output.show(client.post("fine-tunes", args.id, "cancel"))
+    return 0
+
+
+def pause(args: argparse.Namespace, output: Output) -> int:
+    """Lets a job rest; its trainer saves what it has."""
+    with connect(args) as client:
+        output.show(client.post("fine-tunes", args.id, "pause"))
+    return 0
+
+
+def resume(args: argparse.Namespace, output: Output) -> int:
+    """Lets a paused job go on."""
+    with connect(args) as client:
+        output.show(client.post("fine-tunes", args.id, "resume"))
+    return 0
+
+
+def checkpoints(args: argparse.Namespace, output: Output) -> int:
+    """The epochs of a job that became models of their own."""
+    with connect(args) as client:
+        output.show(client.get("fine-tunes", args.id, "checkpoints"))
     return 0
 
 

@@ -39,6 +39,19 @@ def add_api(commands: argparse._SubParsersAction[argparse.ArgumentParser], every
     add("fine_tunes.list", "fine_tunes:list_jobs", "List the fine-tune jobs.")
     add_with_id("fine_tunes.get", "fine_tunes:get", "Show a fine-tune job.", "fine-tune job")
     add_with_id("fine_tunes.cancel", "fine_tunes:cancel", "Cancel a fine-tune job.", "fine-tune job")
+    add_with_id(
+        "fine_tunes.pause",
+        "fine_tunes:pause",
+        "Let a job rest: it saves what it has and makes room for others. Our own.",
+        "fine-tune job",
+    )
+    add_with_id("fine_tunes.resume", "fine_tunes:resume", "Let a paused job go on. Our own.", "fine-tune job")
+    add_with_id(
+        "fine_tunes.checkpoints",
+        "fine_tunes:checkpoints",
+        "List the epochs of a job that became models of their own. Our own.",
+        "fine-tune job",
+    )
     events = add_with_id("fine_tunes.events", "fine_tunes:events", "Show the events so far.", "fine-tune job")
     events.add_argument("-s", "--stream", action="store_true", help="No longer: use fine_tunes.follow.")
     add_with_id("fine_tunes.results", "fine_tunes:results", "Show results.csv, one row per step.", "fine-tune job")
@@ -89,6 +102,27 @@ def _add_fine_tune_create(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--classification_betas", type=float, nargs="+", help="Also give F-beta scores for these values of beta."
+    )
+    verb.add_argument("--seed", type=int, help="Seed of everything random; equal jobs give equal models (default: 0).")
+    verb.add_argument("--lora_rank", type=int, help="Rank of the adapter, from 1 to 256 (default: 32).")
+    verb.add_argument(
+        "--lora_alpha", type=float, help="The adapter is scaled by this over its rank (default: 16 times the rank)."
+    )
+    verb.add_argument(
+        "--best_epoch",
+        action="store_true",
+        default=None,
+        help="Keep the epoch with the lowest loss on the validation file instead of the last.",
+    )
+    verb.add_argument(
+        "--early_stopping_patience",
+        type=int,
+        help="End after this many epochs in which the loss on the validation file did not fall any lower.",
+    )
+    verb.add_argument(
+        "--epoch_checkpoints",
+        type=int,
+        help="Make models of this many of the last epochs too; their names end in :ckpt-step-N.",
     )
 
 

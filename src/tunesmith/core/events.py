@@ -12,6 +12,7 @@ from tunesmith.core.schema import events
 from tunesmith.core.store import Store
 
 Level = Literal["info", "warn", "error"]
+Kind = Literal["message", "metrics"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class Event:
     message: str
     data: Mapping[str, Any] | None = None
     """Numbers for machines, such as {"step": 10, "training_loss": 0.4}."""
+    kind: Kind = "message"
+    """Metrics come many times a job; the dialect of 2021-2023 leaves them out, as its service did not have them."""
 
 
 class Events:
@@ -40,6 +43,7 @@ class Events:
         level: Level,
         message: str,
         data: Mapping[str, Any] | None = None,
+        kind: Kind = "message",
     ) -> None:
         """Add a line within a writing transaction; writers take turns, so ids stay dense."""
         last = connection.scalar(select(func.max(events.c.id)).where(events.c.job_id == job_id))
@@ -51,6 +55,7 @@ class Events:
                 level=level,
                 message=message,
                 data=None if data is None else dict(data),
+                kind=kind,
             )
         )
 
@@ -59,6 +64,6 @@ class Events:
         query = select(events).where(events.c.job_id == job_id, events.c.id > after).order_by(events.c.id)
         with self._store.reading() as connection:
             return [
-                Event(id=row.id, created_unix=row.created_unix, level=row.level, message=row.message, data=row.data)
+                Event(row.id, row.created_unix, row.level, row.message, row.data, row.kind)
                 for row in connection.execute(query)
             ]

@@ -6,7 +6,7 @@ dispatcher is guarded by that number (a fencing token), so one that was thought 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -24,6 +24,7 @@ from tunesmith.core.blobs import read_chunks
 from tunesmith.core.events import Events
 from tunesmith.core.files import DELETED, FINE_TUNE, FINE_TUNE_RESULTS, File, Files, file_from_row
 from tunesmith.core.models import Model, Models
+from tunesmith.core.outlook import Outlook, outlook
 from tunesmith.core.queue import queue
 from tunesmith.core.requests import FineTuneRequest
 from tunesmith.core.schema import files, jobs, organizations
@@ -32,13 +33,11 @@ from tunesmith.core.store import Store
 from tunesmith.core.usage import Ledger
 from tunesmith.data.formats import Example
 from tunesmith.errors import InvalidRequest, LeaseLost, NotFound
-from tunesmith.rundir import ProgressLine, ResolvedHyperparameters
+from tunesmith.rundir import ProgressLine, ResolvedHyperparameters, Snapshot
 from tunesmith.tokenizer import Tokenizer
 
 __all__ = ["MOVES", "Claim", "FineTuneRequest", "Job", "JobStatus", "Jobs"]
 
-SEED = 0
-"""The same for every job: the same file and hyperparameters give the same model."""
 RESULTS_FILENAME = "compiled_results.csv"
 INTERRUPTED = "Training was interrupted and goes on from what it had saved"
 """Said for each trainer after the first: of one that died, or was stopped with the server."""
@@ -69,6 +68,11 @@ class Job:
     error: str | None
     seed: int
     training_examples: int
+    queue_number: int | None
+    """How many pending jobs were before it when it was last told; None before it was, and once it has started."""
+    paused: bool
+    started_unix: int | None
+    finished_unix: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,11 @@ class Claim:
 class Jobs:
     """The jobs of all organisations."""
 
-    def __init__(self, store: Store, files: Files, models: Models, bases: Bases, events: Events) -> None:
+    def __init__(
+        self, store: Store, files: Files, models: Models, bases: Bases, events: Events, concurrent_runs: int = 1
+    ) -> None:
+        """`concurrent_runs` is how many jobs train at once, for estimates."""
+        self._concurrent_runs = concurrent_runs
         self._store = store
         self._files = files
         self._models = models
@@ -109,6 +117,7 @@ class Jobs:
         requests.check(request)
         with self._store.reading() as connection:
             model, training, validation = self._named(connection, caller, request)
+        requests.check_start(request, None if model.adapter_dir is None else model.name)
         _check_tokenizer(model.base_name, self._bases.folder(model.base_name))
         training_examples = self._admit(request, model, training, validation)
         cost_usd = self._cost_usd(request, model, training, training_examples)
@@ -132,7 +141,7 @@ class Jobs:
                     validation_file_id=None if validation is None else validation.id,
                     training_examples=training_examples,
                     cost_usd=cost_usd,
-                    seed=SEED,
+                    seed=requests.DEFAULT_SEED if request.seed is None else request.seed,
                     lease=0,
                     progress_seq=0,
                 )
@@ -158,9 +167,35 @@ class Jobs:
             self._events.append(connection, job_id, "info", "Fine-tune cancelled")
             return self._get(connection, caller, job_id)
 
+    def pause(self, caller: Caller, job_id: str) -> Job:
+        """Let a job rest: a trainer at work saves a checkpoint and ends, a pending job leaves the queue.
+
+        A job that rests already stays as it is. Raises NotFound, InvalidRequest if it has ended.
+        """
+        return self._rest(caller, job_id, at_unix=self._now(), message="Fine-tune paused")
+
+    def resume(self, caller: Caller, job_id: str) -> Job:
+        """Let a paused job go on from where it was; one that is not paused stays as it is.
+
+        Raises NotFound, InvalidRequest if it has ended.
+        """
+        return self._rest(caller, job_id, at_unix=None, message="Fine-tune resumed")
+
+    def checkpoints(self, caller: Caller, job_id: str) -> list[Model]:
+        """The epochs of a job that became models of their own, newest first. Raises NotFound."""
+        with self._store.reading() as connection:
+            self._get(connection, caller, job_id)
+            return self._models.checkpoints(connection, job_id)
+
+    def outlook(self, job: Job) -> Outlook:
+        """When a job that has not ended is likely to start and to end."""
+        with self._store.reading() as connection:
+            found = outlook(connection, now_unix=self._now(), slots=self._concurrent_runs)
+        return found.get(job.id, Outlook(None, None))
+
     def hyperparameters(self, job: Job, n_examples: int) -> ResolvedHyperparameters:
         """What the job trains with: as asked, defaults filled in."""
-        return requests.resolve(job.asked, n_examples)
+        return requests.resolve(job.asked, n_examples, job.parent_name)
 
     # For the dispatcher
 
@@ -206,23 +241,34 @@ class Jobs:
         """
         job_id = claim.job.id
         with self._store.transaction() as connection:
+            row = connection.execute(select(jobs.c.hyperparameters, jobs.c.handle).where(jobs.c.id == job_id)).one()
             self._held(connection, claim, handle=handle, updated_unix=self._now())
-            if connection.scalar(select(jobs.c.hyperparameters).where(jobs.c.id == job_id)) is None:
-                self._held(connection, claim, hyperparameters=asdict(hyperparameters))
+            if row.hyperparameters is None:
+                self._held(connection, claim, hyperparameters=asdict(hyperparameters), started_unix=self._now())
                 self._events.append(connection, job_id, "info", "Fine-tune started")
-            else:
+            elif row.handle is not None:  # after a pause there is none, and an event has told of it
                 self._events.append(connection, job_id, "warn", INTERRUPTED)
 
-    def heartbeat(self, claim: Claim, lease_s: float) -> None:
-        """Hold the job for at least three quarters of `lease_s` seconds from now. Raises LeaseLost.
+    def heartbeat(self, claim: Claim, lease_s: float) -> bool:
+        """Hold the job for at least three quarters of `lease_s` seconds from now; whether it is to rest (see `park`).
 
         Cheap, so that it can be called often and a cancellation is soon seen: it writes four times a lease at most.
+        Raises LeaseLost.
         """
+        columns = select(jobs.c.lease_expires_unix, jobs.c.paused_unix)
         with self._store.reading() as connection:
-            expires_unix = connection.scalar(select(jobs.c.lease_expires_unix).where(*_held_by(claim)))
-        if expires_unix is None or expires_unix < self._store.clock() + 0.75 * lease_s:
+            row = connection.execute(columns.where(*_held_by(claim))).one_or_none()
+        now = self._store.clock()
+        # A lease that ends later than any lease could is of a clock that has been set back: nobody could take it over.
+        if row is None or not now + 0.75 * lease_s <= row.lease_expires_unix <= now + lease_s:
             with self._store.transaction() as connection:
-                self._held(connection, claim, lease_expires_unix=self._store.clock() + lease_s)
+                self._held(connection, claim, lease_expires_unix=now + lease_s)
+        return row is not None and row.paused_unix is not None
+
+    def park(self, claim: Claim) -> None:
+        """Give a paused job back, its trainer being gone; nobody claims it until it is resumed. Raises LeaseLost."""
+        with self._store.transaction() as connection:
+            self._held(connection, claim, handle=None, **_NOBODY)
 
     def record(self, claim: Claim, lines: Sequence[ProgressLine]) -> None:
         """Turn the trainer's lines into events, each once: lines recorded before are passed over. Raises LeaseLost."""
@@ -232,25 +278,39 @@ class Jobs:
             recorded = connection.scalars(select(jobs.c.progress_seq).where(jobs.c.id == job_id)).one()
             new = [line for line in lines if line.seq > recorded]
             for line in new:
-                self._events.append(connection, job_id, line.level, line.message, line.data)
+                self._events.append(connection, job_id, line.level, line.message, line.data, line.kind)
             if new:
                 self._held(connection, claim, progress_seq=new[-1].seq, updated_unix=self._now())
 
-    def succeed(self, claim: Claim, *, adapter_dir: Path, results_csv: Path, trained_tokens: int) -> Job:
+    def succeed(
+        self,
+        claim: Claim,
+        *,
+        adapter_dir: Path,
+        results_csv: Path,
+        trained_tokens: int,
+        snapshots: Sequence[tuple[Snapshot, Path]] = (),
+    ) -> Job:
         """Make the adapter a model and the results a file, and end the job, all or nothing.
 
-        Both are copied, so that after a crash it can be done again. Raises LeaseLost and StorageFull: then nothing of
-        it is left.
+        `snapshots` are the epochs that become models too, with their adapters. All is copied, so that after a crash it
+        can be done again. Raises LeaseLost and StorageFull: then nothing of it is left.
         """
         with ExitStack() as undo:
-            model_id = self._models.keep(adapter_dir)
-            undo.callback(self._models.discard, model_id)
+            kept = []
+            for folder in (adapter_dir, *(folder for _, folder in snapshots)):
+                kept.append(self._models.keep(folder))
+                undo.callback(self._models.discard, kept[-1])
+            model_id, checkpoint_ids = kept[0], kept[1:]
+            checkpoints = {one: snapshot for one, (snapshot, _) in zip(checkpoint_ids, snapshots, strict=True)}
             file_id, size_bytes = self._files.keep(read_chunks(results_csv))
             undo.callback(self._files.discard, file_id)
             try:
                 with self._store.transaction() as connection:
                     self._held(connection, claim)
-                    ended = self._register(connection, claim.job, model_id, file_id, size_bytes, trained_tokens)
+                    ended = self._register(
+                        connection, claim.job, model_id, checkpoints, file_id, size_bytes, trained_tokens
+                    )
             except SQLAlchemyError:
                 undo.pop_all()  # whether the commit took place is not known: the sweeps find out
                 raise
@@ -284,6 +344,21 @@ class Jobs:
         query = _with_files(jobs.c.organization_id == caller.organization_id).order_by(jobs.c.position)
         with self._store.reading() as connection:
             return [_job(row) for row in connection.execute(query).mappings()]
+
+    def _rest(self, caller: Caller, job_id: str, *, at_unix: int | None, message: str) -> Job:
+        with self._store.transaction() as connection:
+            job = self._get(connection, caller, job_id)
+            if job.status in ENDED:
+                raise InvalidRequest(
+                    f"{job_id} has ended already: it is {job.status}. Only pending or running fine-tunes can be paused "
+                    "and resumed.",
+                    param="id",
+                )
+            if job.paused == (at_unix is None):
+                paused = {"paused_unix": at_unix, "updated_unix": self._now()}
+                connection.execute(update(jobs).where(jobs.c.id == job_id).values(paused))
+                self._events.append(connection, job_id, "info", message)
+            return self._get(connection, caller, job_id)
 
     def _named(
         self, connection: Connection, caller: Caller, request: FineTuneRequest
@@ -352,7 +427,8 @@ class Jobs:
 
     def _abandoned(self, connection: Connection) -> str | None:
         nobodys = or_(jobs.c.lease_holder.is_(None), jobs.c.lease_expires_unix <= self._store.clock())
-        query = select(jobs.c.id).where(jobs.c.status == JobStatus.RUNNING, nobodys).order_by(jobs.c.position)
+        at_work = jobs.c.status == JobStatus.RUNNING, jobs.c.paused_unix.is_(None)
+        query = select(jobs.c.id).where(*at_work, nobodys).order_by(jobs.c.position)
         return connection.scalar(query.limit(1))
 
     def _start_next(self, connection: Connection) -> str | None:
@@ -377,7 +453,14 @@ class Jobs:
         return None
 
     def _register(
-        self, connection: Connection, job: Job, model_id: str, file_id: str, size_bytes: int, trained_tokens: int
+        self,
+        connection: Connection,
+        job: Job,
+        model_id: str,
+        checkpoints: Mapping[str, Snapshot],
+        file_id: str,
+        size_bytes: int,
+        trained_tokens: int,
     ) -> Job:
         self._files.insert(
             connection,
@@ -396,6 +479,8 @@ class Jobs:
             parent_name=job.parent_name,
             suffix=job.asked.suffix,
         )
+        for checkpoint_id, snapshot in checkpoints.items():
+            self._models.insert_checkpoint(connection, checkpoint_id, of=name, snapshot=snapshot)
         key_id = connection.scalars(select(jobs.c.key_id).where(jobs.c.id == job.id)).one()
         self._ledger.record(connection, key_id, name, trained_tokens=trained_tokens)
         for message in (f"Uploaded model: {name}", f"Uploaded result file: {file_id}", "Fine-tune succeeded"):
@@ -409,6 +494,8 @@ class Jobs:
 
     def _move(self, connection: Connection, job_id: str, to: JobStatus, **values: object) -> None:
         """The one place where a status changes. Nobody holds a job that has just started or ended."""
+        if to in ENDED:
+            values |= {"finished_unix": self._now(), "paused_unix": None}
         origins = [status for status, targets in MOVES.items() if to in targets]
         changed = connection.execute(
             update(jobs)
@@ -472,6 +559,10 @@ def _job(row: RowMapping) -> Job:
         error=row[jobs.c.error],
         seed=row[jobs.c.seed],
         training_examples=row[jobs.c.training_examples],
+        queue_number=row[jobs.c.queue_number] if row[jobs.c.status] == JobStatus.PENDING else None,
+        paused=row[jobs.c.paused_unix] is not None,
+        started_unix=row[jobs.c.started_unix],
+        finished_unix=row[jobs.c.finished_unix],
     )
 
 
@@ -486,7 +577,9 @@ def _check_tokenizer(base_name: str, folder: Path) -> None:
         _tokenizer(folder)
     except (OSError, ValueError) as error:
         reason = str(error).replace(str(folder), folder.name)
-        raise InvalidRequest(f"The base `{base_name}` cannot be used on this server: {reason}.", param="model") from error
+        raise InvalidRequest(
+            f"The base `{base_name}` cannot be used on this server: {reason}.", param="model"
+        ) from error
 
 
 def _tokens(base_dir: Path, example: Example) -> int:

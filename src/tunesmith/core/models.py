@@ -7,11 +7,12 @@ row always has its adapter; what a crash leaves in between, `sweep` removes.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, insert, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, delete, insert, select
 
 from tunesmith.core import names
 from tunesmith.core.accounts import Caller, Role
@@ -21,7 +22,7 @@ from tunesmith.core.schema import jobs, models, organizations
 from tunesmith.core.statuses import LIVE
 from tunesmith.core.store import Store
 from tunesmith.errors import InvalidRequest, NotFound, PermissionDenied
-from tunesmith.rundir import sync_folder
+from tunesmith.rundir import Snapshot, sync_folder
 
 BASE_OWNER = "tunesmith"
 SWEEP_AFTER_S = 3_600
@@ -45,6 +46,10 @@ class Model:
     """None for a base."""
     note: str | None = None
     """One line for people: what stands behind a base."""
+    step: int | None = None
+    """Of the epoch that a checkpoint is; None for what a job gave in the end, and for a base."""
+    metrics: Mapping[str, float] | None = None
+    """Numbers of that epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,10 @@ class Models:
         )
 
     def delete(self, caller: Caller, name: str) -> None:
-        """Remove a tuned model: row, then adapter. Jobs keep its name.
+        """Remove a tuned model, and with what a job gave in the end its checkpoints: rows, then adapters.
+
+        A checkpoint may be removed by itself. Jobs keep the name of their model; models trained on from a removed one
+        live on.
 
         Raises NotFound; PermissionDenied for a base or for a key that is no owner's; InvalidRequest while a job that
         has not ended is to train on from it.
@@ -103,16 +111,24 @@ class Models:
                     f"Deleting {name} needs an API key with role owner; this key has role member. Ask an owner.",
                     param="model",
                 )
-            needing = select(jobs.c.id, jobs.c.status).where(jobs.c.parent_name == name, jobs.c.status.in_(LIVE))
+            row = connection.execute(select(models).where(models.c.name == name)).one()
+            going = [row]
+            if row.step is None:
+                going += connection.execute(select(models).where(*_is_checkpoint_of(row.job_id)))
+            going_names = [one.name for one in going]
+            needing = select(jobs.c.id, jobs.c.status, jobs.c.parent_name).where(
+                jobs.c.parent_name.in_(going_names), jobs.c.status.in_(LIVE)
+            )
             job = connection.execute(needing).first()
             if job is not None:
                 raise InvalidRequest(
-                    f"{name} is needed by fine-tune {job.id}, which is {job.status}. Wait until it has ended, or "
-                    "cancel it first.",
+                    f"{job.parent_name} is needed by fine-tune {job.id}, which is {job.status}. Wait until it has "
+                    "ended, or cancel it first.",
                     param="model",
                 )
-            connection.execute(delete(models).where(models.c.name == name))
-        _remove(model.adapter_dir)
+            connection.execute(delete(models).where(models.c.name.in_(going_names)))
+        for one in going:
+            _remove(self._adapters / one.id)
 
     def find(self, connection: Connection, organization_id: str, name: str) -> Model:
         """As `get`, within a transaction."""
@@ -176,6 +192,23 @@ class Models:
         )
         return name
 
+    def insert_checkpoint(self, connection: Connection, model_id: str, *, of: str, snapshot: Snapshot) -> None:
+        """Make a model of an epoch's adapter that `keep` copied: a checkpoint of the model `of`, with its lineage."""
+        final = connection.execute(select(models).where(models.c.name == of)).one()
+        values = final._asdict() | {
+            "id": model_id,
+            "name": names.checkpoint_name(of, snapshot.step),
+            "step": snapshot.step,
+            "metrics": snapshot.metrics,
+        }
+        del values["position"]
+        connection.execute(insert(models).values(values))
+
+    def checkpoints(self, connection: Connection, job_id: str) -> list[Model]:
+        """The checkpoints of a job that were not deleted, newest first."""
+        query = select(models, organizations.c.slug).join(organizations).where(*_is_checkpoint_of(job_id))
+        return [self._model(row) for row in connection.execute(query.order_by(models.c.step.desc()))]
+
     def fine_tuned_name(
         self, connection: Connection, organization_id: str, base_name: str, suffix: str | None, at_unix: int
     ) -> str:
@@ -221,6 +254,8 @@ class Models:
             parent_name=row.parent_name or row.base_name,
             organization_id=row.organization_id,
             adapter_dir=self._adapters / row.id,
+            step=row.step,
+            metrics=row.metrics,
         )
 
 
@@ -239,6 +274,10 @@ def _base_model(base: Base) -> Model:
 
 def _tuned(organization_id: str) -> Select[Any]:
     return select(models, organizations.c.slug).join(organizations).where(models.c.organization_id == organization_id)
+
+
+def _is_checkpoint_of(job_id: str) -> tuple[ColumnElement[bool], ...]:
+    return models.c.job_id == job_id, models.c.step.is_not(None)
 
 
 def _remove(folder: Path) -> None:

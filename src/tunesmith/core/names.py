@@ -28,3 +28,12 @@ def fine_tuned_name(base_name: str, organization_slug: str, suffix: str | None, 
     """
     stamp = datetime.fromtimestamp(at_unix, UTC).strftime("%Y-%m-%d-%H-%M-%S")
     return f"{base_name}:ft-{organization_slug}{'-' if suffix is None else f':{slug(suffix)}-'}{stamp}"
+
+
+def checkpoint_name(model_name: str, step: int) -> str:
+    """The name of a checkpoint of a tuned model: that of the epoch which ended with `step`.
+
+    >>> checkpoint_name("ada:ft-acme-2023-04-18-09-48-38", 88)
+    'ada:ft-acme-2023-04-18-09-48-38:ckpt-step-88'
+    """
+    return f"{model_name}:ckpt-step-{step}"

@@ -24,7 +24,7 @@ class Waiting(NamedTuple):
 
 
 def queue(connection: Connection) -> list[Waiting]:
-    """All pending jobs in the order in which they start."""
+    """All pending jobs that are not paused, in the order in which they start."""
     query = (
         select(
             jobs.c.id,
@@ -35,7 +35,7 @@ def queue(connection: Connection) -> list[Waiting]:
             jobs.c.cost_usd,
         )
         .join(organizations)
-        .where(jobs.c.status == JobStatus.PENDING)
+        .where(jobs.c.status == JobStatus.PENDING, jobs.c.paused_unix.is_(None))
     )
     return in_turn(Waiting(*row) for row in connection.execute(query))
 

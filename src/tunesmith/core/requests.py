@@ -24,6 +24,17 @@ with batch size 1 show 0.1, and a larger batch never gets a smaller rate, so 0.0
 MAX_LEARNING_RATE_MULTIPLIER = 10.0
 DEFAULT_PROMPT_LOSS_WEIGHT = 0.01
 MAX_BETAS = 10
+MAX_SEED = 2**31 - 1
+"""Source: the published API."""
+DEFAULT_SEED = 0
+"""The same for every job: the same file and hyperparameters give the same model."""
+DEFAULT_LORA_RANK = 32
+DEFAULT_LORA_SCALE = 16.0
+"""Adapters are scaled by alpha / rank, by default 16, where 2 is customary: B, which starts at zero, then moves eight
+times as fast beside A. The learning rates of `core/bases.py` are for this scale. What it gains, and why it is not a
+learning rate of B's own: docs/design/decisions/defaults.md."""
+MAX_LORA_RANK = 256
+MAX_LORA_ALPHA = 65_536.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +53,12 @@ class FineTuneRequest:
     classification_n_classes: int | None = None
     classification_positive_class: str | None = None
     classification_betas: tuple[float, ...] | None = None
+    seed: int | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    best_epoch: bool = False
+    early_stopping_patience: int | None = None
+    epoch_checkpoints: int | None = None
 
     @property
     def n_classes(self) -> int | None:
@@ -64,16 +81,40 @@ def check(request: FineTuneRequest) -> None:
             param="learning_rate_multiplier",
         )
     _check_range("prompt_loss_weight", request.prompt_loss_weight, 0, 1)
+    _check_range("seed", request.seed, 0, MAX_SEED)
+    _check_range("lora_rank", request.lora_rank, 1, MAX_LORA_RANK)
+    if request.lora_alpha is not None and not 0 < request.lora_alpha <= MAX_LORA_ALPHA:
+        raise InvalidRequest(
+            f"lora_alpha must be above 0 and at most {MAX_LORA_ALPHA:g}; you gave {request.lora_alpha!r}. Leave it out "
+            f"for {DEFAULT_LORA_SCALE:g} times the rank.",
+            param="lora_alpha",
+        )
+    _check_epochs(request)
     if request.compute_classification_metrics:
         _check_metrics(request)
     else:
         _check_no_metrics(request)
 
 
-def resolve(request: FineTuneRequest, training_examples: int) -> ResolvedHyperparameters:
+def check_start(request: FineTuneRequest, parent_name: str | None) -> None:
+    """Raises InvalidRequest where a job that goes on from the tuned model `parent_name` asks for another adapter."""
+    for name in ("lora_rank", "lora_alpha"):
+        if parent_name is not None and getattr(request, name) is not None:
+            raise InvalidRequest(
+                f"{name} cannot be set for a job that goes on from a tuned model: {parent_name} has an adapter, and "
+                f"training goes on with it as it is. Leave {name} out, or start from the base.",
+                param=name,
+            )
+
+
+def resolve(
+    request: FineTuneRequest, training_examples: int, parent_name: str | None = None
+) -> ResolvedHyperparameters:
     """Fill in every default. `request` has passed `check`; `training_examples` is at least 1."""
     batch_size = default_batch_size(training_examples) if request.batch_size is None else request.batch_size
     multiplier = request.learning_rate_multiplier
+    rank = DEFAULT_LORA_RANK if request.lora_rank is None else request.lora_rank
+    alpha = DEFAULT_LORA_SCALE * rank if request.lora_alpha is None else request.lora_alpha
     return ResolvedHyperparameters(
         n_epochs=DEFAULT_N_EPOCHS if request.n_epochs is None else request.n_epochs,
         batch_size=batch_size,
@@ -85,6 +126,11 @@ def resolve(request: FineTuneRequest, training_examples: int) -> ResolvedHyperpa
         classification_n_classes=request.n_classes,
         classification_positive_class=request.classification_positive_class,
         classification_betas=(1.0,) if request.classification_betas is None else request.classification_betas,
+        lora_rank=rank if parent_name is None else None,
+        lora_alpha=alpha if parent_name is None else None,
+        best_epoch=request.best_epoch,
+        early_stopping_patience=request.early_stopping_patience,
+        epoch_checkpoints=request.epoch_checkpoints or 0,
     )
 
 
@@ -124,6 +170,17 @@ def _check_range(name: str, value: float | None, least: int, most: int) -> None:
         raise InvalidRequest(
             f"{name} must be from {least} to {most}; you gave {value!r}. Leave it out for the default.", param=name
         )
+
+
+def _check_epochs(request: FineTuneRequest) -> None:
+    _check_range("epoch_checkpoints", request.epoch_checkpoints, 0, MAX_N_EPOCHS)
+    _check_range("early_stopping_patience", request.early_stopping_patience, 1, MAX_N_EPOCHS)
+    for name in ("best_epoch", "early_stopping_patience"):
+        if getattr(request, name) and request.validation_file is None:
+            raise InvalidRequest(
+                f"{name} goes by the loss on a validation_file, and there is none. Give one, or leave {name} out.",
+                param="validation_file",
+            )
 
 
 def _check_no_metrics(request: FineTuneRequest) -> None:

@@ -79,6 +79,8 @@ models = Table(
     Column("parent_name", String),
     Column("job_id", ForeignKey("jobs.id"), nullable=False, index=True),
     Column("created_unix", BigInteger, nullable=False),
+    Column("step", BigInteger),  # of the epoch that a checkpoint is; null for what a job gave in the end
+    Column("metrics", JSON(none_as_null=True)),  # of that epoch
 )
 
 jobs = Table(
@@ -105,6 +107,9 @@ jobs = Table(
     Column("fine_tuned_model", String),  # keeps its value when the model is deleted
     Column("error", String),
     Column("queue_number", Integer),  # as last announced
+    Column("paused_unix", BigInteger),  # null: not paused
+    Column("started_unix", BigInteger),
+    Column("finished_unix", BigInteger),
     Column("lease", BigInteger, nullable=False),  # fencing token: 0, then grows with every claim
     Column("lease_holder", String),
     Column("lease_expires_unix", Double),
@@ -123,6 +128,7 @@ events = Table(
     Column("created_unix", BigInteger, nullable=False),
     Column("level", String, nullable=False),
     Column("message", String, nullable=False),
+    Column("kind", String, nullable=False, server_default="message"),
     Column("data", JSON(none_as_null=True)),
 )
 

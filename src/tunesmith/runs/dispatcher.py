@@ -29,17 +29,14 @@ logger = logging.getLogger(__name__)
 Parity = Callable[[RunDir, RunSpec], str | None]
 """Why the adapter in a run folder may not be served, in words for the user; None if it may. See `runs/parity.py`."""
 
-LORA_RANK = 32
-LORA_ALPHA = 512.0
-"""Adapters are scaled by alpha / rank, that is by 16, where 2 is customary: B, which starts at zero, then moves eight
-times as fast beside A. The learning rates of `core/bases.py` are for this scale. What it gains, and why it is not a
-learning rate of B's own: docs/design/decisions/defaults.md."""
 FRUITLESS_STARTS = 6
 """A trainer that died is started again this often without getting further, each time after a longer pause, a minute
 in all: a full disk may have room again by then. After that the job fails with the trainer's last words."""
 FAULTS = 8
 """This often in a row a step of one job may meet an error of ours before the job fails; about two minutes."""
 LONGEST_PAUSE_S = 30.0
+TIDY_EVERY_S = 60.0
+"""A job that is cancelled while it is paused has nobody who would see its run off."""
 
 
 @dataclass(slots=True)
@@ -95,6 +92,7 @@ class Dispatcher:
     tick_s: float = 0.25
     """Pause between rounds; a cancelled job's trainer is gone after about this long."""
     monotonic: Callable[[], float] = time.monotonic
+    _tidied_at: float = field(default=-math.inf, init=False)
     _ticked_at: float | None = field(default=None, init=False)
     _runs: dict[str, _Run] = field(default_factory=dict, init=False)
     _leaving: list[str] = field(default_factory=list, init=False)
@@ -115,6 +113,8 @@ class Dispatcher:
         for run in list(self._runs.values()):
             self._advance(run)
         self._survive("see off", self._see_off)
+        if self.monotonic() - self._tidied_at >= TIDY_EVERY_S:
+            self._survive("tidy", self._tidy)
         self._survive("take", self._take)
         self._ticked_at = self.monotonic()
 
@@ -168,11 +168,13 @@ class Dispatcher:
                     run.verdict = f"The server could not go on with this run: {type(error).__name__}: {error}"
 
     def _step(self, run: _Run) -> None:
-        self.jobs.heartbeat(run.claim, self.lease_s)
+        to_rest = self.jobs.heartbeat(run.claim, self.lease_s)
         if self.monotonic() < run.not_before:
             return
         if run.verdict is not None:
             self._fail(run, run.verdict)
+        elif to_rest:
+            self._rest(run)
         else:
             self._watch(run)
         run.faults = 0
@@ -192,6 +194,19 @@ class Dispatcher:
             self._fail(run, outcome.error or "The trainer gave no reason.")
         else:
             self._register(run, outcome)
+
+    def _rest(self, run: _Run) -> None:
+        """Lets the trainer of a paused job save a checkpoint and end, then gives the job back."""
+        if run.handle is not None and self.executor.state(run.handle) is RunState.RUNNING:
+            self.executor.stop(run.handle, self.drain_s)
+            return
+        self._record(run)
+        if run.run_dir.read_outcome() is not None:
+            self._watch(run)  # it was about to end
+            return
+        self.jobs.park(run.claim)
+        logger.info("job paused job=%s", run.claim.job.id)
+        del self._runs[run.claim.run_id]
 
     def _start(self, run: _Run) -> None:
         """Starts a trainer, for the first time or again: it goes on from its last checkpoint."""
@@ -228,16 +243,18 @@ class Dispatcher:
             self.files.fetch(job.validation_file, run_dir.validation_file)
         base = self.bases.get(job.base_name)
         start = self.models.resolve_in(job.organization_id, job.parent_name or job.base_name)
+        hyperparameters = self.jobs.hyperparameters(job, job.training_examples)
+        rank, alpha = hyperparameters.lora_rank, hyperparameters.lora_alpha
         spec = RunSpec(
             run_id=run.claim.run_id,
             job_id=job.id,
             base_dir=str(start.base_dir),
             parent_adapter_dir=None if start.adapter_dir is None else str(start.adapter_dir),
             context_tokens=base.context_tokens,
-            hyperparameters=self.jobs.hyperparameters(job, job.training_examples),
+            hyperparameters=hyperparameters,
             base_learning_rate=base.learning_rate,
-            lora_rank=LORA_RANK,
-            lora_alpha=LORA_ALPHA,
+            lora_rank=rank,
+            lora_alpha=alpha,
             seed=job.seed,
             threads=self.trainer_threads,
             checkpoint_interval_s=self.checkpoint_interval_s,
@@ -276,6 +293,7 @@ class Dispatcher:
             adapter_dir=run.run_dir.adapter,
             results_csv=run.run_dir.results,
             trained_tokens=outcome.trained_tokens,
+            snapshots=[(snapshot, folder.adapter) for snapshot, folder in run.run_dir.snapshots()],
         )
         self._part(run)
 
@@ -301,6 +319,7 @@ class Dispatcher:
 
     def _tidy(self) -> None:
         """Takes from the folders of ended runs what nobody needs any more."""
+        self._tidied_at = self.monotonic()
         unpruned = {path.parent.name: RunDir(path.parent) for path in (self.home / "runs").glob("*/train.jsonl")}
         for run_id in self.jobs.ended_runs(unpruned.keys() - self._runs.keys()):
             folder.prune(unpruned[run_id])

@@ -30,7 +30,7 @@ def last_words(run_dir: RunDir) -> str:
 
 def prune(run_dir: RunDir) -> None:
     """Leaves what tells how an ended run went: spec, results, progress, parity rows, outcome and log. Idempotent."""
-    for folder in (run_dir.checkpoints, run_dir.adapter):
+    for folder in (run_dir.checkpoints, run_dir.epochs, run_dir.adapter):
         shutil.rmtree(folder, ignore_errors=True)
     for file in (run_dir.validation_file, run_dir.training_file):  # last the one by which unpruned folders are found
         file.unlink(missing_ok=True)
