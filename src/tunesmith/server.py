@@ -251,7 +251,7 @@ def _parity(settings: Settings, engine: Engine, loop: asyncio.AbstractEventLoop)
         return lambda run_dir, spec: None  # it reads no weights, so its numbers say nothing about an adapter
 
     def check(run_dir: RunDir, spec: RunSpec) -> str | None:
-        asked = asyncio.run_coroutine_threadsafe(parity.check(engine, run_dir, spec, run_dir.adapter), loop)
+        asked = asyncio.run_coroutine_threadsafe(parity.check_run(engine, run_dir, spec), loop)
         try:
             return asked.result(PARITY_WITHIN_S)
         except TimeoutError:

@@ -75,7 +75,7 @@ def undisturbed(inputs: RunDir) -> Traces:
     outcome = inputs.read_outcome()
     assert outcome is not None
     assert outcome.status == "succeeded", outcome
-    progress = [line.message for line in inputs.read_progress(0)]
+    progress = [line.message for line in inputs.read_progress(0) if line.kind == "message"]
     events = [
         "Created fine-tune: ID",
         "Fine-tune costs $0.00",

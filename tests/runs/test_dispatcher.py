@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -22,8 +23,8 @@ from tunesmith.core.jobs import INTERRUPTED, FineTuneRequest, Job, Jobs, JobStat
 from tunesmith.core.models import Models
 from tunesmith.core.store import Store
 from tunesmith.errors import EngineUnavailable
-from tunesmith.rundir import Outcome, ProgressLine, RunDir, RunSpec
-from tunesmith.runs.dispatcher import FAULTS, FRUITLESS_STARTS, Dispatcher
+from tunesmith.rundir import Outcome, ProgressLine, RunDir, RunSpec, Snapshot
+from tunesmith.runs.dispatcher import FAULTS, FRUITLESS_STARTS, TIDY_EVERY_S, Dispatcher
 from tunesmith.runs.executor import Executor, InlineExecutor, RunState
 from tunesmith.runs.local import LocalExecutor
 
@@ -406,6 +407,139 @@ def test_a_cancelled_job_is_stopped_at_once_and_its_folder_pruned(platform: Plat
     dispatcher.tick()
     assert not platform.run_dir().training_file.exists()
     assert platform.get(job).status is JobStatus.CANCELLED
+
+
+def test_a_paused_job_saves_what_it_has_and_makes_room_and_goes_on(platform: Platform) -> None:
+    executor = Watched()
+    executor.deaf = True
+    first, second = platform.create(), platform.create()
+    dispatcher = platform.dispatcher(executor)
+    dispatcher.tick()
+    (handle,) = executor.states
+    platform.jobs.pause(platform.caller, first.id)
+    dispatcher.tick()
+    assert executor.stopped == [(handle, dispatcher.drain_s)], "it was not given time for a checkpoint"
+    assert len(dispatcher._runs) == 1
+    executor.states[handle] = RunState.EXITED
+    dispatcher.tick()
+    assert {run.claim.job.id for run in dispatcher._runs.values()} == {second.id}
+
+    platform.jobs.cancel(platform.caller, second.id)
+    executor.deaf = False
+    platform.jobs.resume(platform.caller, first.id)
+    dispatcher.tick()
+    dispatcher.tick()
+    (run,) = dispatcher._runs.values()
+    assert run.claim.job.id == first.id
+    assert run.handle is not None and run.handle.startswith(run.claim.run_id)
+    assert INTERRUPTED not in platform.messages(first)
+
+
+def test_a_job_paused_as_it_ended_succeeds(platform: Platform) -> None:
+    executor = Watched()
+    job = platform.create()
+    dispatcher = platform.dispatcher(executor)
+    dispatcher.tick()
+    finish(platform.run_dir().path)
+    platform.jobs.pause(platform.caller, job.id)
+    for _ in range(2):
+        dispatcher.tick()
+    assert platform.get(job).status is JobStatus.SUCCEEDED
+    assert not platform.get(job).paused
+
+
+def test_a_job_cancelled_while_it_rests_is_pruned(platform: Platform) -> None:
+    executor = Watched()
+    job = platform.create()
+    dispatcher = platform.dispatcher(executor)
+    dispatcher.tick()
+    platform.jobs.pause(platform.caller, job.id)
+    for _ in range(2):
+        dispatcher.tick()
+    assert not dispatcher._runs
+    platform.jobs.cancel(platform.caller, job.id)
+    platform.clock.now += TIDY_EVERY_S
+    dispatcher.tick()
+    assert not platform.run_dir().training_file.exists()
+
+
+def test_kept_epochs_become_models(platform: Platform) -> None:
+    def train(path: Path) -> None:
+        for step in (3, 6):
+            folder = RunDir(path).snapshot(step)
+            folder.adapter.mkdir(parents=True)
+            (folder.adapter / "adapter_model.safetensors").write_bytes(b"epoch %d" % step)
+            folder.write_snapshot(Snapshot(step, {"step": step}))
+        finish(path)
+
+    job = platform.create(epoch_checkpoints=2)
+    dispatcher = platform.dispatcher(InlineExecutor(train))
+    for _ in range(3):
+        dispatcher.tick()
+    found = platform.jobs.checkpoints(platform.caller, job.id)
+    assert [model.step for model in found] == [6, 3]
+    assert found[0].adapter_dir is not None
+    assert (found[0].adapter_dir / "adapter_model.safetensors").read_bytes() == b"epoch 6"
+    assert not platform.run_dir().epochs.exists()
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EROFS, "can only be read"), (errno.ENOSPC, "no room")])
+def test_a_disk_that_fails_for_long_fails_the_job_in_words(platform: Platform, number: int, words: str) -> None:
+    class Broken(Watched):
+        def start(self, run_dir: Path) -> str:
+            raise OSError(number, "as the system says it", str(run_dir))
+
+    job = platform.create()
+    dispatcher = platform.dispatcher(Broken())
+    for _ in range(FAULTS + 2):
+        platform.clock.now += 31
+        dispatcher.tick()
+    error = platform.get(job).error or ""
+    assert words in error
+    assert str(platform.home) not in error
+
+
+@pytest.mark.parametrize("jump_s", [-86_400.0, 86_400.0])
+def test_a_clock_that_jumps_costs_no_job_its_dispatcher(platform: Platform, jump_s: float) -> None:
+    """Wall-clock time alone jumps: the dispatcher measures silence by a clock that nobody sets."""
+    wall = Clock()
+    platform.store.clock = wall
+    job = platform.create()
+    executor = Watched()
+    dispatcher = platform.dispatcher(executor, max_concurrent_runs=2)
+    dispatcher.tick()
+    wall.now += jump_s
+    dispatcher.tick()
+    dispatcher.tick()
+    (run,) = dispatcher._runs.values()
+    assert (run.claim.lease, executor.stopped, len(executor.states)) == (1, [], 1)
+    finish(platform.run_dir().path)
+    executor.states = dict.fromkeys(executor.states, RunState.EXITED)
+    dispatcher.tick()
+    assert platform.get(job).status is JobStatus.SUCCEEDED
+
+
+def test_a_trainer_stopped_by_sigstop_is_killed_and_the_next_goes_on(platform: Platform) -> None:
+    """A real process, frozen for longer than its lease and its heartbeat allow."""
+    executor = LocalExecutor(threads=1, niceness=0, command=(sys.executable, "-c", TRAINER))
+    platform.create()
+    dispatcher = platform.dispatcher(executor, lease_s=60.0, stalled_after_s=120.0)
+    dispatcher.tick()
+    (run,) = dispatcher._runs.values()
+    until(run.run_dir.heartbeat.exists)
+    dispatcher.tick()
+    first = run.handle
+    assert first is not None
+    os.kill(int(first.partition(":")[0]), signal.SIGSTOP)
+    platform.clock.now += 121
+    dispatcher.tick()
+    until(lambda: executor.state(first) is not RunState.RUNNING)
+    dispatcher.tick()
+    assert run.handle not in (None, first)
+    assert run.claim.lease == 1
+    assert run.handle is not None
+    executor.stop(run.handle, 0.0)
+    until(lambda: executor.state(run.handle or "") is not RunState.RUNNING)
 
 
 def test_a_job_taken_over_is_let_go_but_not_pruned(platform: Platform) -> None:

@@ -14,7 +14,7 @@ from tests.waiting import until
 from tunesmith.rundir import RunDir
 from tunesmith.runs import local
 from tunesmith.runs.executor import RunState
-from tunesmith.runs.local import LocalExecutor
+from tunesmith.runs.local import LocalExecutor, count_memory_kills
 
 # Says it is ready; at SIGTERM exits with 75 as a trainer does, unless it was told to be deaf.
 WAITING = """
@@ -96,6 +96,36 @@ def test_a_run_deaf_to_the_request_is_killed_when_its_grace_is_over(
     executor.stop(handle, 10.0)
     until(lambda: executor.state(handle) is RunState.EXITED)
     assert RunDir(tmp_path).log.read_text().endswith("The trainer process was ended by SIGKILL.\n")
+
+
+@pytest.mark.parametrize(("kills", "shortages"), [(1, 1), (0, 0)])
+def test_a_run_that_the_kernel_killed_for_memory_takes_less_the_next_time(
+    tmp_path: Path, kills: int, shortages: int
+) -> None:
+    counts = iter([5, 5 + kills])
+    executor = LocalExecutor(
+        threads=1, niceness=0, command=(sys.executable, "-c", WAITING), memory_kills=lambda: next(counts)
+    )
+    handle = _start(executor, tmp_path)
+    os.kill(int(handle.split(":")[0]), signal.SIGKILL)
+    until(lambda: executor.state(handle) is RunState.EXITED)
+    assert RunDir(tmp_path).count_shortages() == shortages
+    assert ("ran out of memory" in RunDir(tmp_path).log.read_text()) == bool(shortages)
+
+
+def test_a_kill_of_our_own_is_no_shortage(tmp_path: Path) -> None:
+    counts = iter([5, 6])
+    executor = LocalExecutor(
+        threads=1, niceness=0, command=(sys.executable, "-c", WAITING), memory_kills=lambda: next(counts)
+    )
+    _end(executor, _start(executor, tmp_path))
+    assert RunDir(tmp_path).count_shortages() == 0
+
+
+def test_kills_for_memory_are_counted_where_the_kernel_tells(tmp_path: Path) -> None:
+    (tmp_path / "vmstat").write_text("nr_free_pages 12\noom_kill 3\n")
+    assert count_memory_kills(tmp_path / "vmstat") == 3
+    assert count_memory_kills(tmp_path / "nowhere") == 0
 
 
 def test_a_frozen_run_can_be_killed(executor: LocalExecutor, tmp_path: Path) -> None:

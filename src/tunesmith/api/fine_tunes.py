@@ -231,7 +231,8 @@ def _hyperparams(job: Job) -> dict[str, Any]:
         values |= {name: value for name, value in given.items() if value is not None}
     if asked.lora_rank is not None or asked.lora_alpha is not None:
         values |= {name: getattr(resolved or asked, name) for name in ("lora_rank", "lora_alpha")}
-    return values | {name: value for name in OUR_OWN if (value := getattr(asked, name)) not in (None, False)}
+    ours = {name: getattr(asked, name) for name in OUR_OWN}
+    return values | {name: value for name, value in ours.items() if value is not None and value is not False}
 
 
 def _number_or_auto(fields: Fields, name: str) -> int | None:

@@ -19,8 +19,8 @@ from tunesmith.core.bases import Bases
 from tunesmith.core.files import Files
 from tunesmith.core.jobs import Claim, Jobs
 from tunesmith.core.models import Models
-from tunesmith.errors import InvalidRequest, LeaseLost, NotFound, PermissionDenied
-from tunesmith.rundir import Outcome, ResolvedHyperparameters, RunDir, RunSpec
+from tunesmith.errors import InvalidRequest, LeaseLost, NotFound, PermissionDenied, StorageFull
+from tunesmith.rundir import BROKEN_DISK, NO_ROOM, Outcome, ResolvedHyperparameters, RunDir, RunSpec
 from tunesmith.runs import folder
 from tunesmith.runs.executor import Executor, RunState
 
@@ -165,7 +165,7 @@ class Dispatcher:
                 run.faults += 1
                 run.not_before = self.monotonic() + min(2.0**run.faults, LONGEST_PAUSE_S)
                 if run.faults > FAULTS and run.verdict is None:
-                    run.verdict = f"The server could not go on with this run: {type(error).__name__}: {error}"
+                    run.verdict = _reason(error)
 
     def _step(self, run: _Run) -> None:
         to_rest = self.jobs.heartbeat(run.claim, self.lease_s)
@@ -220,9 +220,9 @@ class Dispatcher:
         if fruitless and now < run.restart_at:
             return
         spec = self._prepare(run)
+        run.handle = self.executor.start(run.run_dir.path)
         run.fruitless, run.restart_at = fruitless, now + min(2.0**fruitless, LONGEST_PAUSE_S)
         run.reached, run.pulse, run.pulse_at = reached, None, now
-        run.handle = self.executor.start(run.run_dir.path)
         run.unnoted = spec.hyperparameters
         logger.info("run started run=%s handle=%s fruitless=%d", run.claim.run_id, run.handle, run.fruitless)
         self._note_start(run)
@@ -334,3 +334,13 @@ class Dispatcher:
             logger.exception("dispatcher: %s", what)
             return error
         return None
+
+
+def _reason(error: Exception | None) -> str:
+    """Why a job fails that met the same error again and again, in words for its user."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, StorageFull) or number in NO_ROOM:
+        return "There is no room on the server's disk: free some, and fine-tune again."
+    if number in BROKEN_DISK:
+        return "The server's disk can only be read, or gives errors: it has to be mended; then fine-tune again."
+    return f"The server could not go on with this run: {type(error).__name__}: {error}"

@@ -21,6 +21,7 @@ from tunesmith.runs.executor import RunState
 logger = logging.getLogger(__name__)
 
 TRAINER = (sys.executable, "-m", "tunesmith.training")
+VMSTAT = Path("/proc/vmstat")
 _ZOMBIE = "Z"
 
 
@@ -38,18 +39,22 @@ class LocalExecutor:
         niceness: int,
         command: Sequence[str] = TRAINER,
         monotonic: Callable[[], float] = time.monotonic,
+        memory_kills: Callable[[], int] = lambda: count_memory_kills(VMSTAT),
     ) -> None:
         self._command = tuple(command)
         self._threads = threads
         self._niceness = niceness
         self._monotonic = monotonic
-        self._children: dict[str, tuple[subprocess.Popen[bytes], RunDir]] = {}
+        self._memory_kills = memory_kills
+        self._children: dict[str, tuple[subprocess.Popen[bytes], RunDir, int]] = {}
+        """With how often the kernel had killed for memory when the process was started."""
         self._exited: set[str] = set()
         self._asked_at: dict[str, float] = {}
 
     def start(self, run_dir: Path) -> str:
         """See `Executor`. Output of the process is appended to the folder's log."""
         folder = RunDir(run_dir)
+        kills = self._memory_kills()
         with folder.log.open("ab") as log:
             child = subprocess.Popen(
                 [*self._command, str(run_dir)],
@@ -65,17 +70,20 @@ class LocalExecutor:
         os.setpriority(os.PRIO_PROCESS, child.pid, self._niceness)
         # An unreaped child keeps its entry in the process table, so there is a start time even if it has died already.
         handle = f"{child.pid}:{_stat(child.pid)[1]}"
-        self._children[handle] = (child, folder)
+        self._children[handle] = (child, folder, kills)
         return handle
 
     def state(self, handle: str) -> RunState:
         """See `Executor`."""
         if handle in self._children:
-            child, folder = self._children[handle]
+            child, folder, kills = self._children[handle]
             code = child.poll()
             if code is None:
                 return RunState.RUNNING
-            _note_exit(folder, code)
+            # A kill that was not ours, while the kernel killed for memory somewhere: this was most likely one of them.
+            # If it was not, the run goes on a little slower.
+            for_memory = code == -signal.SIGKILL and handle not in self._asked_at and self._memory_kills() > kills
+            _note_exit(folder, code, for_memory=for_memory)
             del self._children[handle]
             self._asked_at.pop(handle, None)
             self._exited.add(handle)
@@ -111,9 +119,21 @@ def trainer_environment(inherited: Mapping[str, str], threads: int) -> dict[str,
     }
 
 
-def _note_exit(folder: RunDir, code: int) -> None:
+def count_memory_kills(vmstat: Path) -> int:
+    """How many processes the kernel has killed for memory since the machine started; 0 where it does not say."""
+    try:
+        fields = dict(line.split(maxsplit=1) for line in vmstat.read_text().splitlines())
+    except OSError:
+        return 0
+    return int(fields.get("oom_kill", 0))
+
+
+def _note_exit(folder: RunDir, code: int, *, for_memory: bool) -> None:
     """The log's last line says how the process ended: a killed one had no time to say it itself."""
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    if for_memory:
+        how += ": the server ran out of memory"
+        folder.note_shortage()  # the next trainer takes smaller micro-batches
     logger.info("trainer %s run=%s", how, folder.path.name)
     if code != 0 and folder.path.is_dir():
         with folder.log.open("a") as log:

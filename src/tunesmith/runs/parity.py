@@ -12,11 +12,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunesmith.data.formats import read_examples
 from tunesmith.engine.base import Engine, GenerateRequest, PromptScored, SamplingParams
 from tunesmith.rundir import RunDir, RunSpec
+from tunesmith.tokenizer import Tokenizer
 
 TOLERANCE_NATS = 1e-4
 """Two fp32 computations of the same log-probability, with different batches and caches, differ by about 1e-5."""
+LEAST_EFFECT_NATS = 1e-5
+"""Tuned and untuned differ by more than this somewhere: less may be rounding, with no adapter in the way."""
+SATURATED_NATS = 1e-3
+"""Where the base is as sure of every token as this, tuning has nothing to add, and any difference will do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,36 @@ def read_rows(run_dir: RunDir) -> list[ParityRow]:
     if not rows:
         raise ValueError(f"{run_dir.parity} has no rows")
     return rows
+
+
+async def check_run(engine: Engine, run_dir: RunDir, spec: RunSpec) -> str | None:
+    """Why the adapters of a run, kept epochs included, may not be served, in words for the user; None if all may.
+
+    Raises EngineUnavailable if the engine dies meanwhile: then ask again.
+    """
+    reason = check_text(run_dir, spec)
+    for folder in (run_dir, *(folder for _, folder in run_dir.snapshots())):
+        reason = reason or await check(engine, folder, spec, folder.adapter)
+    return reason
+
+
+def check_text(run_dir: RunDir, spec: RunSpec) -> str | None:
+    """Why the tokens that were trained on are not those that a user's text becomes; None if they are.
+
+    The trainer leaves the first rows of its file; here they are encoded as a request for a completion is.
+    """
+    tokenizer = Tokenizer.from_folder(Path(spec.base_dir))
+    path = run_dir.validation_file if run_dir.validation_file.exists() else run_dir.training_file
+    with path.open("rb") as lines:
+        for index, (row, example) in enumerate(zip(read_rows(run_dir), read_examples(lines), strict=False)):
+            prompt_ids = tuple(tokenizer.prompt_ids(example.prompt))
+            asked = prompt_ids + tuple(tokenizer.encode(example.completion))
+            if (asked, len(prompt_ids)) != (row.token_ids, row.completion_start):
+                return (
+                    f"The model was not trained on what users will ask of it: row {index + 1} is other tokens in a "
+                    "request than in training."
+                )
+    return None
 
 
 async def check(engine: Engine, run_dir: RunDir, spec: RunSpec, adapter_dir: Path) -> str | None:
@@ -75,7 +111,9 @@ def compare(rows: list[ParityRow], served: list[tuple[float, ...]], untuned: lis
                     f"{index + 1} the trainer's log-probability is {trained:.6f} and the served one {answered:.6f}, "
                     f"which may differ by at most {TOLERANCE_NATS:g}."
                 )
-    if served == untuned:
+    effect = max(abs(a - b) for s, u in zip(served, untuned, strict=True) for a, b in zip(s, u, strict=True))
+    certain = all(logprob > -SATURATED_NATS for row in untuned for logprob in row)
+    if effect <= (0.0 if certain else LEAST_EFFECT_NATS):
         return "The served model answers exactly as its base does: the trained adapter has no effect."
     return None
 

@@ -9,13 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunesmith.errors import TunesmithError
-from tunesmith.rundir import NO_ROOM, Outcome, RunDir
+from tunesmith.rundir import BROKEN_DISK, NO_ROOM, Outcome, RunDir
 from tunesmith.training.process import AlreadyRunning, die_with_parent, only_trainer, stop_on_sigterm
 
 logger = logging.getLogger("tunesmith.training")
 
 UNEXPECTED = "The trainer met an unexpected error. The operator of this server finds it in the log of the run."
 NO_ROOM_LEFT = "There is no room on the server's disk for checkpoints and results: free some, and fine-tune again."
+DISK_BROKEN = "The server's disk can only be read, or gives errors: it has to be mended; then fine-tune again."
+NO_MEMORY = (
+    "The server has too little memory for this model: make some free, or take a smaller one, and fine-tune again."
+)
 """Last words of the log: what the user is told if starting again was in vain too often."""
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: start it again and it goes on."""
@@ -24,7 +28,7 @@ EXIT_STOPPED = 75
 def main(arguments: list[str]) -> int:
     """Exit status: 0 with an outcome written, 75 when stopped with a checkpoint, 1 if another trainer is at work.
 
-    Raises SystemExit (status 1) with a sentence for the user where the disk has no room.
+    Raises SystemExit (status 1) with a sentence for the user where disk or memory fail.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     (folder,) = arguments
@@ -40,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
             logger.info("training starts run=%s", run_dir.path.name)
             try:
-                with dying_of_a_full_disk():
+                with dying_with_the_machine(run_dir):
                     outcome = train(run_dir, stop_asked=stop_asked)
             except TunesmithError as error:
                 logger.info("training failed run=%s", run_dir.path.name, exc_info=True)
@@ -51,7 +55,7 @@ def main(arguments: list[str]) -> int:
             if outcome is None:
                 logger.info("training stopped run=%s", run_dir.path.name)
                 return EXIT_STOPPED
-            with dying_of_a_full_disk():
+            with dying_with_the_machine(run_dir):
                 run_dir.write_outcome(outcome)
             logger.info("training ended run=%s status=%s", run_dir.path.name, outcome.status)
             return 0
@@ -61,15 +65,27 @@ def main(arguments: list[str]) -> int:
 
 
 @contextmanager
-def dying_of_a_full_disk() -> Iterator[None]:
-    """Ends the process where the disk has no room: that is no outcome, and the run goes on when it is started again."""
+def dying_with_the_machine(run_dir: RunDir) -> Iterator[None]:
+    """Ends the process where disk or memory fail: that is no outcome, and the run goes on when it is started again."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in NO_ROOM:
+    except (OSError, MemoryError, RuntimeError) as error:
+        last_words = _last_words(error)
+        if last_words is None:
             raise
-        logger.exception("training met a full disk")
-        raise SystemExit(NO_ROOM_LEFT) from error
+        if last_words is NO_MEMORY:
+            run_dir.note_shortage()
+        logger.exception("training met a fault of the machine")
+        raise SystemExit(last_words) from error
+
+
+def _last_words(error: Exception) -> str | None:
+    """What to say of a fault of the machine; None for any other error."""
+    from tunesmith.training.memory import is_shortage  # torch, by then loaded
+
+    if isinstance(error, OSError):
+        return NO_ROOM_LEFT if error.errno in NO_ROOM else DISK_BROKEN if error.errno in BROKEN_DISK else None
+    return NO_MEMORY if is_shortage(error) else None
 
 
 if __name__ == "__main__":
