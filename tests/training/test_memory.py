@@ -6,16 +6,18 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.training.rows import examples, make_run
-from tunesmith.decoder.llama import Llama
 from tunesmith.rundir import ResolvedHyperparameters, RunDir
+from tunesmith.training import evaluate, gradients
 from tunesmith.training.loop import train
 from tunesmith.training.memory import LEAST_TOKENS, Room, is_shortage
+from tunesmith.training.packing import MicroBatch, micro_batches
 
 ASKED = ResolvedHyperparameters(n_epochs=2, batch_size=8, learning_rate_multiplier=0.1, prompt_loss_weight=0.01)
 
@@ -29,16 +31,17 @@ def test_the_same_batch_in_smaller_parts_gives_the_same_within_rounding(
 ) -> None:
     roomy, tight = (_run(tmp_path / name, tiny_base) for name in ("roomy", "tight"))
     train(roomy)
-    hidden = Llama.hidden
     seen: list[int] = []
 
-    def bounded(self: Llama, ids: torch.Tensor, *rest: object) -> torch.Tensor:
-        seen.append(len(ids))
-        if len(ids) > 40:
+    def bounded(*arguments: Any, **options: Any) -> list[MicroBatch]:
+        batches = micro_batches(*arguments, **options)
+        seen.extend(len(batch.token_ids_N) for batch in batches)
+        if max(len(batch.token_ids_N) for batch in batches) > 40:
             raise torch.OutOfMemoryError("no room")
-        return hidden(self, ids, *rest)  # type: ignore[arg-type]
+        return batches
 
-    monkeypatch.setattr(Llama, "hidden", bounded)
+    for module in (evaluate, gradients):
+        monkeypatch.setattr(module, "micro_batches", bounded)
     train(tight)
 
     assert max(seen) > 40

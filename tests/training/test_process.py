@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.training.rows import CLASSIFY, examples, make_run
 from tunesmith.rundir import Outcome, RunDir
 from tunesmith.training.loop import train
@@ -123,7 +125,7 @@ def test_bad_data_ends_with_a_sentence_for_the_user(tiny_base: Path, tmp_path: P
 def test_a_fault_of_ours_is_in_the_log_and_not_in_the_sentence(tiny_base: Path, tmp_path: Path) -> None:
     run_dir = _make(tmp_path / "run", tiny_base)
     spec = json.loads(run_dir.spec.read_text())
-    run_dir.spec.write_text(json.dumps(spec | {"base_dir": str(tmp_path / "nowhere")}))
+    run_dir.spec.write_text(json.dumps(spec | {"nowhere": "a field that no version knows"}))
 
     finished = subprocess.run(
         _command(run_dir), env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
@@ -158,6 +160,45 @@ def test_a_full_disk_is_no_outcome_and_the_next_start_goes_on(tiny_base: Path, t
     assert run_dir.read_outcome() is None
     assert _start(run_dir).wait(PATIENCE_S) == _start(undisturbed).wait(PATIENCE_S) == 0
     for name in PRODUCTS:
+        assert (run_dir.path / name).read_bytes() == (undisturbed.path / name).read_bytes(), name
+
+
+FAULTS = {
+    "a read-only disk": ("OSError(errno.EROFS, 'Read-only file system')", "can only be read", 0),
+    "no memory": ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory")', "too little memory", 1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_machine_is_no_outcome(tiny_base: Path, tmp_path: Path, fault: str) -> None:
+    """Raised where the third checkpoint is saved; the next trainer goes on from the second."""
+    error, words, shortages = FAULTS[fault]
+    run_dir, undisturbed = (_make(tmp_path / name, tiny_base, n_epochs=3, checkpoint_interval_s=0.0) for name in "ab")
+    break_third = (
+        "import errno, runpy\n"
+        "from tunesmith.training import checkpoint\n"
+        "save = checkpoint.save\n"
+        "def failing(folder, position, state):\n"
+        f"    if position.step == 3: raise {error}\n"
+        "    save(folder, position, state)\n"
+        "checkpoint.save = failing\n"
+        "runpy.run_module('tunesmith.training', run_name='__main__', alter_sys=True)"
+    )
+    died = subprocess.run(
+        [sys.executable, "-c", break_third, str(run_dir.path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+    assert died.returncode == 1
+    assert words in died.stderr.splitlines()[-1]
+    assert run_dir.read_outcome() is None
+    assert run_dir.count_shortages() == shortages
+    assert train(run_dir) == train(undisturbed)
+    for name in set(PRODUCTS) - {"outcome.json"}:
         assert (run_dir.path / name).read_bytes() == (undisturbed.path / name).read_bytes(), name
 
 
