@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import tunesmith.decoder
 from tests.architectures import FOREIGN, OWN, WINDOW, make_base
 from tests.training.rows import random_rows
+from tunesmith.adapters.lora import Linear
 from tunesmith.decoder import foreign, loading, probe
 from tunesmith.decoder.base import Attend
 from tunesmith.decoder.llama import Llama
@@ -50,6 +51,7 @@ def test_shape_and_layout_are_read_off_the_model(tmp_path: Path) -> None:
 
     assert (config.vocabulary_size, config.context_tokens, config.kv_heads, config.head_width) == (16_384, 256, 4, 8)
     assert (config.layout.path, config.layout.transposed) == ("transformer.h", True)
+    assert config.layout.embedding == Linear("transformer.wte", outputs=32, inputs=16_384)
     assert [(layer, linear.name, linear.outputs, linear.inputs) for layer, linear in config.layout.linears()] == [
         (layer, *linear)
         for layer in (0, 1)

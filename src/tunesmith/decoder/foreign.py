@@ -1,8 +1,9 @@
 """The forward pass of any other architecture: that of transformers, with our attention and our adapters in it.
 
 What transformers computes between attention and attention stays as it is. Its attention is replaced by the `attend`
-that the caller passes in, through the registry that transformers keeps for that; every linear layer of a decoder layer
-gets the delta of the adapters added. What cannot be computed that way is refused at load (`decoder.probe`).
+that the caller passes in, through the registry that transformers keeps for that; every linear layer of a decoder layer,
+and the embedding, gets the delta of the adapters added. What cannot be computed that way is refused at load
+(`decoder.probe`).
 
 Legend: as in `decoder.base`; I, O = inputs and outputs of a linear layer.
 """
@@ -76,6 +77,8 @@ class Foreign:
         for index, name in ((index, name) for index, names in enumerate(trace.linears) for name in names):
             linear = network.get_submodule(f"{trace.path}.{index}.{name}")
             linear.register_forward_hook(partial(_add_delta, index, name))
+        if self.config.layout.embedding is not None:
+            embedding.register_forward_hook(_add_embedding_delta)
 
     def hidden(
         self, token_ids_N: Tensor, positions_N: Tensor, attend: Attend, adapters: Adapters | None = None
@@ -142,7 +145,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     return model
 
 
-def _layout(network: nn.Module, trace: Trace) -> Layout:
+def _layout(network: transformers.PreTrainedModel, trace: Trace) -> Layout:
     transposed = False
     layers: list[dict[Site, tuple[Linear, ...]]] = []
     for index, names in enumerate(trace.linears):
@@ -153,7 +156,15 @@ def _layout(network: nn.Module, trace: Trace) -> Layout:
             if not isinstance(linear, nn.Linear):  # Conv1D
                 outputs, inputs, transposed = inputs, outputs, True
             layers[-1][name] = (Linear(name, outputs, inputs),)
-    return Layout(trace.path, tuple(layers), transposed)
+    return Layout(trace.path, tuple(layers), transposed, _embedding(network))
+
+
+def _embedding(network: transformers.PreTrainedModel) -> Linear | None:
+    module = network.get_input_embeddings()
+    if not isinstance(module, nn.Embedding):
+        return None
+    name = next(name for name, other in network.named_modules() if other is module)
+    return Linear(name, outputs=module.embedding_dim, inputs=module.num_embeddings)
 
 
 def _attention(
@@ -184,6 +195,17 @@ def _add_delta(layer: int, site: Site, _: nn.Module, inputs: tuple[Tensor, ...],
         return None
     delta_NO = call.adapters.delta(layer, site, inputs[0].flatten(0, -2))
     return None if delta_NO is None else output + delta_NO.view_as(output)
+
+
+def _add_embedding_delta(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    call = _CALL.get()
+    if call is None or call.adapters is None:
+        return None
+    delta_ND = call.adapters.embedding_delta(inputs[0].flatten())
+    if delta_ND is None:
+        return None
+    scale = getattr(module, "embed_scale", None)  # Gemma's embedding multiplies what it looks up; so does PEFT
+    return output + (delta_ND if scale is None else delta_ND * scale.to(delta_ND.dtype)).view_as(output)
 
 
 transformers.AttentionInterface.register(ATTENTION, _attention)

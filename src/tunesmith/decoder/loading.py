@@ -22,7 +22,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         return _load(folder, dtype, device)
     except KeyError as error:
         raise ValueError(f"the weights of {folder.name} lack {error.args[0]}") from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder.name} cannot be read: {error}".replace(str(folder), folder.name)) from error
+    except ValueError as error:
         raise ValueError(str(error).replace(str(folder), folder.name)) from error
 
 
