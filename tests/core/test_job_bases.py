@@ -56,12 +56,15 @@ def test_a_price_is_the_one_at_the_time_of_asking(world: World) -> None:
 
 def test_jobs_of_the_first_schema_cost_nothing(world: World) -> None:
     job = world.job()
+    later = {"jobs": "cost_usd paused_unix started_unix finished_unix", "models": "step metrics", "events": "kind"}
     with world.store.transaction() as connection:
-        connection.execute(text("ALTER TABLE jobs DROP COLUMN cost_usd"))
+        for table, columns in later.items():
+            for column in columns.split():
+                connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     world.store.migrate()
-    world.jobs.enqueue()
     assert world.jobs.get(world.owner, job.id) == job
+    world.jobs.enqueue()
     assert world.messages(job.id)[1] == "Fine-tune costs $0.00"
 
 
