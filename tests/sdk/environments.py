@@ -14,14 +14,14 @@ HERE = Path(__file__).parent
 INSTALL_WITHIN_S = 300
 
 
-def python_with(requirement: str) -> Path:
-    """The interpreter of an environment with one requirement and what it needs; skips where no registry answers."""
-    folder = HERE / ".venvs" / requirement.replace("==", "-")
+def python_with(*requirements: str) -> Path:
+    """The interpreter of an environment with these and what they need; skips where no registry answers."""
+    folder = HERE / ".venvs" / "+".join(requirements).replace("==", "-")
     python, ready = folder / "bin" / "python", folder / ".ready"
     if not ready.exists():
         shutil.rmtree(folder, ignore_errors=True)
         _install([sys.executable, "-m", "venv", str(folder)])
-        _install([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", requirement])
+        _install([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
         ready.touch()
     return python
 

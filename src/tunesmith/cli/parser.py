@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands, everywhere)
     _add_keys(commands, everywhere)
     _add_models(commands, everywhere)
+    _add_prepare(commands, everywhere)
     add_api(commands, everywhere)
     return parser
 
@@ -173,3 +174,53 @@ def _add_models(commands: Commands[argparse.ArgumentParser], everywhere: argpars
     check.add_argument("names", nargs="*", metavar="NAME", help="Bases to check (default: all).")
     check.add_argument("--home", help="Folder for everything that is kept (default: TUNESMITH_HOME or ~/.tunesmith).")
     check.set_defaults(run="tunesmith.cli.check:check")
+
+
+def _add_prepare(commands: Commands[argparse.ArgumentParser], everywhere: argparse.ArgumentParser) -> None:
+    """One command under two names: `tools fine_tunes.prepare_data -f FILE`, as published, and `prepare FILE`."""
+    description = (
+        "Reads a file of prompts and completions, says what would hurt a fine-tune, offers to mend it, and writes "
+        "JSONL ready to train on beside it. The file itself stays as it is. Needs no server."
+    )
+    tools = commands.add_parser("tools", help="The tools of the published command line: preparing training data.")
+    verbs = tools.add_subparsers(title="tools", metavar="TOOL", required=True)
+    published = verbs.add_parser(
+        "fine_tunes.prepare_data", parents=[everywhere], help="The same as `prepare`.", description=description
+    )
+    published.add_argument("-f", "--file", required=True, help="CSV, TSV, XLSX, JSON, JSONL or TXT file to prepare.")
+    own = commands.add_parser(
+        "prepare",
+        parents=[everywhere],
+        help="Check and mend training data: CSV, TSV, XLSX, JSON, JSONL or TXT to JSONL ready to train on.",
+        description=description,
+    )
+    own.add_argument("file", metavar="FILE", help="CSV, TSV, XLSX, JSON, JSONL or TXT file to prepare.")
+    for verb in (published, own):
+        verb.add_argument("-q", "--quiet", action="store_true", help="Take every suggestion; ask nothing.")
+        verb.add_argument("--prompt-column", metavar="NAME", help="Column/key to read prompts from (default: prompt).")
+        verb.add_argument(
+            "--completion-column", metavar="NAME", help="Column/key to read completions from (default: completion)."
+        )
+        verb.add_argument("--sheet", metavar="NAME", help="Sheet of a workbook to read (default: the first).")
+        verb.add_argument(
+            "-m",
+            "--model",
+            default="ada",
+            help="Base model whose tokens are counted and whose length is the limit (default: ada).",
+        )
+        verb.add_argument(
+            "--split",
+            choices=["stratified", "random", "none"],
+            default="stratified",
+            help="How validation rows are chosen where the rows look like classification: as many of each class as it "
+            "has and equal prompts on one side; as the published command does; or not at all (default: stratified).",
+        )
+        verb.add_argument(
+            "--exact-tokens",
+            action="store_true",
+            help="Count the tokens of large files whole too; otherwise those of a part, from 16 MiB on.",
+        )
+        verb.add_argument(
+            "--home", help="Folder for everything that is kept (default: TUNESMITH_HOME or ~/.tunesmith)."
+        )
+        verb.set_defaults(run="tunesmith.cli.prepare:prepare")

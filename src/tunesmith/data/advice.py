@@ -1,0 +1,82 @@
+"""What to do with prepared rows: the command to run, what it will count, cost and take. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunesmith.data.facts import Facts, Lengths
+from tunesmith.data.rows import Batch
+
+MAX_EXACT_BYTES = 16 << 20
+"""Of larger files the tokens of a part are counted, unless all are asked for."""
+SAMPLED_BYTES = 1 << 19
+"""How much of them."""
+
+
+class TokenMeter:
+    """Counts the tokens of rows: of all, or of every so-manieth."""
+
+    def __init__(self, lengths: Lengths, size_bytes: int, *, exact: bool) -> None:
+        """`size_bytes` is about how much there will be."""
+        self._lengths = lengths
+        self._stride = 1 if exact or size_bytes <= MAX_EXACT_BYTES else -(-size_bytes // SAMPLED_BYTES)
+        self._rows = self._tokens = 0
+        self._characters = self._sampled_characters = 0
+
+    def add(self, batch: Batch) -> None:
+        """The next rows."""
+        pairs = list(zip(batch.prompts, batch.completions, strict=True))[-self._rows % self._stride :: self._stride]
+        self._tokens += sum(self._lengths.count_tokens(pairs)) if pairs else 0
+        self._sampled_characters += sum(len(prompt) + len(completion) for prompt, completion in pairs)
+        self._characters += sum(map(len, batch.prompts)) + sum(map(len, batch.completions))
+        self._rows += len(batch)
+
+    def result(self) -> Tokens:
+        """The count so far."""
+        if self._stride == 1:
+            return Tokens(self._tokens, exact=True)
+        return Tokens(round(self._tokens * self._characters / max(1, self._sampled_characters)), exact=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """How many tokens one pass over the rows has."""
+
+    count: int
+    exact: bool
+    """Counted in every row, or estimated from some."""
+
+
+def metrics_flags(facts: Facts) -> list[str]:
+    """The flags that have classification measured, for rows as they were written.
+
+    Two classes get both flags: `--classification_positive_class` alone implies two for us, but not everywhere.
+    """
+    flags = ["--compute_classification_metrics", "--classification_n_classes", str(facts.distinct_completions)]
+    if facts.distinct_completions == 2:
+        flags += ["--classification_positive_class", facts.classes[0][0]]
+    return flags
+
+
+def quoted(words: Sequence[str]) -> str:
+    """Words as one line for a shell: in double quotes what is not a plain word, as the published command does."""
+    return " ".join(word if _plain(word) else f'"{_escaped(word)}"' for word in words)
+
+
+def duration(seconds: float) -> str:
+    """For people: `41 seconds`, `2.5 minutes`."""
+    for size_s, name, until_s in ((1, "seconds", 60), (60, "minutes", 3_600), (3_600, "hours", 86_400)):
+        if seconds < until_s:
+            return f"{seconds / size_s:.2g} {name}" if seconds / size_s < 10 else f"{seconds / size_s:.0f} {name}"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def _plain(word: str) -> bool:
+    return bool(word) and all(letter.isalnum() or letter in "-_." for letter in word) and word.isascii()
+
+
+def _escaped(word: str) -> str:
+    for letter in '\\"$`':
+        word = word.replace(letter, "\\" + letter)
+    return word
