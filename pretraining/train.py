@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=512)
     parser.add_argument("--long-share", type=float, default=0.15)
     parser.add_argument("--warmup-steps", type=int, default=100)
+    parser.add_argument("--decay-share", type=float, default=0.45)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile the layers; needs a C++ compiler or CUDA")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -170,6 +171,7 @@ def main() -> None:
         row_tokens=arguments.row_tokens,
         long_share=arguments.long_share,
         warmup_steps=arguments.warmup_steps,
+        decay_share=arguments.decay_share,
     )
     run = Run(arguments.device, arguments.compile, arguments.checkpoint_every_steps)
     train(arguments.name, arguments.data, arguments.out, recipe, run)
