@@ -163,7 +163,7 @@ class Bases:
 def _box_base(name: str, others: Sequence[str]) -> Base:
     packed, learning_rate = BOX_NAMES[name]
     sharing = [other for other in others if BOX_NAMES[other][0] == packed]
-    shared = f"; {', '.join(sharing)} name the same weights" if sharing else ""
+    shared = f"; the same weights as {', '.join(sharing)}" if sharing else ""
     return Base(
         name=name,
         context_tokens=LONGEST_EXAMPLE_TOKENS,
