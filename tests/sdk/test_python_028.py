@@ -76,6 +76,7 @@ def test_our_command_line_has_every_flag_of_theirs(python_028: Path, environment
     done = subprocess.run([python_028, program], env=environment, capture_output=True, text=True, check=True)
     theirs = json.loads(done.stdout)
     ours = flow.flags_of_our_api()
-    assert len(ours) >= 18
-    for verb, flags in ours.items():
-        assert set(theirs[verb]) <= set(flags), verb
+    shared = ours.keys() & theirs.keys()  # ours has verbs of its own
+    assert len(shared) >= 18
+    for verb in shared:
+        assert set(theirs[verb]) <= set(ours[verb]), verb
