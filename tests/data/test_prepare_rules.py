@@ -178,7 +178,12 @@ def test_names_are_free_and_go_together(tmp_path: Path) -> None:
     ]
 
 
-def test_nothing_is_left_unless_it_is_published(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nameless", [True, False])
+def test_nothing_is_left_unless_it_is_published(
+    tmp_path: Path, nameless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not nameless:  # as on systems without O_TMPFILE
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
     with pytest.raises(RuntimeError), Staged(tmp_path) as staged:
         staged.write(Batch(1, ["a/b"], ["c"], 0))
         raise RuntimeError

@@ -46,25 +46,33 @@ def prepared_lines(batch: Batch) -> bytes:
 
 
 class Staged:
-    """A file that grows beside its place under a hidden name; gone at the end unless it was published."""
+    """A file that grows in its folder without a name; gone at the end unless it was published.
+
+    Where files without a name are not to be had, it has a hidden one, which kill -9 leaves behind.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises InvalidRequest if nothing can be written there."""
+        self.folder = folder
+        self._path: Path | None = None
         try:
-            number, name = tempfile.mkstemp(prefix=".tunesmith-", suffix=".jsonl", dir=folder)
+            try:
+                number = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+            except (AttributeError, OSError):  # another system, or a file system without them
+                number, name = tempfile.mkstemp(prefix=".tunesmith-", suffix=".jsonl", dir=folder)
+                self._path = Path(name)
+                os.fchmod(number, 0o666 & ~_umask())  # a file like any other, once it is published
         except OSError as error:
             raise InvalidRequest(f"Nothing can be written to {folder}: {error.strerror}.", param="file") from error
-        self.folder = folder
-        self._path = Path(name)
         self._file: BinaryIO = os.fdopen(number, "w+b", buffering=BUFFER_BYTES)
-        os.fchmod(number, 0o666 & ~_umask())  # a file like any other, once it is published
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
-        self._path.unlink(missing_ok=True)
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
     def write(self, batch: Batch) -> None:
         """Raises InvalidRequest for a row longer than an upload may have."""
@@ -118,6 +126,10 @@ class Staged:
 
     def link(self, name: Path) -> None:
         """The file gets its name. Raises FileExistsError if that is taken: nothing is ever written over."""
+        if self._path is None:
+            # Naming a directory has Python call linkat(2), which follows the link in /proc to the file itself.
+            os.link(f"/proc/self/fd/{self._file.fileno()}", name, src_dir_fd=self._file.fileno())
+            return
         try:
             os.link(self._path, name)
         except OSError as error:
