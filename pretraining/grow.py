@@ -53,7 +53,7 @@ def _less(shape: LlamaConfig, old: LlamaConfig, field: str) -> bool:
 
 def _layer_sources(old: int, new: int) -> list[tuple[int, bool]]:
     """(layer of the small model, whether it is a silent copy) of each new layer; copies stand evenly among the rest."""
-    copies = [round((i + 1) * old / (new - old + 1)) - 1 for i in range(new - old)]
+    copies = [max(0, round((i + 1) * old / (new - old + 1)) - 1) for i in range(new - old)]
     return [entry for index in range(old) for entry in [(index, False)] + [(index, True)] * copies.count(index)]
 
 

@@ -40,9 +40,10 @@ class Optimizer:
         for index in sorted(set(range(len(self.parameters))) - set(matrices)):
             parameter, first, second = self.parameters[index], self.first[index], self.second[index]
             first.lerp_(gradient(parameter), 0.1)
-            second.lerp_(gradient(parameter).square(), 0.05)
+            second.mul_(0.95).addcmul_(gradient(parameter), gradient(parameter), value=0.05)
             bias_1, bias_2 = 1 - 0.9 ** (step + 1), 1 - 0.95 ** (step + 1)
-            parameter.sub_(rate * recipe.adam_learning_rate * (first / bias_1) / ((second / bias_2).sqrt() + 1e-8))
+            divisor = second.div(bias_2).sqrt_().add_(1e-8)
+            parameter.addcdiv_(first, divisor, value=-rate * recipe.adam_learning_rate / bias_1)
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -72,11 +73,11 @@ def orthogonal(matrices_LRC: Tensor) -> Tensor:
     """
     x = matrices_LRC.bfloat16()
     tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
+    x = x.mT.contiguous() if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
 
 

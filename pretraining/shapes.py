@@ -96,24 +96,3 @@ def random_llama(config: LlamaConfig, generator: torch.Generator) -> Llama:
     ]
     embedding = torch.randn(config.vocabulary_size, config.width, generator=generator) * 0.02
     return Llama(config, embedding, layers, torch.ones(config.width), embedding)
-
-
-def with_parameters(model: Llama, parameters: list[Tensor]) -> Llama:
-    """The same model over other tensors, in the order of `Llama.parameters`."""
-    supply = iter(parameters)
-    embedding = next(supply)
-    layers = [
-        Layer(
-            attention_norm_D=next(supply),
-            qkv=next(supply),
-            qkv_bias=None,
-            q_norm_d=None,
-            k_norm_d=None,
-            o=next(supply),
-            feed_norm_D=next(supply),
-            gate_up=next(supply),
-            down=next(supply),
-        )
-        for _ in model.layers
-    ]
-    return Llama(model.config, embedding, layers, next(supply), embedding)

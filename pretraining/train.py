@@ -29,7 +29,7 @@ from torch import Tensor
 from pretraining.kernels import CausalRows, HeadLoss, softmax_gradient
 from pretraining.optimizer import Optimizer, Workers, gradient
 from pretraining.recipe import Recipe
-from pretraining.shapes import SHAPES, flops_per_token, random_llama, to_json, with_parameters
+from pretraining.shapes import SHAPES, flops_per_token, random_llama, to_json
 from tunesmith.decoder.llama import Llama
 
 # N = tokens of a micro-batch, D = width, V = vocabulary
@@ -73,7 +73,7 @@ def train(name: str, data: Path, out: Path, recipe: Recipe, run: Run) -> None:
     def hidden(weights: list[Tensor], ids_N: Tensor, row: int) -> Tensor:
         rows = len(ids_N) // row
         positions_N = torch.arange(row, device=ids_N.device).repeat(rows)
-        return with_parameters(template, weights).hidden(ids_N, positions_N, CausalRows(rows, compiled_on_cpu))
+        return template.over(weights).hidden(ids_N, positions_N, CausalRows(rows, compiled_on_cpu))
 
     compiled = torch.compile(fullgraph=True, dynamic=False, disable=not run.compile)
     layers, to_gradient = compiled(hidden), compiled(softmax_gradient)
@@ -108,7 +108,7 @@ def train(name: str, data: Path, out: Path, recipe: Recipe, run: Run) -> None:
         if workers.rank == 0 and (progress.step % run.checkpoint_every_steps == 0 or last):
             save(out, optimizer, progress)
     if workers.rank == 0:
-        write_model(out, with_parameters(template, [p.detach().cpu() for p in parameters]))
+        write_model(out, template.over([p.detach().cpu() for p in parameters]))
     if workers.count > 1:
         dist.destroy_process_group()
 

@@ -203,6 +203,27 @@ class Llama:
         """Every weight once, in a fixed order."""
         yield from (tensor for _, tensor in self._stacked())
 
+    def over(self, parameters: Sequence[Tensor]) -> Llama:
+        """The same model with other weights, in the order of `parameters`."""
+        supply = iter(parameters)
+        embedding_VD = next(supply)
+        layers = [
+            Layer(
+                attention_norm_D=next(supply),
+                qkv=next(supply),
+                qkv_bias=None if layer.qkv_bias is None else next(supply),
+                q_norm_d=None if layer.q_norm_d is None else next(supply),
+                k_norm_d=None if layer.k_norm_d is None else next(supply),
+                o=next(supply),
+                feed_norm_D=next(supply),
+                gate_up=next(supply),
+                down=next(supply),
+            )
+            for layer in self.layers
+        ]
+        norm_D = next(supply)
+        return Llama(self.config, embedding_VD, layers, norm_D, embedding_VD if self.config.tied else next(supply))
+
     def state(self) -> dict[str, Tensor]:
         """The weights under the names of an ordinary checkpoint, unstacked."""
         config, named = self.config, {}
