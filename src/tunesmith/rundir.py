@@ -17,7 +17,8 @@ The platform writes `spec.json` and the data, then starts a trainer on the folde
     checkpoints/     step-<n>/ folders of safetensors + JSON, manifest written last
     epochs/          step-<n>/ folders of adapter/, parity.json and snapshot.json: epochs that become models too
     results.csv      one row a step
-    adapter/         adapter_config.json, adapter_model.safetensors (PEFT's format)
+    adapter/         adapter_config.json, adapter_model.safetensors (PEFT's format); where all weights were trained, an
+                     ordinary checkpoint: config.json, model.safetensors, tokenizer.json
     parity.json      {"rows": [{"token_ids", "completion_start", "logprobs"}]}: rows of the validation (or training)
                      file; `logprobs` are the trainer's own for the tokens from `completion_start` on
     outcome.json     Outcome, written last and renamed into place: no outcome, no success
@@ -36,6 +37,7 @@ from typing import Any, Literal
 PARENT_PID = "TRAINER_PARENT_PID"
 """Given from outside, for a parent may die before its child can ask who it is."""
 SNAPSHOT = "snapshot.json"
+CHECKPOINT_CONFIG = "config.json"
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The system's errors for a disk, a quota or a limit of file size without room: they pass when there is room again."""
 BROKEN_DISK = frozenset({errno.EROFS, errno.EIO})
@@ -56,16 +58,32 @@ class ResolvedHyperparameters:
     classification_positive_class: str | None = None
     """None where no metrics are computed, or for more than two classes."""
     classification_betas: tuple[float, ...] = (1.0,)
+    method: Literal["lora", "full"] = "lora"
+    """Whether an adapter is trained, or all weights."""
     lora_rank: int | None = None
-    """Of the adapter; None where training goes on with that of a tuned model."""
+    """Of the adapter; None where training goes on with that of a tuned model, and where all weights are trained."""
     lora_alpha: float | None = None
     """The adapter's products are scaled by alpha / rank; None as for the rank."""
+    lora_targets: tuple[str, ...] | None = None
+    """What a new adapter covers, by the last part of the names of modules; None: all that it can."""
     best_epoch: bool = False
     """Whether the model is that of the epoch with the lowest validation loss, instead of the last."""
     early_stopping_patience: int | None = None
     """After so many epochs without a lower validation loss training ends; None: never before the last epoch."""
     epoch_checkpoints: int = 0
     """How many of the last epochs become models of their own."""
+
+
+def hyperparameters_from_json(values: dict[str, Any]) -> ResolvedHyperparameters:
+    """The inverse of `asdict`, where JSON has made lists of tuples."""
+    targets = values.get("lora_targets")
+    return ResolvedHyperparameters(
+        **values
+        | {
+            "classification_betas": tuple(values["classification_betas"]),
+            "lora_targets": None if targets is None else tuple(targets),
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +95,7 @@ class RunSpec:
     base_dir: str
     """Checkpoint folder of the base model, with its tokenizer.json."""
     parent_adapter_dir: str | None
-    """Adapter to go on training from, for a model that is already fine-tuned."""
+    """What a model that is already fine-tuned consists of, to go on training from: an adapter, or all weights."""
     context_tokens: int
     hyperparameters: ResolvedHyperparameters
     base_learning_rate: float
@@ -184,7 +202,7 @@ class RunDir:
 
     @property
     def adapter(self) -> Path:
-        """Folder of the finished adapter."""
+        """Folder of the finished adapter, or of all weights."""
         return self.path / "adapter"
 
     @property
@@ -213,8 +231,7 @@ class RunDir:
         if raw.keys() != known:
             raise ValueError(f"{self.spec}: fields differ from RunSpec: {sorted(raw.keys() ^ known)}")
         asked = raw["hyperparameters"]
-        asked["classification_betas"] = tuple(asked["classification_betas"])
-        return RunSpec(**raw | {"hyperparameters": ResolvedHyperparameters(**asked)})
+        return RunSpec(**raw | {"hyperparameters": hyperparameters_from_json(asked)})
 
     def write_outcome(self, outcome: Outcome) -> None:
         """Durable before it returns; the last thing a trainer does."""
@@ -262,6 +279,11 @@ class RunDir:
         whole = content[: content.rfind(b"\n") + 1]
         lines = [ProgressLine(**json.loads(line)) for line in whole.splitlines()]
         return [line for line in lines if line.seq > after_seq]
+
+
+def holds_all_weights(folder: Path) -> bool:
+    """Whether a tuned model is a checkpoint of its own, and no adapter on its base."""
+    return (folder / CHECKPOINT_CONFIG).is_file()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -75,8 +75,42 @@ def test_the_embedding_may_be_left_out_but_not_by_half(tiny_base: Path, tmp_path
 
     name = "base_model.model.model.embed_tokens.lora_embedding_A"
     save_file(load_file(tmp_path / checkpoint.WEIGHTS) | {name: torch.ones(2, 16_384)}, tmp_path / checkpoint.WEIGHTS)
-    with pytest.raises(ValueError, match="lora_embedding_B"):
+    with pytest.raises(ValueError, match=r"no module that it covers: .*lora_embedding_A"):
         checkpoint.load(tmp_path, layout)
+    with pytest.raises(ValueError, match=r"has no .*lora_embedding_B"):
+        _change_config(tmp_path, target_modules=[*config["target_modules"], "embed_tokens"])
+        checkpoint.load(tmp_path, layout)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers for it
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.1\..*down_proj", ["embed_tokens"]])
+def test_an_adapter_of_peft_that_covers_less_is_read(tiny_base: Path, tmp_path: Path, targets: list[str] | str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(4)
+    base = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    theirs = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    model = llama.load(tiny_base)
+
+    lora, _ = checkpoint.load(tmp_path, model.config.layout)
+    checkpoint.save(lora, tmp_path / "again", base_name_or_path="tiny", rank=4, alpha=8.0)
+
+    ids = torch.arange(100, 120)
+    (batch,) = micro_batches([Row(ids.tolist(), 1)], prompt_loss_weight=0.0)
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+        ours = model.logits(model.hidden(batch.token_ids_N, batch.positions_N, batch.attend, lora))
+    assert (ours - expected).abs().max() < 1e-4
+    if isinstance(targets, list):
+        assert lora.covered() == targets
+        written = load_file(tmp_path / "again" / checkpoint.WEIGHTS)
+        assert written.keys() == load_file(tmp_path / checkpoint.WEIGHTS).keys()
 
 
 def test_pickled_weights_are_not_read(tiny_base: Path, tmp_path: Path) -> None:
@@ -98,8 +132,7 @@ def test_pickled_weights_are_not_read(tiny_base: Path, tmp_path: Path) -> None:
 )
 def test_an_option_that_is_not_computed_is_refused(tiny_base: Path, tmp_path: Path, option: str, value: object) -> None:
     _save_tiny(tiny_base, tmp_path)
-    config = json.loads((tmp_path / checkpoint.CONFIG).read_text())
-    (tmp_path / checkpoint.CONFIG).write_text(json.dumps(config | {option: value}))
+    _change_config(tmp_path, **{option: value})
 
     with pytest.raises(ValueError, match=option):
         checkpoint.load(tmp_path, llama.load(tiny_base).config.layout)
@@ -127,3 +160,8 @@ def test_a_missing_layer_a_stray_tensor_and_a_damaged_file_are_named(tiny_base: 
 def _save_tiny(tiny_base: Path, folder: Path) -> None:
     lora = random_lora(llama.load(tiny_base).config.layout, rank=2, alpha=4.0)
     checkpoint.save(lora, folder, base_name_or_path="tiny", rank=2, alpha=4.0)
+
+
+def _change_config(folder: Path, **options: object) -> None:
+    config = json.loads((folder / checkpoint.CONFIG).read_text())
+    (folder / checkpoint.CONFIG).write_text(json.dumps(config | options))

@@ -44,6 +44,24 @@ def test_the_embedding_starts_with_nothing_and_moves_alike_at_every_rank() -> No
         assert float(moved.square().mean().sqrt()) == pytest.approx(EMBEDDING_STEPS, rel=0.05)
 
 
+def test_what_is_no_target_adds_nothing_and_has_no_gradient() -> None:
+    layout = replace(LAYOUT, embedding=Linear("model.embed_tokens", outputs=8, inputs=5))
+    assert layout.targets() == ["q_proj", "k_proj", "v_proj", "o_proj", "fc", "embed_tokens"]
+    chance = torch.Generator().manual_seed(5)
+    lora = initial(layout, rank=2, alpha=4.0, generator=chance, targets=["q_proj", "fc"])
+
+    assert lora.embedding is None
+    assert lora.covered() == ["q_proj", "fc"]
+    parts = [tensor.requires_grad_() for _, _, part in lora.tensors() for tensor in (part.a_RI, part.b_OR)]
+    delta = lora.delta(0, "qkv", torch.randn(5, 8, generator=chance))
+    assert delta is not None
+    gradients = torch.autograd.grad(delta.square().sum() + delta.sum(), parts, allow_unused=True)
+    moved = {
+        name for (_, name, part), b in zip(lora.tensors(), gradients[1::2], strict=True) if b is not None and b.any()
+    }
+    assert moved == {"self_attn.q_proj"}
+
+
 def test_tensors_come_in_the_order_of_the_layout() -> None:
     lora = initial(LAYOUT, rank=1, alpha=1.0, generator=torch.Generator().manual_seed(0))
 

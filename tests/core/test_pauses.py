@@ -157,7 +157,31 @@ def test_a_tuned_model_goes_on_with_the_adapter_that_it_has(world: World, tmp_pa
         world.job(model=name, **{field: 8})
     assert caught.value.param == field
     child = world.job(model=name)
+    assert child.asked.method is None
     assert world.jobs.hyperparameters(child, 2).lora_rank is None
+
+
+def test_a_model_of_all_weights_goes_on_with_all_of_them(world: World, tmp_path: Path) -> None:
+    world.job(method="full")
+    held = start(world)
+    folder, results = trained(tmp_path)
+    (folder / "config.json").write_text("{}")
+    name = world.jobs.succeed(held, adapter_dir=folder, results_csv=results, trained_tokens=7).fine_tuned_model
+
+    child = world.job(model=name)
+    assert child.asked.method == "full"
+    assert world.jobs.hyperparameters(child, 2).method == "full"
+    with pytest.raises(InvalidRequest, match="so they will be"):
+        world.job(model=name, method="lora")
+
+
+def test_modules_that_the_base_does_not_have_are_named_at_once(world: World) -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"lora_targets names c_attn, and `ada` has no such module\. It has: q_proj"
+    ):
+        world.job(lora_targets=("q_proj", "c_attn"))
+    job = world.job(lora_targets=("q_proj", "embed_tokens"))
+    assert world.jobs.hyperparameters(job, 2).lora_targets == ("q_proj", "embed_tokens")
 
 
 def test_the_outlook_goes_by_jobs_that_ended(world: World, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from tunesmith.core import requests
 from tunesmith.core.requests import (
     FineTuneRequest,
+    Start,
     check,
     default_batch_size,
     default_learning_rate_multiplier,
+    go_on_from,
     resolve,
 )
 from tunesmith.errors import InvalidRequest
@@ -38,6 +40,8 @@ def test_the_examples_in_the_docstrings_hold() -> None:
         {"n_epochs": 1, "batch_size": 1, "learning_rate_multiplier": 0.02, "prompt_loss_weight": 0.0},
         {"n_epochs": 50, "batch_size": 256, "learning_rate_multiplier": 10, "prompt_loss_weight": 1},
         {"seed": 0, "lora_rank": 1, "lora_alpha": 0.5, "epoch_checkpoints": 0},
+        {"lora_targets": ("q_proj", "v_proj"), "method": "lora"},
+        {"method": "full"},
         {"seed": 2**31 - 1, "lora_rank": 256, "lora_alpha": 65_536, "epoch_checkpoints": 50},
         {"best_epoch": True, "early_stopping_patience": 1, "validation_file": "file-v"},
         METRICS | {"classification_n_classes": 2},
@@ -74,6 +78,12 @@ def test_what_is_within_the_rules_passes(fields: dict[str, object]) -> None:
         ({"lora_rank": 257}, "lora_rank"),
         ({"lora_alpha": 0.0}, "lora_alpha"),
         ({"lora_alpha": math.nan}, "lora_alpha"),
+        ({"lora_targets": ()}, "lora_targets"),
+        ({"lora_targets": ("q_proj", "q_proj")}, "lora_targets"),
+        ({"lora_targets": ("self_attn.q_proj",)}, "lora_targets"),
+        ({"method": "qlora"}, "method"),
+        ({"method": "full", "lora_rank": 4}, "lora_rank"),
+        ({"method": "full", "lora_targets": ("q_proj",)}, "lora_targets"),
         ({"epoch_checkpoints": -1}, "epoch_checkpoints"),
         ({"early_stopping_patience": 0, "validation_file": "file-v"}, "early_stopping_patience"),
         ({"early_stopping_patience": 1}, "validation_file"),
@@ -126,6 +136,23 @@ def test_defaults() -> None:
     )
     few = resolve(asked(), 300)
     assert (few.batch_size, few.learning_rate_multiplier) == (1, 0.1)
+
+
+def test_all_weights_need_no_adapter() -> None:
+    resolved = resolve(asked(method="full"), 9_000)
+    assert (resolved.method, resolved.lora_rank, resolved.lora_alpha) == ("full", None, None)
+
+
+def test_a_job_goes_on_with_what_was_trained_before() -> None:
+    adapter, whole = Start("ada:ft-a", "lora"), Start("ada:ft-b", "full")
+    assert go_on_from(adapter, asked()).method is None
+    assert go_on_from(adapter, asked(method="full")).method == "full"
+    assert go_on_from(whole, asked()).method == "full"
+    with pytest.raises(InvalidRequest, match="all its weights were trained, and so they will be") as caught:
+        go_on_from(whole, asked(method="lora"))
+    assert caught.value.param == "method"
+    with pytest.raises(InvalidRequest, match="ada:ft-b has no adapter"):
+        go_on_from(whole, asked(lora_rank=4))
 
 
 def test_what_is_asked_stands_even_if_it_is_zero() -> None:

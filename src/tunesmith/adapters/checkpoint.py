@@ -6,6 +6,7 @@ Knows files and names. Reads safetensors only: a pickled `adapter_model.bin` cou
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from tunesmith.adapters.lora import Layout, Linear, Lora, LowRank
+from tunesmith.adapters.lora import Layout, Linear, Lora, LowRank, short_name
 from tunesmith.rundir import write_bytes, write_json
 
 CONFIG = "adapter_config.json"
@@ -49,13 +50,16 @@ def save(lora: Lora, folder: Path, *, base_name_or_path: str, rank: int, alpha: 
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": sorted(_targets(lora)),
+        "target_modules": sorted(lora.covered()),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
     }
     named: dict[str, Tensor] = {}
+    covered = frozenset(lora.covered())
     for layer, name, factors in lora.tensors():
+        if short_name(name) not in covered:
+            continue
         for letter, tensor in (("A", factors.a_RI), ("B", factors.b_OR)):
             named[_key(lora.layout, layer, name, letter)] = tensor
     if lora.embedding is not None:
@@ -72,8 +76,8 @@ def load(folder: Path, layout: Layout) -> tuple[Lora, dict[str, Any]]:
     """The adapter in `folder` for a base of that layout, fp32 on the CPU, and its configuration.
 
     Raises FileNotFoundError without safetensors, and ValueError naming what an adapter here cannot have: a kind other
-    than LoRA, an option of `_PLAIN_OPTIONS`, a linear layer left out or unknown to the base, a tensor of the wrong
-    shape, a damaged file. The embedding may be left out.
+    than LoRA, an option of `_PLAIN_OPTIONS`, a module unknown to the base, a tensor that is missing or of the wrong
+    shape, a damaged file. Linear layers that its `target_modules` do not name get factors of zeros.
     """
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}; pickled weights are never read")
@@ -88,24 +92,28 @@ def load(folder: Path, layout: Layout) -> tuple[Lora, dict[str, Any]]:
 
     factors: tuple[dict[str, LowRank], ...] = tuple({} for _ in layout.layers)
     for layer, linear in layout.linears():
-        keys = [_key(layout, layer, linear.name, letter) for letter in "AB"]
-        factors[layer][linear.name] = _take(folder, state, keys, linear, rank)
+        if _is_target(config, f"{layout.path}.{layer}.{linear.name}"):
+            keys = [_key(layout, layer, linear.name, letter) for letter in "AB"]
+            factors[layer][linear.name] = _take(folder, state, keys, linear, rank)
+        else:
+            factors[layer][linear.name] = LowRank(torch.zeros(rank, linear.inputs), torch.zeros(linear.outputs, rank))
     embedding = None
-    if layout.embedding is not None:
+    if layout.embedding is not None and _is_target(config, layout.embedding.name):
         keys = [_embedding_key(layout, letter) for letter in "AB"]
-        if state.keys() & set(keys):
-            embedding = _take(folder, state, keys, layout.embedding, rank)
+        embedding = _take(folder, state, keys, layout.embedding, rank)
     if state:
-        raise ValueError(f"{folder / WEIGHTS} holds tensors of no layer of its base: {', '.join(sorted(state)[:3])}")
+        raise ValueError(
+            f"{folder / WEIGHTS} holds tensors of no module that it covers: {', '.join(sorted(state)[:3])}"
+        )
     return Lora(layout, factors, scale, embedding), config
 
 
-def _targets(lora: Lora) -> set[str]:
-    """The last part of the name of every module that the adapter covers, as PEFT finds them."""
-    names = {linear.name for _, linear in lora.layout.linears()}
-    if lora.embedding is not None and lora.layout.embedding is not None:
-        names.add(lora.layout.embedding.name)
-    return {name.rpartition(".")[2] for name in names}
+def _is_target(config: dict[str, Any], name: str) -> bool:
+    """Whether the adapter covers a module. Source: PEFT `check_target_module_exists`."""
+    targets = config["target_modules"]
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _key(layout: Layout, layer: int, name: str, letter: str) -> str:
@@ -130,7 +138,7 @@ def _take(folder: Path, state: dict[str, Tensor], keys: Sequence[str], linear: L
         a_RI, b_OR = (state.pop(key).float() for key in keys)
     except KeyError as error:
         raise ValueError(
-            f"{folder / WEIGHTS} has no {error.args[0]}; an adapter here covers every linear layer of its base"
+            f"{folder / WEIGHTS} has no {error.args[0]}, which its {CONFIG} says that the adapter covers"
         ) from error
     given, needed = (tuple(a_RI.shape), tuple(b_OR.shape)), ((rank, linear.inputs), (linear.outputs, rank))
     if given != needed:

@@ -5,7 +5,7 @@ Legend: N = tokens, R = rank, I = inputs of a linear layer, O = its outputs, V =
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +50,17 @@ class Layout:
                 for linear in linears:
                     yield index, linear
 
+    def targets(self) -> list[str]:
+        """What adapters can cover, by the last part of its name, as in `q_proj`; each once, in order."""
+        names = [linear.name for _, linear in self.linears()]
+        names += [] if self.embedding is None else [self.embedding.name]
+        return list(dict.fromkeys(short_name(name) for name in names))
+
+
+def short_name(name: str) -> str:
+    """The last part of the name of a linear layer, by which PEFT finds it: `q_proj` of `self_attn.q_proj`."""
+    return name.rpartition(".")[2]
+
 
 class Adapters(Protocol):
     """What the forward pass asks of adapters, be it one in training or many in one serving batch."""
@@ -71,7 +82,10 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """One adapter: `factors[layer][name]` for every linear layer of its layout."""
+    """One adapter: `factors[layer][name]` for every linear layer of its layout.
+
+    Where it does not cover a linear layer both factors are zero; they stay so in training, as neither has a gradient.
+    """
 
     layout: Layout
     factors: tuple[dict[str, LowRank], ...]
@@ -89,6 +103,13 @@ class Lora:
         """(layer, name, factors) of every linear layer, in the order of `Layout.linears`."""
         for index, linear in self.layout.linears():
             yield index, linear.name, self.factors[index][linear.name]
+
+    def covered(self) -> list[str]:
+        """What it covers, as `Layout.targets` calls it."""
+        names = {short_name(name) for _, name, part in self.tensors() if part.a_RI.any() or part.b_OR.any()}
+        if self.embedding is not None and self.layout.embedding is not None:
+            names.add(short_name(self.layout.embedding.name))
+        return [name for name in self.layout.targets() if name in names]
 
     def parts(self, layer: int, site: Site) -> list[LowRank]:
         """The factors of the linear layers of a site, in stacking order."""
@@ -109,20 +130,26 @@ class Lora:
         return self.embedding.a_RI[:, token_ids_N].T @ self.embedding.b_OR.T * self.scale
 
 
-def initial(layout: Layout, *, rank: int, alpha: float, generator: torch.Generator) -> Lora:
+def initial(
+    layout: Layout, *, rank: int, alpha: float, generator: torch.Generator, targets: Collection[str] | None = None
+) -> Lora:
     """An adapter that adds nothing yet: A uniform in +-1/sqrt(I), B zero, fp32; drawn in the order of `Layout.linears`.
 
-    Source: PEFT `reset_lora_parameters` (Kaiming uniform with a = sqrt(5), as torch.nn.Linear). For an embedding it is
-    A that is zero, and B is normal, with a deviation that makes an optimizer's step of size s move an embedding by
-    about EMBEDDING_STEPS * s, whatever the rank and alpha.
+    `targets` are names out of `Layout.targets`; None: all of them. Source: PEFT `reset_lora_parameters` (Kaiming
+    uniform with a = sqrt(5), as torch.nn.Linear). For an embedding it is A that is zero, and B is normal, with a
+    deviation that makes an optimizer's step of size s move an embedding by about EMBEDDING_STEPS * s, whatever the rank
+    and alpha.
     """
+    chosen = frozenset(layout.targets() if targets is None else targets)
     factors: tuple[dict[str, LowRank], ...] = tuple({} for _ in layout.layers)
     for index, linear in layout.linears():
-        bound = linear.inputs**-0.5
-        a_RI = torch.empty(rank, linear.inputs).uniform_(-bound, bound, generator=generator)
+        a_RI = torch.zeros(rank, linear.inputs)
+        if short_name(linear.name) in chosen:
+            bound = linear.inputs**-0.5
+            a_RI.uniform_(-bound, bound, generator=generator)
         factors[index][linear.name] = LowRank(a_RI, torch.zeros(linear.outputs, rank))
     scale = alpha / rank
-    if layout.embedding is None:
+    if layout.embedding is None or short_name(layout.embedding.name) not in chosen:
         return Lora(layout, factors, scale)
     a_RV = torch.zeros(rank, layout.embedding.inputs)
     b_DR = torch.empty(layout.embedding.outputs, rank).normal_(generator=generator)

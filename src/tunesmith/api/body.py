@@ -134,6 +134,13 @@ class Fields:
             self._check_number(name, item)
         return tuple(float(item) for item in value)
 
+    def texts(self, name: str) -> tuple[str, ...] | None:
+        """A list of strings."""
+        value = self.take(name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise self.wrong(name, "a list of strings", value)
+        return None if value is None else tuple(value)
+
     def nested(self, name: str) -> Fields:
         """The fields of an object within; none if it is absent."""
         return Fields(self._of_kind(name, dict, "an object") or {}, within=f"{self._within}{name}.")

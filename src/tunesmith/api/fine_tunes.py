@@ -29,7 +29,7 @@ DEFAULT_MODEL = "curie"
 CONCURRENT_ADMISSIONS = 4
 """Requests for fine-tunes being checked at once; the others wait. Each reads whole files in a thread, and must not take
 all threads."""
-OUR_OWN = ("seed", "best_epoch", "early_stopping_patience", "epoch_checkpoints")
+OUR_OWN = ("seed", "method", "lora_targets", "best_epoch", "early_stopping_patience", "epoch_checkpoints")
 """Fields that the published API of 2021-2023 did not have."""
 POLL_S = 0.2
 """Between two looks at the events of a job that is being followed."""
@@ -146,6 +146,8 @@ def request_from_wire(fields: Fields) -> FineTuneRequest:
         seed=fields.integer("seed"),
         lora_rank=fields.integer("lora_rank"),
         lora_alpha=fields.number("lora_alpha"),
+        lora_targets=fields.texts("lora_targets"),
+        method=fields.text("method"),
         best_epoch=fields.flag("best_epoch") or False,
         early_stopping_patience=fields.integer("early_stopping_patience"),
         epoch_checkpoints=fields.integer("epoch_checkpoints"),

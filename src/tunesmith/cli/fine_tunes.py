@@ -33,6 +33,8 @@ HYPERPARAMETERS = (
     "seed",
     "lora_rank",
     "lora_alpha",
+    "lora_targets",
+    "method",
     "best_epoch",
     "early_stopping_patience",
     "epoch_checkpoints",

@@ -109,6 +109,17 @@ def _add_fine_tune_create(verb: argparse.ArgumentParser) -> None:
         "--lora_alpha", type=float, help="The adapter is scaled by this over its rank (default: 16 times the rank)."
     )
     verb.add_argument(
+        "--lora_targets",
+        nargs="+",
+        metavar="MODULE",
+        help="What the adapter covers, as in q_proj v_proj (default: every linear layer, and the embedding).",
+    )
+    verb.add_argument(
+        "--method",
+        choices=("lora", "full"),
+        help="Train an adapter (lora, the default) or all weights of the model (full).",
+    )
+    verb.add_argument(
         "--best_epoch",
         action="store_true",
         default=None,

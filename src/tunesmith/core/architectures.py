@@ -11,7 +11,9 @@ from typing import Any
 
 OWN_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 OWN_ROTATIONS = ("default", "llama3")
-"""What `decoder/llama.py` computes; a test holds these and `_is_own` against it."""
+"""What `decoder/llama.py` computes; tests hold these and `_is_own` against it."""
+OWN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens")
+"""What adapters on those can cover."""
 TRIED_TYPES = ("gpt2", "gpt_neox", "opt", "gemma", "gemma3_text", "phi")
 """Types that tests tune and serve through transformers. Any other is tried when it is loaded, and may be refused."""
 INSTALL = "pip install 'tunesmith[transformers]'"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tunesmith.core import requests
 from tunesmith.core.accounts import Caller
 from tunesmith.core.admission import admit
+from tunesmith.core.base_fit import check_base, count_tokens
 from tunesmith.core.bases import Bases
 from tunesmith.core.blobs import read_chunks
 from tunesmith.core.events import Events
@@ -31,10 +31,8 @@ from tunesmith.core.schema import files, jobs, organizations
 from tunesmith.core.statuses import ENDED, MOVES, JobStatus
 from tunesmith.core.store import Store
 from tunesmith.core.usage import Ledger
-from tunesmith.data.formats import Example
 from tunesmith.errors import InvalidRequest, LeaseLost, NotFound
-from tunesmith.rundir import ProgressLine, ResolvedHyperparameters, Snapshot
-from tunesmith.tokenizer import Tokenizer
+from tunesmith.rundir import ProgressLine, ResolvedHyperparameters, Snapshot, hyperparameters_from_json
 
 __all__ = ["MOVES", "Claim", "FineTuneRequest", "Job", "JobStatus", "Jobs"]
 
@@ -117,8 +115,9 @@ class Jobs:
         requests.check(request)
         with self._store.reading() as connection:
             model, training, validation = self._named(connection, caller, request)
-        requests.check_start(request, None if model.adapter_dir is None else model.name)
-        _check_tokenizer(model.base_name, self._bases.folder(model.base_name))
+        if model.method is not None:
+            request = requests.go_on_from(requests.Start(model.name, model.method), request)
+        check_base(request, model.base_name, self._bases.folder(model.base_name))
         training_examples = self._admit(request, model, training, validation)
         cost_usd = self._cost_usd(request, model, training, training_examples)
         job_id = self._store.new_id("ft-")
@@ -392,7 +391,7 @@ class Jobs:
             request,
             self._files.examples(training),
             None if validation is None else self._files.examples(validation),
-            count_tokens=lambda example: _tokens(self._bases.folder(model.base_name), example),
+            count_tokens=lambda example: count_tokens(self._bases.folder(model.base_name), example),
             limit_tokens=self._bases.get(model.base_name).context_tokens,
         )
 
@@ -402,7 +401,7 @@ class Jobs:
         if base.price_per_1k_training_tokens == 0:
             return 0.0
         folder = self._bases.folder(base.name)
-        tokens = sum(_tokens(folder, example) for example in self._files.examples(training))
+        tokens = sum(count_tokens(folder, example) for example in self._files.examples(training))
         epochs = requests.resolve(request, training_examples).n_epochs
         return base.price_per_1k_training_tokens * tokens * epochs / 1_000
 
@@ -537,10 +536,10 @@ def _job(row: RowMapping) -> Job:
     asked, resolved = dict(row[jobs.c.asked]), row[jobs.c.hyperparameters]
     if asked["classification_betas"] is not None:  # JSON has no tuples
         asked["classification_betas"] = tuple(asked["classification_betas"])
+    if asked.get("lora_targets") is not None:
+        asked["lora_targets"] = tuple(asked["lora_targets"])
     if resolved is not None:
-        resolved = ResolvedHyperparameters(
-            **resolved | {"classification_betas": tuple(resolved["classification_betas"])}
-        )
+        resolved = hyperparameters_from_json(resolved)
     return Job(
         id=row[jobs.c.id],
         organization_id=row[jobs.c.organization_id],
@@ -564,24 +563,3 @@ def _job(row: RowMapping) -> Job:
         started_unix=row[jobs.c.started_unix],
         finished_unix=row[jobs.c.finished_unix],
     )
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_folder(folder)
-
-
-def _check_tokenizer(base_name: str, folder: Path) -> None:
-    """Raises InvalidRequest for a base whose tokenizer cannot be used: its trainer would, after a long wait."""
-    try:
-        _tokenizer(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).replace(str(folder), folder.name)
-        raise InvalidRequest(
-            f"The base `{base_name}` cannot be used on this server: {reason}.", param="model"
-        ) from error
-
-
-def _tokens(base_dir: Path, example: Example) -> int:
-    tokenizer = _tokenizer(base_dir)
-    return len(tokenizer.prompt_ids(example.prompt)) + len(tokenizer.encode(example.completion))

@@ -1,7 +1,7 @@
 """Models: what can be called by name. Bases come from the catalogue, tuned models are rows with an adapter folder.
 
-An adapter is copied to `<home>/adapters/<model id>` before its row is written and removed after its row is gone, so a
-row always has its adapter; what a crash leaves in between, `sweep` removes.
+What was trained, an adapter or all weights, is copied to `<home>/adapters/<model id>` before its row is written and
+removed after its row is gone, so a row always has its folder; what a crash leaves in between, `sweep` removes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, delete, insert, select
 
@@ -22,7 +22,7 @@ from tunesmith.core.schema import jobs, models, organizations
 from tunesmith.core.statuses import LIVE
 from tunesmith.core.store import Store
 from tunesmith.errors import InvalidRequest, NotFound, PermissionDenied
-from tunesmith.rundir import Snapshot, sync_folder
+from tunesmith.rundir import Snapshot, holds_all_weights, sync_folder
 
 BASE_OWNER = "tunesmith"
 SWEEP_AFTER_S = 3_600
@@ -43,7 +43,9 @@ class Model:
     organization_id: str | None
     """None for a base: everybody's."""
     adapter_dir: Path | None
-    """None for a base."""
+    """What was trained: an adapter, or all weights. None for a base."""
+    method: Literal["lora", "full"] | None = None
+    """Which of the two; None for a base."""
     note: str | None = None
     """One line for people: what stands behind a base."""
     step: int | None = None
@@ -60,6 +62,7 @@ class ModelRef:
     base_name: str
     base_dir: Path
     adapter_dir: Path | None
+    """An adapter, or all weights: engines tell by what is in it. None for a base."""
     context_tokens: int
     """Prompt and completion together: one more than a training example may have, as the last is never fed back."""
 
@@ -246,6 +249,7 @@ class Models:
         return [_base_model(base) for base in self._bases.list()] + [self._model(row) for row in rows]
 
     def _model(self, row: Row[Any]) -> Model:
+        folder = self._adapters / row.id
         return Model(
             name=row.name,
             created_unix=row.created_unix,
@@ -253,7 +257,8 @@ class Models:
             base_name=row.base_name,
             parent_name=row.parent_name or row.base_name,
             organization_id=row.organization_id,
-            adapter_dir=self._adapters / row.id,
+            adapter_dir=folder,
+            method="full" if holds_all_weights(folder) else "lora",
             step=row.step,
             metrics=row.metrics,
         )

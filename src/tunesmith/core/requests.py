@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from tunesmith.core.names import slug
 from tunesmith.errors import InvalidRequest
@@ -35,6 +37,9 @@ times as fast beside A. The learning rates of `core/bases.py` are for this scale
 learning rate of B's own: docs/design/decisions/defaults.md."""
 MAX_LORA_RANK = 256
 MAX_LORA_ALPHA = 65_536.0
+METHODS = ("lora", "full")
+"""An adapter, or all weights."""
+LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,10 @@ class FineTuneRequest:
     seed: int | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] | None = None
+    """Which modules the adapter covers, by the last part of their names: q_proj, embed_tokens."""
+    method: str | None = None
+    """One of METHODS."""
     best_epoch: bool = False
     early_stopping_patience: int | None = None
     epoch_checkpoints: int | None = None
@@ -89,6 +98,7 @@ def check(request: FineTuneRequest) -> None:
             f"for {DEFAULT_LORA_SCALE:g} times the rank.",
             param="lora_alpha",
         )
+    _check_method(request)
     _check_epochs(request)
     if request.compute_classification_metrics:
         _check_metrics(request)
@@ -96,21 +106,42 @@ def check(request: FineTuneRequest) -> None:
         _check_no_metrics(request)
 
 
-def check_start(request: FineTuneRequest, parent_name: str | None) -> None:
-    """Raises InvalidRequest where a job that goes on from the tuned model `parent_name` asks for another adapter."""
-    for name in ("lora_rank", "lora_alpha"):
-        if parent_name is not None and getattr(request, name) is not None:
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The tuned model that a job goes on from."""
+
+    name: str
+    method: Literal["lora", "full"]
+
+
+def go_on_from(start: Start, request: FineTuneRequest) -> FineTuneRequest:
+    """The request with what `start` decides filled in.
+
+    Raises InvalidRequest where a job that goes on from a tuned model asks for what that model does not have.
+    """
+    if start.method == "full" and request.method == "lora":
+        raise InvalidRequest(
+            f"method cannot be 'lora' for a job that goes on from {start.name}: all its weights were trained, and so "
+            "they will be. Leave method out, or start from the base.",
+            param="method",
+        )
+    for name in LORA_FIELDS:
+        if getattr(request, name) is not None:
+            has = "an adapter, and training goes on with it as it is" if start.method == "lora" else "no adapter"
             raise InvalidRequest(
-                f"{name} cannot be set for a job that goes on from a tuned model: {parent_name} has an adapter, and "
-                f"training goes on with it as it is. Leave {name} out, or start from the base.",
+                f"{name} cannot be set for a job that goes on from a tuned model: {start.name} has {has}. Leave {name} "
+                "out, or start from the base.",
                 param=name,
             )
+    return replace(request, method="full") if start.method == "full" else request
 
 
 def resolve(
     request: FineTuneRequest, training_examples: int, parent_name: str | None = None
 ) -> ResolvedHyperparameters:
-    """Fill in every default. `request` has passed `check`; `training_examples` is at least 1."""
+    """Fill in every default. `request` has passed `check` and `go_on_from`; `training_examples` is at least 1."""
+    method: Literal["lora", "full"] = "full" if request.method == "full" else "lora"
+    new_adapter = method == "lora" and parent_name is None
     batch_size = default_batch_size(training_examples) if request.batch_size is None else request.batch_size
     multiplier = request.learning_rate_multiplier
     rank = DEFAULT_LORA_RANK if request.lora_rank is None else request.lora_rank
@@ -126,8 +157,10 @@ def resolve(
         classification_n_classes=request.n_classes,
         classification_positive_class=request.classification_positive_class,
         classification_betas=(1.0,) if request.classification_betas is None else request.classification_betas,
-        lora_rank=rank if parent_name is None else None,
-        lora_alpha=alpha if parent_name is None else None,
+        method=method,
+        lora_rank=rank if new_adapter else None,
+        lora_alpha=alpha if new_adapter else None,
+        lora_targets=request.lora_targets,
         best_epoch=request.best_epoch,
         early_stopping_patience=request.early_stopping_patience,
         epoch_checkpoints=request.epoch_checkpoints or 0,
@@ -181,6 +214,28 @@ def _check_epochs(request: FineTuneRequest) -> None:
                 f"{name} goes by the loss on a validation_file, and there is none. Give one, or leave {name} out.",
                 param="validation_file",
             )
+
+
+def _check_method(request: FineTuneRequest) -> None:
+    if request.method not in (None, *METHODS):
+        raise InvalidRequest(
+            f"method must be 'lora' (an adapter, the default) or 'full' (all weights); you gave {request.method!r}.",
+            param="method",
+        )
+    for name in LORA_FIELDS:
+        if request.method == "full" and getattr(request, name) is not None:
+            raise InvalidRequest(
+                f"{name} is for adapters, and method 'full' trains all weights. Leave one of the two out.", param=name
+            )
+    targets = request.lora_targets
+    if targets is None:
+        return
+    if not targets or len(set(targets)) < len(targets) or not all(re.fullmatch(r"\w{1,64}", name) for name in targets):
+        raise InvalidRequest(
+            "lora_targets must be different names of modules, such as ['q_proj', 'v_proj']; you gave "
+            f"{list(targets)[:20]!r}. Leave it out to cover all.",
+            param="lora_targets",
+        )
 
 
 def _check_no_metrics(request: FineTuneRequest) -> None:

@@ -63,5 +63,12 @@ def _start(spec: RunSpec, model: Decoder) -> Lora:
     if spec.parent_adapter_dir is not None:  # a tuned model goes on with its own rank and scale
         return adapter_checkpoint.load(Path(spec.parent_adapter_dir), layout)[0]
     assert spec.lora_rank is not None and spec.lora_alpha is not None  # None where there is a parent
+    targets = spec.hyperparameters.lora_targets
+    unknown = sorted(set(targets or ()) - set(layout.targets()))
+    if unknown:
+        raise InvalidRequest(
+            f"lora_targets names {unknown[0]}, and the base has no such module. It has: {', '.join(layout.targets())}.",
+            param="lora_targets",
+        )
     chance = generator(spec.seed, "factors")
-    return initial(layout, rank=spec.lora_rank, alpha=spec.lora_alpha, generator=chance)
+    return initial(layout, rank=spec.lora_rank, alpha=spec.lora_alpha, generator=chance, targets=targets)
