@@ -138,6 +138,7 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
         completer=Completer(
             engine,
             max_resident_adapters=settings.max_resident_adapters,
+            max_resident_full_models=settings.max_resident_full_models,
             new_seed=lambda: secrets.randbits(SEED_BITS),
         ),
         clock=store.clock,

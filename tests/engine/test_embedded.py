@@ -64,6 +64,29 @@ async def test_many_adapters_mixed_are_each_as_alone(
         await check_against_plain(got, request, tiny_base, adapter)
 
 
+async def test_models_of_all_weights_run_beside_adapters_of_the_same_base(
+    engine: EmbeddedEngine, tiny_base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    retrained = [make_tiny_base(tmp_path / f"retrained{seed}", seed=seed) for seed in (11, 12)]
+    bases = [tiny_base, *retrained, tiny_base]
+    tuned = [adapters[0], *retrained, None]
+    handles = [await engine.load(tiny_base, folder) for folder in tuned]
+    requests = [
+        GenerateRequest(handle, prompt(20 + i, seed=i), SamplingParams(max_tokens=5, seed=i), 2, score_prompt=True)
+        for i, handle in enumerate(handles)
+    ]
+    everything = await asyncio.gather(*(outputs(engine, request) for request in requests))
+    adapter_dirs = [adapters[0], None, None, None]
+    for request, got, base, adapter in zip(requests, everything, bases, adapter_dirs, strict=True):
+        await check_against_plain(got, request, base, adapter)
+
+    for handle in handles[1:3]:
+        await engine.unload(handle)
+    other_shape = make_tiny_base(tmp_path / "other", layers=3)
+    with pytest.raises(ValueError, match="another shape than its base"):
+        await engine.load(tiny_base, other_shape)
+
+
 async def test_a_prompt_in_chunks_scores_as_in_one(
     engine: EmbeddedEngine, tiny_base: Path, adapters: list[Path]
 ) -> None:

@@ -76,6 +76,22 @@ async def test_the_least_recently_used_makes_room(engine: CountingEngine, tiny_b
     assert engine.loads == ["a", "b", "c", "b"]
 
 
+async def test_models_of_all_weights_have_room_of_their_own(
+    engine: CountingEngine, tiny_base: Path, folders: list[Path]
+) -> None:
+    residency = Residency(engine, max_adapters=2, max_full=1)
+    a, b, c, d = folders
+    for folder in (c, d):
+        (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    for folder in (a, c, b, d, a, b):
+        (await residency.acquire(tiny_base, folder)).release()
+    assert engine.loads == ["a", "c", "b", "d"]
+    (await residency.acquire(tiny_base, c)).release()
+    assert engine.loads == ["a", "c", "b", "d", "c"]
+    assert len(engine.loaded) == 3
+
+
 async def test_room_that_nobody_wants_any_more_is_given_on(
     engine: CountingEngine, tiny_base: Path, folders: list[Path]
 ) -> None:

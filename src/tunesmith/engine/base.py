@@ -102,11 +102,12 @@ class Engine(Protocol):
     async def load(self, base_dir: Path, adapter_dir: Path | None) -> str:
         """Make a model ready; return the handle to use in requests. Idempotent: the same folders, the same handle.
 
+        `adapter_dir` holds an adapter, or a checkpoint of the shape of the base where all its weights were trained.
         Raises ValueError if the folders do not hold a model this engine can run.
         """
 
     async def unload(self, handle: str) -> None:
-        """Give the adapter's memory back. Requests already running end as they would have. Unknown handles pass."""
+        """Give the memory of what was tuned back. Requests under way end as they would have; unknown handles pass."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineOutput, None]:
         """The tokens of one sequence as they come. Closing it (`aclose`) frees its place in the batch at once.

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tunesmith.rundir import holds_all_weights
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def handle_of(base_dir: Path, adapter_dir: Path | None) -> str:
-    """The handle of a base, or of an adapter on it. Cheap: looks at file tables, not at contents.
+    """The handle of a base, or of what was tuned from it. Cheap: looks at file tables, not at contents.
 
-    Raises ValueError if there is no `config.json` in `base_dir` or no adapter weights in `adapter_dir`.
+    Raises ValueError if there is no `config.json` in `base_dir`, or neither that nor adapter weights in `adapter_dir`.
     """
-    weights = sorted(base_dir.glob("*.safetensors"))
-    parts = [str(base_dir), *(_identity(path, base_dir) for path in [base_dir / "config.json", *weights])]
-    if adapter_dir is not None:
+    parts = _checkpoint(base_dir)
+    if adapter_dir is not None and holds_all_weights(adapter_dir):
+        parts += _checkpoint(adapter_dir)
+    elif adapter_dir is not None:
         parts += [str(adapter_dir), _identity(adapter_dir / ADAPTER_WEIGHTS, adapter_dir)]
     return "|".join(parts)
+
+
+def _checkpoint(folder: Path) -> list[str]:
+    weights = sorted(folder.glob("*.safetensors"))
+    return [str(folder), *(_identity(path, folder) for path in [folder / "config.json", *weights])]
 
 
 def _identity(path: Path, folder: Path) -> str:

@@ -27,6 +27,7 @@ from tunesmith.engine.handles import handle_of
 from tunesmith.engine.kvcache import KVCache
 from tunesmith.engine.messages import Ended, Event, Produced
 from tunesmith.engine.scheduler import BLOCK_TOKENS, BlockPool, Chunk, Scheduler
+from tunesmith.rundir import holds_all_weights
 
 SCORED_ROWS = 128
 """Prompt positions whose logits are held at a time: the vocabulary is wide."""
@@ -35,14 +36,21 @@ SCORED_ROWS = 128
 class LoadedBase:
     """The weights of a base, the cache of its sequences, and the stacks of its adapters."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: str, cache_bytes: int) -> None:
-        self.weights = loading.load(folder, dtype, device)
-        config = self.weights.config
+    def __init__(self, weights: Decoder, cache: KVCache) -> None:
+        self.weights = weights
+        self.cache = cache
+        self.stacks = AdapterStacks()
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, device: str, cache_bytes: int) -> LoadedBase:
+        """A base with a cache of its own. Raises what `decoder.loading.load` raises."""
+        weights = loading.load(folder, dtype, device)
+        config = weights.config
         layers = len(config.layout.layers)
         token_bytes = 2 * layers * config.kv_heads * config.head_width * dtype.itemsize
         # At least one sequence of full length, plus the position after the last (see `ModelRef.context_tokens`).
         tokens = max(cache_bytes // token_bytes, config.context_tokens + 1)
-        self.cache = KVCache(
+        cache = KVCache(
             BlockPool(-(-tokens // BLOCK_TOKENS)),
             layers=layers,
             kv_heads=config.kv_heads,
@@ -50,12 +58,25 @@ class LoadedBase:
             dtype=dtype,
             device=torch.device(device),
         )
-        self.stacks = AdapterStacks()
+        return cls(weights, cache)
+
+    def retrained(self, folder: Path, dtype: torch.dtype, device: str) -> LoadedBase:
+        """The same model with all its weights tuned; it shares the cache. Raises ValueError for another shape."""
+        weights = loading.load(folder, dtype, device)
+        if _shape(weights) != _shape(self.weights):
+            raise ValueError(f"{folder.name} has another shape than its base")
+        return LoadedBase(weights, self.cache)
+
+
+def _shape(weights: Decoder) -> tuple[object, ...]:
+    """What the cache goes by, and the tokens."""
+    config = weights.config
+    return config.layout, config.kv_heads, config.head_width, config.vocabulary_size
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """A base, or an adapter on it. A base is kept as long as a model or a sequence refers to it."""
+    """A base, or what was tuned from it. A base is kept as long as a model or a sequence refers to it."""
 
     base: LoadedBase
     adapter: PackedAdapter | None
@@ -145,9 +166,11 @@ class Runner:
         key = handle_of(base_dir, None)
         base = self._bases.get(key)
         if base is None:
-            base = self._bases[key] = LoadedBase(base_dir, self._dtype, self._device, self._cache_bytes)
+            base = self._bases[key] = LoadedBase.load(base_dir, self._dtype, self._device, self._cache_bytes)
         if adapter_dir is None:
             return Model(base, None)
+        if holds_all_weights(adapter_dir):
+            return Model(base.retrained(adapter_dir, self._dtype, self._device), None)
         lora, _ = checkpoint.load(adapter_dir, base.weights.config.layout)
         return Model(base, PackedAdapter.from_lora(lora, self._dtype, self._device))
 

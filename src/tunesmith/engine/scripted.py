@@ -28,7 +28,7 @@ from tunesmith.engine.base import (
     TokenScore,
 )
 from tunesmith.engine.chance import uniform
-from tunesmith.engine.handles import ADAPTER_WEIGHTS, handle_of
+from tunesmith.engine.handles import handle_of
 from tunesmith.errors import EngineUnavailable
 
 ANSWER_LOGIT = 30.0
@@ -65,9 +65,10 @@ class ScriptedEngine:
         return self._capabilities
 
     async def load(self, base_dir: Path, adapter_dir: Path | None) -> str:
-        """See `Engine.load`. Reads an adapter's bytes only to answer differently for each."""
+        """See `Engine.load`. Reads tuned weights only to answer differently for each."""
         handle = handle_of(base_dir, adapter_dir)
-        content = (adapter_dir / ADAPTER_WEIGHTS).read_bytes() if adapter_dir else b""
+        weights = sorted(adapter_dir.glob("*.safetensors")) if adapter_dir else []
+        content = b"".join(path.read_bytes() for path in weights)
         self._models[handle] = hashlib.blake2b(content).digest()
         return handle
 

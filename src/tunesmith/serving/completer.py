@@ -17,7 +17,6 @@ from pathlib import Path
 from tunesmith.core.models import ModelRef
 from tunesmith.engine.base import Engine, GenerateRequest, SamplingParams
 from tunesmith.engine.chance import derive
-from tunesmith.engine.handles import ADAPTER_WEIGHTS
 from tunesmith.errors import InvalidRequest, NotFound, TunesmithError
 from tunesmith.serving.choice import Choice, ChoiceDelta, ChoiceWriter, Logprobs
 from tunesmith.serving.request import CompletionRequest
@@ -87,10 +86,17 @@ class CompletionStream(AsyncIterator[ChoiceDelta | Usage]):
 class Completer:
     """Answers completion requests with one engine. For one event loop."""
 
-    def __init__(self, engine: Engine, *, max_resident_adapters: int, new_seed: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_resident_adapters: int,
+        max_resident_full_models: int = 4,
+        new_seed: Callable[[], int],
+    ) -> None:
         """`new_seed` is asked once for each request that brings no seed of its own."""
         self._engine = engine
-        self._residency = Residency(engine, max_adapters=max_resident_adapters)
+        self._residency = Residency(engine, max_adapters=max_resident_adapters, max_full=max_resident_full_models)
         self._new_seed = new_seed
         self._tokenizers: dict[Path, Tokenizer] = {}
 
@@ -178,7 +184,7 @@ class _Sequence:
 def _cannot_run(model: ModelRef, error: Exception) -> TunesmithError:
     """What to answer where a model that was looked up cannot be loaded. The operator is told in any case."""
     logger.warning("model cannot be loaded model=%s reason=%s", model.name, error)
-    if model.adapter_dir is not None and not (model.adapter_dir / ADAPTER_WEIGHTS).exists():  # deleted meanwhile
+    if model.adapter_dir is not None and not any(model.adapter_dir.glob("*.safetensors")):  # deleted meanwhile
         message = f"The model `{model.name}` does not exist. GET /v1/models lists those that do."
         return NotFound(message, code="model_not_found")
     # Where it lies is not for users.

@@ -1,23 +1,29 @@
-"""Which models are loaded: on demand, once for all who ask at the same time, the least recently used adapter leaving.
+"""Which models are loaded: on demand, once for all who ask at the same time, the least recently used leaving.
 
-Bases stay: there are few of them and adapters need them. Knows folders and handles; nothing of text or requests.
+Bases stay: there are few of them and adapters need them. A model of which all weights were tuned is as large as its
+base, so there is room for fewer of those than of adapters. Knows folders and handles; nothing of text or requests.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tunesmith.engine.base import Engine
 from tunesmith.engine.handles import handle_of
+from tunesmith.rundir import holds_all_weights
+
+Kind = Literal["base", "adapter", "full"]
 
 
 @dataclass(slots=True)
 class _Resident:
     loading: asyncio.Task[str]
-    is_adapter: bool
+    kind: Kind
     leases: int = 0
 
     @property
@@ -46,22 +52,24 @@ class Lease:
 class Residency:
     """The loaded models of one engine. For one event loop."""
 
-    def __init__(self, engine: Engine, *, max_adapters: int) -> None:
+    def __init__(self, engine: Engine, *, max_adapters: int, max_full: int = 4) -> None:
+        """`max_full` bounds the models of which all weights were tuned."""
         self._engine = engine
-        self._max_adapters = max_adapters
+        self._room: dict[Kind, float] = {"base": math.inf, "adapter": max_adapters, "full": max_full}
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         self._freed = asyncio.Event()
 
     async def acquire(self, base_dir: Path, adapter_dir: Path | None) -> Lease:
-        """Loads the model if it is not loaded. Waits for room while every adapter is in use.
+        """Loads the model if it is not loaded. Waits for room while every model of its kind is in use.
 
         Raises ValueError if the folders hold no model (any more), EngineUnavailable if the engine is down.
         """
         key = handle_of(base_dir, adapter_dir)
+        kind = _kind(adapter_dir)
         while key not in self._residents:
-            if adapter_dir is None or self._adapters < self._max_adapters:
-                self._load(key, base_dir, adapter_dir)
-            elif not await self._evict():
+            if self._count(kind) < self._room[kind]:
+                self._load(key, base_dir, adapter_dir, kind)
+            elif not await self._evict(kind):
                 self._freed.clear()
                 await self._freed.wait()
         self._residents.move_to_end(key)
@@ -76,13 +84,12 @@ class Residency:
             raise
         return lease
 
-    @property
-    def _adapters(self) -> int:
-        return sum(resident.is_adapter for resident in self._residents.values())
+    def _count(self, kind: Kind) -> int:
+        return sum(resident.kind == kind for resident in self._residents.values())
 
-    def _load(self, key: str, base_dir: Path, adapter_dir: Path | None) -> None:
+    def _load(self, key: str, base_dir: Path, adapter_dir: Path | None, kind: Kind) -> None:
         loading = asyncio.ensure_future(self._engine.load(base_dir, adapter_dir))
-        resident = self._residents[key] = _Resident(loading, adapter_dir is not None)
+        resident = self._residents[key] = _Resident(loading, kind)
 
         def loaded(task: asyncio.Task[str]) -> None:
             if (task.cancelled() or task.exception()) and self._residents.get(key) is resident:
@@ -91,11 +98,17 @@ class Residency:
 
         loading.add_done_callback(loaded)
 
-    async def _evict(self) -> bool:
-        """Unloads the adapter that was longest not asked for; False if all are in use."""
+    async def _evict(self, kind: Kind) -> bool:
+        """Unloads the model of a kind that was longest not asked for; False if all are in use."""
         for key, resident in self._residents.items():
-            if resident.is_adapter and resident.idle:
+            if resident.kind == kind and resident.idle:
                 del self._residents[key]
                 await self._engine.unload(resident.loading.result())
                 return True
         return False
+
+
+def _kind(adapter_dir: Path | None) -> Kind:
+    if adapter_dir is None:
+        return "base"
+    return "full" if holds_all_weights(adapter_dir) else "adapter"

@@ -6,15 +6,36 @@ Legend: M = weighed positions, C = those of completion tokens, D = model width, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.decoder.base import Decoder
-from tunesmith.training.packing import MicroBatch
+from tunesmith.training.sites import product
 
 _CHUNK_LOGITS = 1 << 21
 """Logits held at once: 8 MiB of fp32, which the caches of a processor still serve."""
+_ROUNDING = 16
+"""Positions of a chunk are rounded up to a multiple: for fewer the libraries have other kernels, which add up in
+another order, so that what is said of a position would depend on how many others there are."""
+
+
+class Weighed(Protocol):
+    """The positions whose prediction counts, as a `MicroBatch` has them."""
+
+    @property
+    def target_M(self) -> Tensor:
+        """The ids of the tokens predicted."""
+
+    @property
+    def weight_M(self) -> Tensor:
+        """How much each counts."""
+
+    @property
+    def completion_C(self) -> Tensor:
+        """Which of M predict completion tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +51,22 @@ class Scores:
 def score(
     model: Decoder,
     hidden_MD: Tensor,
-    batch: MicroBatch,
+    batch: Weighed,
     gradient_MD: Tensor | None = None,
     *,
     prompt_head_VD: Tensor | None = None,
+    head_gradient_VD: Tensor | None = None,
 ) -> Scores:
     """Scores of the `batch` whose weighed positions have the states `hidden_MD`.
 
     `gradient_MD`, where given, receives that of sum(weight * nll) with respect to the states. It is made here, chunk by
     chunk beside the logits, since the head is frozen: all logits of a batch never exist at once. For weight w,
     probabilities p and target y it is w (p W - W_y), with W the head. Prompt tokens are many and weigh little: with
-    `prompt_head_VD`, the head in another dtype, theirs are computed in that.
+    `prompt_head_VD`, the head in another dtype, theirs are computed in that. To `head_gradient_VD`, where given, the
+    gradient of the head is added, for each position w (p - one-hot(y)) times its state.
     """
     scores = Scores(torch.empty(len(hidden_MD)), torch.empty(len(hidden_MD), dtype=torch.bool))
-    size = max(1, _CHUNK_LOGITS // model.config.vocabulary_size)
+    size = max(1, _CHUNK_LOGITS // model.config.vocabulary_size // _ROUNDING) * _ROUNDING
     if prompt_head_VD is None:
         kinds = [(torch.arange(len(hidden_MD)), model.head_VD)]
     else:
@@ -53,27 +76,30 @@ def score(
         for chunk_m in positions.split(size):
             coarse = head_VD is prompt_head_VD
             states_mD = hidden_MD[chunk_m]
-            logits_mV = (states_mD.to(head_VD.dtype) @ head_VD.T).float() if coarse else model.logits(states_mD).float()
-            gradient_mD = _score_chunk(
-                logits_mV, head_VD, batch.target_M[chunk_m], chunk_m, scores, gradient_MD is None
-            )
-            if gradient_MD is not None and gradient_mD is not None:
-                gradient_MD[chunk_m] = gradient_mD.mul_(batch.weight_M[chunk_m, None])
+            rounded_mD = _rounded(states_mD).to(head_VD.dtype)
+            logits_mV = (rounded_mD @ head_VD.T if coarse else model.logits(rounded_mD)).float()[: len(chunk_m)]
+            target_m, weight_m1 = batch.target_M[chunk_m], batch.weight_M[chunk_m, None]
+            total_m1 = _score_chunk(logits_mV, target_m, chunk_m, scores)
+            if gradient_MD is not None:
+                expected_mD = product(_rounded(logits_mV).to(head_VD.dtype), head_VD)[: len(chunk_m)].div_(total_m1)
+                gradient_MD[chunk_m] = expected_mD.sub_(head_VD[target_m]).mul_(weight_m1)
+            if head_gradient_VD is not None:
+                head_gradient_VD.addmm_(logits_mV.T, states_mD * (weight_m1 / total_m1))
+                head_gradient_VD.index_add_(0, target_m, states_mD * weight_m1, alpha=-1.0)
     return scores
 
 
-def _score_chunk(
-    logits_mV: Tensor, head_VD: Tensor, target_m: Tensor, chunk_m: Tensor, scores: Scores, no_gradient: bool
-) -> Tensor | None:
-    """Fills the scores of a chunk; returns p W - W_y. Overwrites the logits."""
+def _score_chunk(logits_mV: Tensor, target_m: Tensor, chunk_m: Tensor, scores: Scores) -> Tensor:
+    """Fills the scores of a chunk and puts in the place of its logits probabilities times a total, returned [m, 1]."""
     target_m1 = target_m[:, None]
     target_logits_m1 = logits_mV.gather(1, target_m1)
     largest_m1 = logits_mV.amax(1, keepdim=True)
-    unnormalised_mV = logits_mV.sub_(largest_m1).exp_()
-    total_m1 = unnormalised_mV.sum(1, keepdim=True)
+    total_m1 = logits_mV.sub_(largest_m1).exp_().sum(1, keepdim=True)
     scores.nll_M[chunk_m] = (total_m1.log() + largest_m1 - target_logits_m1).squeeze(1)
     scores.right_M[chunk_m] = (target_logits_m1 == largest_m1).squeeze(1)
-    if no_gradient:
-        return None
-    expected_mD = (unnormalised_mV.to(head_VD.dtype) @ head_VD).float().div_(total_m1)
-    return expected_mD.sub_(head_VD[target_m])
+    return total_m1
+
+
+def _rounded(x_mD: Tensor) -> Tensor:
+    missing = -len(x_mD) % _ROUNDING
+    return F.pad(x_mD, (0, 0, 0, missing)) if missing else x_mD
