@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.models import make_adapter, plain_logprobs
 from tests.tiny import CONTEXT_TOKENS, VOCABULARY_SIZE, make_tiny_base
-from tunesmith.engine.base import EngineOutput, GenerateRequest, PromptScored, SampledToken, SamplingParams
+from tunesmith.engine.base import (
+    EngineOutput,
+    GenerateRequest,
+    PromptScored,
+    SampledToken,
+    SamplingParams,
+    TokenScore,
+)
 from tunesmith.engine.embedded import EmbeddedEngine
 from tunesmith.engine.messages import Ended, Event, Produced
 from tunesmith.engine.runner import Runner
@@ -85,6 +93,36 @@ async def test_models_of_all_weights_run_beside_adapters_of_the_same_base(
     other_shape = make_tiny_base(tmp_path / "other", layers=3)
     with pytest.raises(ValueError, match="another shape than its base"):
         await engine.load(tiny_base, other_shape)
+
+
+async def test_a_beginning_from_the_cache_gives_the_numbers_of_a_plain_forward(
+    tiny_base: Path, adapters: list[Path]
+) -> None:
+    runner = Runner()
+    models = [None, *adapters[:3]]
+    for index, adapter in enumerate(models):
+        runner.load(str(index), str(tiny_base), str(adapter) if adapter else None)
+    beginning = prompt(90, seed=5)
+    numbers = itertools.count()
+
+    def ask(index: int, ending: tuple[int, ...]) -> tuple[list[int], list[TokenScore]]:
+        sampling = SamplingParams(max_tokens=4, temperature=0)
+        number = next(numbers)
+        assert runner.submit(number, GenerateRequest(str(index), beginning + ending, sampling, 2)) == []
+        before, events = runner.tokens_computed, []
+        while runner.busy:
+            events += runner.step()
+        assert runner.tokens_computed - before == 3 + len(ending) + (26 if ending[0] else 90)
+        scores = [e.output.score for e in events if isinstance(e, Produced) and isinstance(e.output, SampledToken)]
+        return [*beginning, *ending], scores
+
+    for first in (0, 1):  # the first asked of each model fills the cache, the second uses it
+        for index, adapter in enumerate(models):
+            ids, scores = ask(index, (first, 7, 8))
+            ids += [score.token_id for score in scores]
+            expected_TV = plain_logprobs(tiny_base, adapter, ids)
+            for place, score in enumerate(scores, start=len(ids) - len(scores)):
+                assert score.logprob == pytest.approx(float(expected_TV[place - 1, ids[place]]), abs=NATS)
 
 
 async def test_a_prompt_in_chunks_scores_as_in_one(

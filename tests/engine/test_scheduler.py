@@ -6,22 +6,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.engine.base import GenerateRequest, SamplingParams
-from tunesmith.engine.scheduler import BLOCK_TOKENS, BlockPool, Scheduler, Sequence
+from tunesmith.engine.blocks import BLOCK_TOKENS, BlockPool, prefix_keys
+from tunesmith.engine.scheduler import Chunk, Scheduler, Sequence
 
 
 @dataclass(eq=False)
 class Model:
     pool: BlockPool
+    identity: str = "model"
 
 
-def sequence(number: int, model: Model, prompt: int, max_tokens: int) -> Sequence[Model]:
-    request = GenerateRequest("model", (1,) * prompt, SamplingParams(max_tokens=max_tokens))
+def sequence(number: int, model: Model, prompt: int, max_tokens: int, *, like: int | None = None) -> Sequence[Model]:
+    """`like`: prompts of the same value are alike as far as they go; each is another by default."""
+    token = 1_000 + number if like is None else like
+    request = GenerateRequest("model", (token,) * prompt, SamplingParams(max_tokens=max_tokens))
     return Sequence.begin(number, request, model)
 
 
-def advance(scheduler: Scheduler[Model], one: Sequence[Model], length: int) -> None:
+def advance(scheduler: Scheduler[Model], chunk: Chunk[Model]) -> None:
     """What the runner does with a chunk: cache it, sample if it completes the pending tokens."""
-    one.cached += length
+    one = chunk.sequence
+    scheduler.computed(chunk)
     if one.pending == 0:
         one.token_ids.append(2)
         if one.generated == one.request.sampling.max_tokens:
@@ -29,16 +34,23 @@ def advance(scheduler: Scheduler[Model], one: Sequence[Model], length: int) -> N
 
 
 @given(
-    asked=st.lists(st.tuples(st.integers(1, 100), st.integers(1, 40), st.integers(0, 1)), min_size=1, max_size=15),
+    asked=st.lists(
+        st.tuples(st.integers(1, 100), st.integers(1, 40), st.integers(0, 1), st.integers(0, 2)),
+        min_size=1,
+        max_size=15,
+    ),
     max_running=st.integers(1, 5),
     step_tokens=st.integers(5, 40),
 )
 def test_everything_runs_to_its_end_within_the_bounds(
-    asked: list[tuple[int, int, int]], max_running: int, step_tokens: int
+    asked: list[tuple[int, int, int, int]], max_running: int, step_tokens: int
 ) -> None:
     models = [Model(BlockPool(5)), Model(BlockPool(7))]
     scheduler: Scheduler[Model] = Scheduler(max_running=max_running, step_tokens=step_tokens)
-    everything = [sequence(i, models[m], prompt, tokens) for i, (prompt, tokens, m) in enumerate(asked)]
+    everything = [
+        sequence(i, models[m], prompt, tokens, like=like) for i, (prompt, tokens, m, like) in enumerate(asked)
+    ]
+    written: dict[tuple[int, int], list[int]] = {}
     for one in everything:
         scheduler.add(one)
     for _ in range(10_000):
@@ -49,11 +61,20 @@ def test_everything_runs_to_its_end_within_the_bounds(
         assert 0 < sum(chunk.length for chunk in chunks) <= step_tokens
         assert len({chunk.sequence.number for chunk in chunks}) == len(chunks) <= max_running
         assert {one.number for one in waiting_to_generate} <= {chunk.sequence.number for chunk in chunks}
-        held = [block for one in scheduler.running if one.model is models[0] for block in one.blocks]
-        assert len(set(held)) == len(held)  # no block belongs to two
         for chunk in chunks:
             assert len(chunk.blocks) * BLOCK_TOKENS >= chunk.end
-            advance(scheduler, chunk.sequence, chunk.length)
+            ids, pool = chunk.sequence.token_ids, models.index(chunk.sequence.model)
+            for position in range(chunk.start, chunk.end):
+                written[pool, chunk.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS] = [
+                    *ids[: position + 1]
+                ]
+        for chunk in chunks:  # what a sequence sees in its blocks was made of its own tokens, by whomever
+            ids, pool = chunk.sequence.token_ids, models.index(chunk.sequence.model)
+            for position in range(chunk.end):
+                place = chunk.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+                assert written[pool, place] == ids[: position + 1]
+        for chunk in chunks:
+            advance(scheduler, chunk)
     assert all(one.generated == one.request.sampling.max_tokens for one in everything)
     assert [sorted(model.pool.take(model.pool.blocks) or []) for model in models] == [list(range(5)), list(range(7))]
 
@@ -70,6 +91,80 @@ def test_one_that_needs_much_room_is_not_overtaken_for_ever() -> None:
     assert [chunk.sequence for chunk in scheduler.next_step()] == [elsewhere, large]
     scheduler.remove(large.number)
     assert small in [chunk.sequence for chunk in scheduler.next_step()]
+
+
+def test_many_that_begin_alike_compute_their_beginning_once() -> None:
+    model = Model(BlockPool(40))
+    scheduler: Scheduler[Model] = Scheduler(max_running=8, step_tokens=512)
+    prompt = 3 * BLOCK_TOKENS
+    for number in range(5):
+        scheduler.add(sequence(number, model, prompt, 4, like=7))
+    scheduler.add(sequence(9, model, 50, 4))
+    (first, other) = scheduler.next_step()
+    assert (first.sequence.number, first.length, other.sequence.number) == (0, prompt, 9)
+    for chunk in (first, other):
+        advance(scheduler, chunk)
+    chunks = scheduler.next_step()
+    # The last token is computed again, to know what comes after it: so is the rest of its block.
+    assert [(chunk.sequence.number, chunk.start) for chunk in chunks[2:]] == [
+        (n, 2 * BLOCK_TOKENS) for n in range(1, 5)
+    ]
+
+    for chunk in chunks:
+        advance(scheduler, chunk)
+    while scheduler.busy:
+        for chunk in scheduler.next_step():
+            advance(scheduler, chunk)
+    scheduler.add(sequence(10, Model(model.pool, "another"), prompt, 1, like=7))
+    (alone,) = scheduler.next_step()
+    assert alone.length == prompt
+
+
+def test_one_that_waits_for_another_goes_on_when_that_is_cancelled() -> None:
+    model = Model(BlockPool(40))
+    scheduler: Scheduler[Model] = Scheduler(max_running=8, step_tokens=32)
+    for number in range(2):
+        scheduler.add(sequence(number, model, 100, 4, like=7))
+    assert [chunk.sequence.number for chunk in scheduler.next_step()] == [0]
+    scheduler.remove(0)
+    (chunk,) = scheduler.next_step()
+    assert (chunk.sequence.number, chunk.start) == (1, 0)
+
+
+def test_what_is_scored_is_computed() -> None:
+    model = Model(BlockPool(40))
+    scheduler: Scheduler[Model] = Scheduler(max_running=8, step_tokens=512)
+    sampling = SamplingParams(max_tokens=1)
+    for number in range(2):
+        request = GenerateRequest("model", (7,) * 100, sampling, top_logprobs=0, score_prompt=True)
+        scheduler.add(Sequence.begin(number, request, model))
+        (chunk,) = scheduler.next_step()
+        assert chunk.length == 100
+        advance(scheduler, chunk)
+
+
+def test_keys_tell_tokens_places_and_models_apart() -> None:
+    ids = list(range(3 * BLOCK_TOKENS))
+    keys = prefix_keys("a", [*ids, 5])
+    assert len(set(keys)) == 3
+    assert prefix_keys("a", ids[: 2 * BLOCK_TOKENS]) == keys[:2]
+    assert not set(keys) & set(prefix_keys("b", ids))
+    assert not set(keys) & set(prefix_keys("a", ids[BLOCK_TOKENS:]))
+
+
+def test_what_nobody_uses_makes_room_the_least_recently_used_first() -> None:
+    pool = BlockPool(8)
+    keys = prefix_keys("a", range(4 * BLOCK_TOKENS))
+    blocks = pool.take(4) or []
+    for key, block in zip(keys, blocks, strict=True):
+        pool.show(key, block)
+    pool.give(blocks)
+    assert pool.share(keys[:1]) == blocks[:1]
+    pool.give(blocks[:1])
+    assert sorted(pool.take(6) or []) == [1, 2, *range(4, 8)]
+    assert pool.share(keys) == blocks[:1]
+    assert pool.take(2) is None
+    assert pool.take(1) == [3]
 
 
 def test_a_pool_gives_its_lowest_blocks_first() -> None:

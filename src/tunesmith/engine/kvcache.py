@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tunesmith.engine.scheduler import BLOCK_TOKENS, BlockPool
+from tunesmith.engine.blocks import BLOCK_TOKENS, BlockPool
 
 
 class Span(Protocol):

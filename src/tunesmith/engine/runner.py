@@ -23,10 +23,11 @@ from tunesmith.decoder import loading
 from tunesmith.decoder.base import Decoder
 from tunesmith.engine import sampling, scheduler
 from tunesmith.engine.base import FinishReason, GenerateRequest, PromptScored, SampledToken, TokenScore
+from tunesmith.engine.blocks import BLOCK_TOKENS, BlockPool
 from tunesmith.engine.handles import handle_of
 from tunesmith.engine.kvcache import KVCache
 from tunesmith.engine.messages import Ended, Event, Produced
-from tunesmith.engine.scheduler import BLOCK_TOKENS, BlockPool, Chunk, Scheduler
+from tunesmith.engine.scheduler import Chunk, Scheduler
 from tunesmith.rundir import holds_all_weights
 
 SCORED_ROWS = 128
@@ -80,6 +81,8 @@ class Model:
 
     base: LoadedBase
     adapter: PackedAdapter | None
+    identity: str
+    """Its handle."""
 
     @property
     def pool(self) -> BlockPool:
@@ -109,6 +112,8 @@ class Runner:
         self._models: dict[str, Model] = {}
         self._bases: WeakValueDictionary[str, LoadedBase] = WeakValueDictionary()
         self._scheduler: Scheduler[Model] = Scheduler(max_running=max_running, step_tokens=step_tokens)
+        self.tokens_computed = 0
+        """Tokens that went through a model since the start; those found in the cache did not."""
 
     @property
     def busy(self) -> bool:
@@ -120,7 +125,7 @@ class Runner:
         if handle in self._models:
             return
         try:
-            self._models[handle] = self._load(Path(base_dir), Path(adapter_dir) if adapter_dir else None)
+            self._models[handle] = self._load(handle, Path(base_dir), Path(adapter_dir) if adapter_dir else None)
         except KeyError as error:
             raise ValueError(f"the adapter in {adapter_dir} lacks {error.args[0]}") from error
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
@@ -162,22 +167,23 @@ class Runner:
             by_base[chunk.sequence.model.base].append(chunk)
         return [event for base, chunks in by_base.items() for event in self._step(base, chunks)]
 
-    def _load(self, base_dir: Path, adapter_dir: Path | None) -> Model:
+    def _load(self, handle: str, base_dir: Path, adapter_dir: Path | None) -> Model:
         key = handle_of(base_dir, None)
         base = self._bases.get(key)
         if base is None:
             base = self._bases[key] = LoadedBase.load(base_dir, self._dtype, self._device, self._cache_bytes)
         if adapter_dir is None:
-            return Model(base, None)
+            return Model(base, None, handle)
         if holds_all_weights(adapter_dir):
-            return Model(base.retrained(adapter_dir, self._dtype, self._device), None)
+            return Model(base.retrained(adapter_dir, self._dtype, self._device), None, handle)
         lora, _ = checkpoint.load(adapter_dir, base.weights.config.layout)
-        return Model(base, PackedAdapter.from_lora(lora, self._dtype, self._device))
+        return Model(base, PackedAdapter.from_lora(lora, self._dtype, self._device), handle)
 
     def _step(self, base: LoadedBase, chunks: list[Chunk[Model]]) -> Iterator[Event]:
         chunks, mixture = _arrange(base.stacks, chunks)
         tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
         token_ids_N = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=self._device)
+        self.tokens_computed += len(token_ids_N)
         attention = base.cache.attend(chunks)
         hidden_ND = base.weights.hidden(token_ids_N, attention.positions_N, attention, mixture)
 
@@ -185,7 +191,7 @@ class Runner:
         for chunk, end in zip(chunks, ends, strict=True):
             if chunk.sequence.request.score_prompt and chunk.sequence.generated == 0:
                 _score_prompt(base.weights, chunk, hidden_ND[end - chunk.length : end])
-            chunk.sequence.cached += chunk.length
+            self._scheduler.computed(chunk)
 
         complete = [
             (chunk.sequence, end) for chunk, end in zip(chunks, ends, strict=True) if chunk.sequence.pending == 0

@@ -3,39 +3,19 @@
 A sequence is admitted when its place in the key/value cache is free to its very end, so a running sequence never has
 to be thrown out to make room. Each step takes one token of every sequence that is generating, then as much of the
 prompts, oldest first, as the step has room for: a long prompt goes through in chunks and stalls nobody.
+
+Blocks at the head of a prompt that an earlier sequence of the same model has computed are taken from the cache. One
+whose next block is being computed by another waits for it: many that begin alike compute their beginning once.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter, deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from tunesmith.engine.base import GenerateRequest, TokenScore
-
-BLOCK_TOKENS = 32
-"""Tokens of one block of the key/value cache."""
-
-
-class BlockPool:
-    """The free blocks of one cache. The lowest numbers go first, so that a cache grows no larger than it has to."""
-
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
-        self._free = list(range(blocks))
-
-    def take(self, count: int) -> list[int] | None:
-        """`count` block numbers, or None if there are not so many."""
-        if count > len(self._free):
-            return None
-        return [heapq.heappop(self._free) for _ in range(count)]
-
-    def give(self, blocks: Iterable[int]) -> None:
-        """Back again."""
-        for block in blocks:
-            heapq.heappush(self._free, block)
+from tunesmith.engine.blocks import BLOCK_TOKENS, BlockPool, prefix_keys
 
 
 class Placed(Protocol):
@@ -44,6 +24,10 @@ class Placed(Protocol):
     @property
     def pool(self) -> BlockPool:
         """Shared by all models of one base."""
+
+    @property
+    def identity(self) -> str:
+        """Models of the same identity give the same tokens the same keys and values."""
 
 
 ModelT = TypeVar("ModelT", bound=Placed)
@@ -61,6 +45,10 @@ class Sequence(Generic[ModelT]):
     cached: int = 0
     """How many of them have their keys and values in the cache."""
     blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    """Of its full blocks, as far as their tokens are known."""
+    shown: int = 0
+    """How many of its full blocks others may use."""
     counts: Counter[int] = field(default_factory=Counter)
     """How often each token was generated, for penalties."""
     prompt_scores: list[TokenScore] = field(default_factory=list)
@@ -68,7 +56,8 @@ class Sequence(Generic[ModelT]):
     @classmethod
     def begin(cls, number: int, request: GenerateRequest, model: ModelT) -> Sequence[ModelT]:
         """A request that has not run yet."""
-        return cls(number, request, model, list(request.prompt_ids))
+        keys = prefix_keys(model.identity, request.prompt_ids)
+        return cls(number, request, model, list(request.prompt_ids), keys=keys)
 
     @property
     def generated(self) -> int:
@@ -79,6 +68,11 @@ class Sequence(Generic[ModelT]):
     def pending(self) -> int:
         """Tokens that are not in the cache yet: what is left of the prompt, or the token sampled last."""
         return len(self.token_ids) - self.cached
+
+    @property
+    def reusable_keys(self) -> list[bytes]:
+        """Of the blocks that need not be computed: the last token of the prompt must be, and all where it is scored."""
+        return [] if self.request.score_prompt else self.keys[: (len(self.request.prompt_ids) - 1) // BLOCK_TOKENS]
 
     @property
     def blocks_needed(self) -> int:
@@ -143,6 +137,7 @@ class Scheduler(Generic[ModelT]):
     def remove(self, number: int) -> None:
         """Ends a sequence, wherever it is, and frees its place. Unknown numbers pass."""
         if sequence := self._running.pop(number, None):
+            sequence.model.pool.unannounce(sequence.keys[sequence.shown :])
             sequence.model.pool.give(sequence.blocks)
         else:
             self._waiting = deque(waiting for waiting in self._waiting if waiting.number != number)
@@ -160,18 +155,42 @@ class Scheduler(Generic[ModelT]):
                 budget -= chunks[-1].length
         return chunks
 
+    def computed(self, chunk: Chunk[ModelT]) -> None:
+        """The keys and values of `chunk` are in the cache: blocks that it has filled are there for others too."""
+        sequence, pool = chunk.sequence, chunk.sequence.model.pool
+        sequence.cached += chunk.length
+        full = sequence.cached // BLOCK_TOKENS
+        if full > len(sequence.keys):  # with tokens that were generated
+            sequence.keys = prefix_keys(sequence.model.identity, sequence.token_ids[: full * BLOCK_TOKENS])
+        for index in range(sequence.shown, full):
+            pool.show(sequence.keys[index], sequence.blocks[index])
+        pool.unannounce(sequence.keys[sequence.shown : full])
+        sequence.shown = full
+
     def _admit(self) -> None:
         """Takes from the waiting in their order; one that finds no room holds back only those for the same cache."""
         full: list[BlockPool] = []
         still: deque[Sequence[ModelT]] = deque()
         while self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting.popleft()
-            pool = sequence.model.pool
-            blocks = None if pool in full else pool.take(sequence.blocks_needed)
-            if blocks is None:
+            pool, keys = sequence.model.pool, sequence.reusable_keys
+            if pool in full:
+                still.append(sequence)
+                continue
+            shared = pool.share(keys)
+            if len(shared) < len(keys) and pool.is_announced(keys[len(shared)]):
+                pool.give(shared)
+                still.append(sequence)
+                continue
+            own = pool.take(sequence.blocks_needed - len(shared))
+            if own is None:
+                pool.give(shared)
                 full.append(pool)
                 still.append(sequence)
-            else:
-                sequence.blocks = blocks
-                self._running[sequence.number] = sequence
+                continue
+            sequence.blocks = shared + own
+            sequence.shown = len(shared)
+            sequence.cached = len(shared) * BLOCK_TOKENS
+            pool.announce(sequence.keys[sequence.shown :])
+            self._running[sequence.number] = sequence
         self._waiting.extendleft(reversed(still))
