@@ -100,6 +100,17 @@ class Client:
         """The bytes of a file."""
         return self._ask("GET", ("files", file_id, "content")).content
 
+    def download(self, *segments: str, to: BinaryIO, **query: str) -> None:
+        """Writes the bytes that GET answers with, as they come."""
+        with self._open("GET", segments, params=query) as response:
+            for chunk in response.iter_bytes():
+                to.write(chunk)
+
+    def import_model(self, package: BinaryIO, base: str, suffix: str | None = None) -> Any:
+        """The model object of a zip of weights for `base`."""
+        fields = {"model": base} | ({} if suffix is None else {"suffix": suffix})
+        return self._ask("POST", ("models",), data=fields, files={"file": ("model.zip", package)}).json()
+
     def upload(self, filename: str, file: BinaryIO, purpose: str) -> Any:
         """The file object of an upload; `file` is read once from its position, in pieces."""
         return self._ask("POST", ("files",), data={"purpose": purpose}, files={"file": (filename, file)}).json()

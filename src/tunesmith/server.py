@@ -42,6 +42,7 @@ from tunesmith.runs import parity
 from tunesmith.runs.dispatcher import Dispatcher, Parity
 from tunesmith.runs.local import LocalExecutor
 from tunesmith.serving.completer import Completer
+from tunesmith.serving.weights import Weights
 from tunesmith.settings import Settings
 from tunesmith.tokenizer import Tokenizer
 
@@ -141,6 +142,7 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
             max_resident_full_models=settings.max_resident_full_models,
             new_seed=lambda: secrets.randbits(SEED_BITS),
         ),
+        weights=Weights(models, engine, spool=spool, limit_bytes=settings.max_upload_bytes),
         clock=store.clock,
         new_id=store.new_id,
         spool=spool,

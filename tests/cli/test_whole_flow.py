@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -149,3 +150,25 @@ def test_follow_survives_a_restart_of_the_server(tiny_base: Path, tmp_path: Path
     lines = [line.partition("] ")[2] for line in (seen + rest).splitlines() if line.startswith("[")]
     assert lines == messages
     assert following.returncode == 1  # the job was cancelled
+
+
+def test_weights_go_out_and_come_in(cli: CommandLine, recorded: list[dict[str, Any]]) -> None:
+    name = json.loads(cli.run("fine_tunes.get", "-i", recorded[0]["id"]))["fine_tuned_model"]
+    wrote = command(cli, "models", "export", name, "-o", "model.zip")
+    assert wrote.returncode == 0, wrote.stderr
+    assert re.fullmatch(r"Wrote model\.zip \([\d,]+ bytes\)\n", wrote.stdout)
+    again = command(cli, "models", "export", name, "-o", "model.zip")
+    assert again.returncode == 2
+    assert "model.zip is there already; name another with -o." in again.stderr
+
+    shutil.unpack_archive(cli.folder / "model.zip", cli.folder / "model")
+    for path in ("model.zip", "model"):
+        came = command(cli, "models", "import", path, "--base", "ada", "--suffix", path, "--json")
+        assert came.returncode == 0, came.stderr
+        model = json.loads(came.stdout)["id"]
+        asked = ["completions.create", "-p", "How was it? ->", "-M", "4", "-t", "0", "-m"]
+        assert cli.run(*asked, model) == cli.run(*asked, name)
+    refused = command(cli, "models", "import", "train.jsonl", "--base", "ada")
+    assert refused.returncode == 1
+    assert "not a zip that can be read here" in refused.stderr
+    assert not list(cli.folder.glob("*.part"))

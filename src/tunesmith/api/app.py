@@ -30,6 +30,7 @@ from tunesmith.core.jobs import Jobs
 from tunesmith.core.models import Models
 from tunesmith.core.store import Clock, NewId
 from tunesmith.serving.completer import Completer
+from tunesmith.serving.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Services:
     jobs: Jobs
     events: Events
     completer: Completer
+    weights: Weights
     clock: Clock
     new_id: NewId
     spool: Path
@@ -73,7 +75,9 @@ def routes(services: Services) -> list[BaseRoute]:
     health = HealthApi(services.checks)
     organization = OrganizationApi(services.accounts)
     files = FilesApi(services.files, max_upload_bytes=services.max_upload_bytes, spool=services.spool)
-    models = ModelsApi(services.models)
+    models = ModelsApi(
+        services.models, services.weights, max_upload_bytes=services.max_upload_bytes, spool=services.spool
+    )
     completions = CompletionsApi(
         services.completer,
         services.models,
@@ -100,8 +104,9 @@ def routes(services: Services) -> list[BaseRoute]:
         at("/v1/fine-tunes/{id}/resume", POST=fine_tunes.resume),
         at("/v1/fine-tunes/{id}/events", GET=fine_tunes.list_events),
         at("/v1/fine-tunes/{id}/checkpoints", GET=fine_tunes.list_checkpoints),
-        at("/v1/models", GET=models.list),
+        at("/v1/models", GET=models.list, POST=models.create),
         at("/v1/models/{id}", GET=models.get, DELETE=models.delete),
+        at("/v1/models/{id}/weights", GET=models.download),
         at("/v1/engines", GET=models.list_engines),
         at("/v1/engines/{id}", GET=models.get_engine),
         at("/v1/engines/{id}/completions", POST=completions.create_for_engine),

@@ -1,25 +1,39 @@
-"""`/v1/models` and its old alias `/v1/engines`: parse, call `core.models`, render."""
+"""`/v1/models` and its old alias `/v1/engines`: parse, call `core.models` or `serving.weights`, render."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+import os
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from tunesmith.api.multipart import receive_upload
 from tunesmith.api.pages import envelope
 from tunesmith.api.routing import path_id
 from tunesmith.core.accounts import Caller
+from tunesmith.core.blobs import READ_CHUNK_BYTES
 from tunesmith.core.models import Model, Models
+from tunesmith.core.names import slug
+from tunesmith.errors import InvalidRequest
+from tunesmith.serving.weights import Kind, Weights
 
 
 class ModelsApi:
     """The verbs of models, and those of engines."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, weights: Weights, *, max_upload_bytes: int, spool: Path) -> None:
         self.models = models
+        self.weights = weights
+        self.max_upload_bytes = max_upload_bytes
+        self.spool = spool
 
     async def list(self, _request: Request, caller: Caller) -> Response:
         """GET /v1/models: bases and the organisation's own."""
@@ -36,6 +50,32 @@ class ModelsApi:
         await run_in_threadpool(self.models.delete, caller, name)
         return JSONResponse({"id": name, "object": "model", "deleted": True})
 
+    async def create(self, request: Request, caller: Caller) -> Response:
+        """POST /v1/models, multipart: `file`, a zip of an adapter or a checkpoint; `model`, its base; `suffix`."""
+        async with receive_upload(
+            request, file_field="file", max_file_bytes=self.max_upload_bytes, folder=self.spool
+        ) as upload:
+            base_name, suffix = upload.fields.pop("model", None), upload.fields.pop("suffix", None)
+            if upload.fields:
+                name = next(iter(upload.fields))
+                raise InvalidRequest(
+                    f"Unrecognized request argument supplied: {name}. The parts of this form are file, model, suffix.",
+                    param=name,
+                )
+            if not base_name:
+                raise InvalidRequest("The form has no part 'model': the base that the weights are for.", param="model")
+            model = await self.weights.imported(caller, upload.content, base_name, suffix)
+        return JSONResponse(model_to_wire(model))
+
+    async def download(self, request: Request, caller: Caller) -> Response:
+        """GET /v1/models/{id}/weights: a zip. `format`: adapter or merged; by default what was trained."""
+        asked = request.query_params.get("format")
+        if asked not in (None, "adapter", "merged"):
+            raise InvalidRequest(f"'format' must be adapter or merged; it is {asked!r}.", param="format")
+        kind: Kind | None = asked  # type: ignore[assignment]
+        ref = await run_in_threadpool(self.models.resolve, caller, path_id(request))
+        return _Package(self.weights.exported(ref, kind), slug(ref.name) + ".zip")
+
     async def list_engines(self, _request: Request, caller: Caller) -> Response:
         """GET /v1/engines: the same models, as they were called before 2022."""
         models = await run_in_threadpool(self.models.list, caller)
@@ -44,6 +84,24 @@ class ModelsApi:
     async def get_engine(self, request: Request, caller: Caller) -> Response:
         """GET /v1/engines/{id}."""
         return JSONResponse(engine_to_wire(await run_in_threadpool(self.models.get, caller, path_id(request))))
+
+
+class _Package(Response):
+    """A file that is made when the answer is sent, and gone when it ends, however it ends."""
+
+    def __init__(self, package: AbstractAsyncContextManager[IO[bytes]], filename: str) -> None:
+        super().__init__(media_type="application/zip")
+        self._package = package
+        self._filename = quote(filename, safe="")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._package as opened:
+            headers = {
+                "content-length": str(os.fstat(opened.fileno()).st_size),
+                "content-disposition": f"attachment; filename*=UTF-8''{self._filename}",
+            }
+            chunks = iter(partial(opened.read, READ_CHUNK_BYTES), b"")
+            await StreamingResponse(chunks, headers=headers, media_type=self.media_type)(scope, receive, send)
 
 
 def model_to_wire(model: Model) -> dict[str, Any]:

@@ -1,12 +1,18 @@
-"""`tunesmith models list`: what can be called and tuned, and what stands behind each name."""
+"""`tunesmith models list`, `export` and `import`: what can be called and tuned, and weights on their way out and in."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from tunesmith.cli.connection import connect
-from tunesmith.cli.output import Output
+from tunesmith.cli.output import Output, UsageError
 from tunesmith.cli.tables import show_table
 
 
@@ -19,6 +25,63 @@ def list_models(args: argparse.Namespace, output: Output) -> int:
         return 0
     show_table(output, ["model", "what it is"], [[model["id"], _story(model)] for model in models])
     return 0
+
+
+def export_model(args: argparse.Namespace, output: Output) -> int:
+    """Writes a zip, whole or not at all. A file that is there stays as it is."""
+    path = Path(args.output or re.sub(r"[^\w.-]", "-", args.model) + ".zip")
+    query = {} if args.format is None else {"format": args.format}
+    try:
+        with connect(args) as client, whole_or_nothing(path) as file:
+            client.download("models", args.model, "weights", to=file, **query)
+    except FileExistsError as error:
+        raise UsageError(f"{path} is there already; name another with -o.") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
+    if output.machine:
+        output.show({"model": args.model, "file": str(path), "bytes": path.stat().st_size})
+    output.say(f"Wrote {path} ({path.stat().st_size:,} bytes)")
+    return 0
+
+
+def import_model(args: argparse.Namespace, output: Output) -> int:
+    """Sends a zip, or a folder as one."""
+    path = Path(args.path)
+    try:
+        with connect(args) as client, path.open("rb") if path.is_file() else _packed(path) as package:
+            model = client.import_model(package, args.base, args.suffix)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    if output.machine:
+        output.show(model)
+    output.say(f"Imported model: {model['id']}")
+    return 0
+
+
+@contextmanager
+def whole_or_nothing(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path`, which takes its place once the block has ended. Raises FileExistsError at once."""
+    if path.exists():
+        raise FileExistsError(path)
+    beside = path.with_name(path.name + ".part")
+    try:
+        with beside.open("wb") as file:
+            yield file
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _packed(folder: Path) -> Iterator[BinaryIO]:
+    names = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    with tempfile.TemporaryDirectory() as beside:
+        package = Path(beside) / "model.zip"
+        with zipfile.ZipFile(package, "w", zipfile.ZIP_STORED) as opened:
+            for path in names:
+                opened.write(path, path.name)
+        with package.open("rb") as reading:
+            yield reading
 
 
 def _story(model: dict[str, Any]) -> str:

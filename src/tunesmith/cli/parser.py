@@ -127,7 +127,7 @@ def _add_models(commands: Commands[argparse.ArgumentParser], everywhere: argpars
     models = commands.add_parser(
         "models",
         parents=[everywhere],
-        help="Models: list them, pull base models from the hub, check base models.",
+        help="Models: list them, export and import weights, pull and check base models.",
         description="Without a command: the same as list.",
     )
     models.set_defaults(run="tunesmith.cli.models:list_models")
@@ -138,6 +138,32 @@ def _add_models(commands: Commands[argparse.ArgumentParser], everywhere: argpars
         help="List the models that can be called and tuned, and what stands behind each.",
     )
     listing.set_defaults(run="tunesmith.cli.models:list_models")
+
+    export = verbs.add_parser(
+        "export",
+        parents=[everywhere],
+        help="Write the weights of a model as a zip.",
+        description="By default what was trained: an adapter in PEFT's format, or a whole checkpoint where all weights "
+        "were. Both are safetensors that other engines load.",
+    )
+    export.add_argument("model", metavar="MODEL", help="Name of the model.")
+    export.add_argument(
+        "--format", choices=["adapter", "merged"], help="The adapter alone, or a checkpoint with the adapter in it."
+    )
+    export.add_argument("-o", "--output", metavar="FILE", help="File to write (default: the model's name, .zip).")
+    export.set_defaults(run="tunesmith.cli.models:export_model")
+
+    importing = verbs.add_parser(
+        "import",
+        parents=[everywhere],
+        help="Make a model of weights from elsewhere: a LoRA adapter of PEFT, or a checkpoint.",
+        description="Safetensors only. The engine loads the model before it is taken: one that does not fit its base "
+        "is refused with the reason.",
+    )
+    importing.add_argument("path", metavar="PATH", help="Folder or zip of the adapter or the checkpoint.")
+    importing.add_argument("--base", required=True, help="The base that the weights are for.")
+    importing.add_argument("--suffix", help="Up to 40 characters that go into the name of the model.")
+    importing.set_defaults(run="tunesmith.cli.models:import_model")
 
     pull = verbs.add_parser(
         "pull",

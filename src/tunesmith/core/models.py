@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, delete, insert, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core import names
 from tunesmith.core.accounts import Caller, Role
 from tunesmith.core.bases import Base, Bases
 from tunesmith.core.blobs import full_disk_is_storage_full, read_chunks, write_durably
+from tunesmith.core.requests import check_suffix
 from tunesmith.core.schema import jobs, models, organizations
 from tunesmith.core.statuses import LIVE
 from tunesmith.core.store import Store
@@ -165,13 +167,38 @@ class Models:
             raise
         return model_id
 
+    def adopt(self, caller: Caller, folder: Path, base_name: str, suffix: str | None) -> Model:
+        """Make a model of weights that no job here made. An engine has found that they fit the base.
+
+        Raises InvalidRequest for the suffix, StorageFull.
+        """
+        check_suffix(suffix)
+        model_id = self.keep(folder)
+        try:
+            with self._store.transaction() as connection:
+                name = self.insert(
+                    connection,
+                    model_id,
+                    organization_id=caller.organization_id,
+                    job_id=None,
+                    base_name=base_name,
+                    parent_name=None,
+                    suffix=suffix,
+                )
+                return self.find(connection, caller.organization_id, name)
+        except SQLAlchemyError:
+            raise  # whether the commit took place is not known: `sweep` finds out
+        except BaseException:
+            self.discard(model_id)
+            raise
+
     def insert(
         self,
         connection: Connection,
         model_id: str,
         *,
         organization_id: str,
-        job_id: str,
+        job_id: str | None,
         base_name: str,
         parent_name: str | None,
         suffix: str | None,

@@ -79,7 +79,7 @@ class FineTuneRequest:
 
 def check(request: FineTuneRequest) -> None:
     """Raises InvalidRequest for the first field that is out of bounds or does not go with the others."""
-    _check_suffix(request.suffix)
+    check_suffix(request.suffix)
     _check_range("n_epochs", request.n_epochs, 1, MAX_N_EPOCHS)
     _check_range("batch_size", request.batch_size, 1, MAX_BATCH_SIZE)
     multiplier = request.learning_rate_multiplier
@@ -182,7 +182,8 @@ def default_learning_rate_multiplier(batch_size: int) -> float:
     return max(multiplier for least, multiplier in DEFAULT_LEARNING_RATE_MULTIPLIERS if batch_size >= least)
 
 
-def _check_suffix(suffix: str | None) -> None:
+def check_suffix(suffix: str | None) -> None:
+    """Raises InvalidRequest for one that is too long, or of which nothing is left in a name."""
     if suffix is None:
         return
     if not 1 <= len(suffix) <= MAX_SUFFIX_CHARACTERS:

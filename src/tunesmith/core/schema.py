@@ -77,7 +77,7 @@ models = Table(
     Column("organization_id", ForeignKey("organizations.id"), nullable=False, index=True),
     Column("base_name", String, nullable=False),
     Column("parent_name", String),
-    Column("job_id", ForeignKey("jobs.id"), nullable=False, index=True),
+    Column("job_id", ForeignKey("jobs.id"), index=True),  # null for one that was imported
     Column("created_unix", BigInteger, nullable=False),
     Column("step", BigInteger),  # of the epoch that a checkpoint is; null for what a job gave in the end
     Column("metrics", JSON(none_as_null=True)),  # of that epoch

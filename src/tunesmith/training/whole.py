@@ -6,23 +6,17 @@ logits, as in `training.loss`.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from tunesmith.decoder.llama import Llama
-from tunesmith.rundir import CHECKPOINT_CONFIG, write_bytes, write_json
+from tunesmith.decoder.saving import save_checkpoint
 from tunesmith.training.loss import Scores, score
 from tunesmith.training.packing import MicroBatch
-
-WEIGHTS = "model.safetensors"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 
 
 class TrainableWeights:
@@ -64,17 +58,8 @@ class TrainableWeights:
         return scores
 
     def save(self, folder: Path, base_dir: Path) -> None:
-        """An ordinary checkpoint: equal weights give equal bytes. Its config and tokenizer are those of `base_dir`."""
-        config = json.loads((base_dir / CHECKPOINT_CONFIG).read_text())
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.clone() for name, tensor in self.model.state().items()}
-        write_bytes(folder / WEIGHTS, safetensors_torch.save(state, metadata={"format": "pt"}))
-        for name in _TOKENIZER_FILES:
-            if (base_dir / name).is_file():
-                shutil.copyfile(base_dir / name, folder / name)
-        # Last, as a folder with a config is taken for a checkpoint.
-        tied = self.model.config.tied
-        write_json(folder / CHECKPOINT_CONFIG, config | {"tie_word_embeddings": tied, "torch_dtype": "float32"})
+        """See `decoder.saving.save_checkpoint`."""
+        save_checkpoint(self.model, folder, base_dir)
 
 
 @dataclass(frozen=True, slots=True)

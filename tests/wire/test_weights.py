@@ -1,0 +1,161 @@
+"""Weights on their way out and in, with the engine that serves them."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.engine.models import make_adapter, plain_logprobs
+from tests.tiny import make_tiny_base
+from tests.wire.harness import client_of, create_job, error_of, finish, parts_of, settings_for
+from tunesmith.server import Parts
+
+pytestmark = pytest.mark.anyio
+PROMPT = [17, 300, 4_000, 5, 6, 7]
+NATS = 1e-4
+
+
+@pytest.fixture
+async def served(tmp_path: Path, tiny_base: Path) -> AsyncIterator[Parts]:
+    """A server with the real engine."""
+    settings = settings_for(tmp_path / "home", tiny_base, engine="embedded", engine_threads=1)
+    async with parts_of(settings) as built:
+        yield built
+
+
+@pytest.fixture
+async def client(served: Parts) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(served) as opened:
+        yield opened
+
+
+def package(folder: Path) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as opened:
+        for path in folder.iterdir():
+            opened.write(path, path.name)
+    return out.getvalue()
+
+
+async def bring(client: httpx.AsyncClient, content: bytes, **fields: str) -> httpx.Response:
+    files = {"file": ("model.zip", content)}
+    return await client.post("/v1/models", data={"model": "ada", **fields}, files=files)
+
+
+async def numbers(client: httpx.AsyncClient, model: str) -> list[float]:
+    """Log-probabilities of PROMPT's tokens after the first."""
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 0}
+    answer = (await client.post("/v1/completions", json=body)).json()
+    found: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"][1:]
+    return found
+
+
+def expected(base: Path, adapter: Path | None) -> list[float]:
+    table = plain_logprobs(base, adapter, PROMPT)
+    return [float(table[place, token]) for place, token in enumerate(PROMPT[1:])]
+
+
+async def test_out_and_in_again_in_every_form_says_the_same(
+    client: httpx.AsyncClient, tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_base, tmp_path / "adapter", seed=3)  # one that covers the embedding
+    answer = await bring(client, package(adapter), suffix="From Elsewhere")
+    assert answer.status_code == 200, answer.text
+    model = answer.json()
+    assert model["id"].startswith("ada:ft-personal:from-elsewhere-")
+    assert (model["root"], model["parent"]) == ("ada", "ada")
+    said = expected(tiny_base, adapter)
+    assert await numbers(client, model["id"]) == pytest.approx(said, abs=NATS)
+
+    for kind in ("adapter", "merged"):
+        got = await client.get(f"/v1/models/{model['id']}/weights", params={"format": kind})
+        assert got.status_code == 200
+        assert got.headers["content-type"] == "application/zip"
+        assert int(got.headers["content-length"]) == len(got.content)
+        assert "from-elsewhere" in got.headers["content-disposition"]
+        with zipfile.ZipFile(io.BytesIO(got.content)) as opened:
+            opened.extractall(tmp_path / kind)
+        again = (await bring(client, got.content)).json()["id"]
+        assert await numbers(client, again) == pytest.approx(said, abs=NATS)
+        whole = await client.get(f"/v1/models/{again}/weights")
+        assert whole.content == got.content  # what was brought is what is kept, to the byte
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        adapter / "adapter_model.safetensors"
+    ).read_bytes()
+    assert expected(tmp_path / "merged", None) == pytest.approx(said, abs=NATS)
+    base = await client.get("/v1/models/ada/weights")
+    assert sorted(zipfile.ZipFile(io.BytesIO(base.content)).namelist()) == sorted(
+        path.name for path in tiny_base.iterdir()
+    )
+    refused = await client.get("/v1/models/ada/weights", params={"format": "adapter"})
+    assert "`ada` has no adapter" in error_of(refused)["message"]
+    assert (await client.delete(f"/v1/models/{model['id']}")).json()["deleted"] is True
+    assert (await client.get(f"/v1/models/{model['id']}/weights")).status_code == 404
+
+
+async def test_what_does_not_fit_is_refused_and_leaves_nothing(
+    client: httpx.AsyncClient, served: Parts, tiny_base: Path, tmp_path: Path
+) -> None:
+    other = make_tiny_base(tmp_path / "other", layers=3)
+    too_deep = make_adapter(other, tmp_path / "deep", seed=1)
+    endless = make_adapter(tiny_base, tmp_path / "endless", seed=1)
+    state = load_file(endless / "adapter_model.safetensors")
+    first = next(iter(state))
+    save_file(state | {first: torch.full_like(state[first], torch.inf)}, endless / "adapter_model.safetensors")
+    prefix = make_adapter(tiny_base, tmp_path / "prefix", seed=1)
+    config = json.loads((prefix / "adapter_config.json").read_text())
+    (prefix / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "PREFIX_TUNING"}))
+    for folder, reason in [
+        (too_deep, "does not fit its base"),
+        (other, "another shape than its base"),
+        (endless, "says no numbers"),
+        (prefix, "PREFIX_TUNING"),
+    ]:
+        answer = await bring(client, package(folder))
+        error = error_of(answer)
+        assert answer.status_code == 400
+        assert reason in error["message"]
+        assert str(tmp_path) not in error["message"]
+        assert error["param"] == "file"
+    assert len((await client.get("/v1/models")).json()["data"]) == 4
+    assert list((tmp_path / "home" / "uploads").iterdir()) == []
+    assert not (tmp_path / "home" / "adapters").exists() or list((tmp_path / "home" / "adapters").iterdir()) == []
+    assert (await client.post("/v1/completions", json={"model": "ada", "prompt": "x"})).status_code == 200
+
+
+async def test_the_form_is_checked(client: httpx.AsyncClient, tiny_base: Path, tmp_path: Path) -> None:
+    content = package(make_adapter(tiny_base, tmp_path / "adapter", seed=2))
+    for fields, param in [
+        ({"model": ""}, "model"),
+        ({"name": "x"}, "name"),
+        ({"suffix": "..."}, "suffix"),
+        ({"suffix": "x" * 41}, "suffix"),
+    ]:
+        assert error_of(await bring(client, content, **fields))["param"] == param
+    assert (await bring(client, content, model="nope")).status_code == 404
+    tuned = (await bring(client, content)).json()["id"]
+    assert "is a tuned model" in error_of(await bring(client, content, model=tuned))["message"]
+    assert error_of(await client.get("/v1/models/ada/weights", params={"format": "gguf"}))["param"] == "format"
+
+
+async def test_weights_are_the_organisations_own(
+    parts: Parts, stranger: httpx.AsyncClient, member: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    async with client_of(parts) as owner:
+        await create_job(owner)
+        parts.services.jobs.enqueue()
+        claim = parts.services.jobs.claim("here", 60.0)
+        assert claim is not None
+        finish(parts, claim, tmp_path)
+        name = (await owner.get(f"/v1/fine-tunes/{claim.job.id}")).json()["fine_tuned_model"]
+    assert (await stranger.get(f"/v1/models/{name}/weights")).status_code == 404
+    got = await member.get(f"/v1/models/{name}/weights")
+    assert zipfile.ZipFile(io.BytesIO(got.content)).read("adapter_model.safetensors") == b"weights"
