@@ -10,9 +10,9 @@ import torch
 from pretraining.shapes import SHAPES, random_llama
 from tests.training.rows import random_lora, random_rows
 from tunesmith.decoder.llama import Llama
-from tunesmith.training import attention, folded, gradients
+from tunesmith.training import attention, folded, gradients, passes
 from tunesmith.training.factors import TrainableLora
-from tunesmith.training.gradients import Learner
+from tunesmith.training.gradients import Learner, Lesson
 from tunesmith.training.metrics import Tally
 from tunesmith.training.workers import Workers
 
@@ -33,9 +33,9 @@ def _model(*, heads: int = 4, kv_heads: int = 2, qkv_bias: bool = False) -> Llam
 
 def _step(model: Llama, dtype: torch.dtype, prompt_loss_weight: float = 0.1) -> tuple[Tally, torch.Tensor]:
     factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0))
-    with Workers(1, len(ROWS)) as workers:
-        learner = Learner(model, factors, workers, beat=lambda: None, dtype=dtype, max_tokens=100)
-        tally = learner.learn(ROWS, prompt_loss_weight=prompt_loss_weight)
+    with Workers(1) as workers:
+        learner = Learner(model, factors.site_outputs, workers, beat=lambda: None, dtype=dtype)
+        (tally,) = learner.learn([Lesson(factors, ROWS, prompt_loss_weight, max_tokens=100)])
     return tally, factors.flat_gradient
 
 
@@ -45,15 +45,22 @@ def _by_autograd(model: Llama, monkeypatch: pytest.MonkeyPatch) -> tuple[Tally, 
         return _step(model, torch.float32)
 
 
+@pytest.mark.parametrize("fold_from_tokens", [0, 512])
 @pytest.mark.parametrize("longest_plain_row", [0, 512])
 @pytest.mark.parametrize(("heads", "kv_heads", "qkv_bias"), [(4, 2, False), (4, 4, True), (6, 1, False)])
 def test_loss_and_gradients_are_those_of_autograd(
-    heads: int, kv_heads: int, qkv_bias: bool, longest_plain_row: int, monkeypatch: pytest.MonkeyPatch
+    heads: int,
+    kv_heads: int,
+    qkv_bias: bool,
+    longest_plain_row: int,
+    fold_from_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = _model(heads=heads, kv_heads=kv_heads, qkv_bias=qkv_bias)
     theirs, expected = _by_autograd(model, monkeypatch)
 
     monkeypatch.setattr(attention, "LONGEST_PLAIN_ROW", longest_plain_row)
+    monkeypatch.setattr(gradients, "FOLD_FROM_TOKENS", fold_from_tokens)
     ours, gradient = _step(model, torch.float32)
 
     assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
@@ -61,7 +68,9 @@ def test_loss_and_gradients_are_those_of_autograd(
     assert (gradient - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_in_bf16_the_gradient_points_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fold_from_tokens", [0, 512])
+def test_in_bf16_the_gradient_points_the_same_way(monkeypatch: pytest.MonkeyPatch, fold_from_tokens: int) -> None:
+    monkeypatch.setattr(gradients, "FOLD_FROM_TOKENS", fold_from_tokens)
     model = _model()
     theirs, expected = _by_autograd(model, monkeypatch)
 
@@ -76,8 +85,8 @@ def test_rounding_up_tokens_and_cells_changes_nothing(monkeypatch: pytest.Monkey
     model = _model()
     _, plain = _step(model, torch.float32)
 
-    monkeypatch.setitem(folded.ROUNDING, torch.float32, 64)
-    monkeypatch.setitem(folded.CELL_ROUNDING, torch.float32, 16)
+    monkeypatch.setattr(passes, "PIECE_ROUNDING", 128)
+    monkeypatch.setattr(passes, "CELL_ROUNDING", 64)
     _, rounded = _step(model, torch.float32)
 
     assert (plain - rounded).abs().max() < 1e-6 * plain.abs().max()

@@ -14,7 +14,7 @@ from tunesmith.decoder import llama
 from tunesmith.decoder.llama import Llama
 from tunesmith.training.batches import Row
 from tunesmith.training.factors import TrainableLora
-from tunesmith.training.gradients import Learner
+from tunesmith.training.gradients import Learner, Lesson
 from tunesmith.training.workers import Workers
 
 ROWS = random_rows([(5, 1), (12, 3), (1, 4), (30, 1), (7, 2)])
@@ -85,12 +85,12 @@ def test_the_factors_in_training_add_what_the_adapter_adds(model: Llama) -> None
         for site, linears in sites.items():
             x = torch.randn(6, linears[0].inputs, generator=chance)
             expected = lora.delta(layer, site, x)
-            assert torch.allclose(factors.view().delta(layer, site, x), expected, atol=1e-6)
+            assert torch.allclose(factors.views(1)[0].delta(layer, site, x), expected, atol=1e-6)
             assert torch.allclose(factors.lora.delta(layer, site, x), expected, atol=1e-6)
     ids = torch.tensor([5, 0, 5, 16_383])
     expected = lora.embedding_delta(ids)
     assert expected is not None and expected.abs().min() > 0
-    assert torch.allclose(factors.view().embedding_delta(ids), expected, atol=1e-6)
+    assert torch.allclose(factors.views(1)[0].embedding_delta(ids), expected, atol=1e-6)
     assert torch.allclose(factors.lora.embedding_delta(ids), expected, atol=1e-6)
 
 
@@ -100,7 +100,7 @@ def test_an_adapter_that_leaves_the_embedding_alone_goes_on_so(model: Llama) -> 
     factors = TrainableLora(lora)
 
     assert factors.lora.embedding is None
-    assert factors.view().embedding_delta(torch.tensor([1])) is None
+    assert factors.views(1)[0].embedding_delta(torch.tensor([1])) is None
     assert len(factors.flat) == sum(part.a_RI.numel() + part.b_OR.numel() for _, _, part in lora.tensors())
 
 
@@ -108,8 +108,9 @@ def test_all_tokens_of_a_long_row_count_once(model: Llama) -> None:
     (row,) = random_rows([(700, 500)])  # several chunks of the vocabulary product
     factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0))
 
-    with Workers(1, 1) as workers:
-        tally = Learner(model, factors, workers, beat=lambda: None).learn([row], prompt_loss_weight=0.5)
+    with Workers(1) as workers:
+        learner = Learner(model, factors.site_outputs, workers, beat=lambda: None)
+        (tally,) = learner.learn([Lesson(factors, [row], 0.5)])
 
     assert tally.weight == 699 * 0.5 + 500
     assert (tally.tokens, tally.sequences) == (500, 1)
@@ -120,9 +121,9 @@ def _step(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss, and gradients by the names of PEFT."""
     factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0))
-    with Workers(threads, batch_size=threads) as workers:
-        learner = Learner(model, factors, workers, beat=lambda: None, max_tokens=max_tokens)
-        tally = learner.learn(rows, prompt_loss_weight=prompt_loss_weight)
+    with Workers(threads) as workers:
+        learner = Learner(model, factors.site_outputs, workers, beat=lambda: None)
+        (tally,) = learner.learn([Lesson(factors, rows, prompt_loss_weight, max_tokens)])
     factors.flat.copy_(factors.flat_gradient)  # `lora` is a view of it: now it names the gradients
     named = {}
     for layer, name, part in factors.lora.tensors():

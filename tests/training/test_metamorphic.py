@@ -16,7 +16,7 @@ from tunesmith.rundir import ResolvedHyperparameters, RunDir
 from tunesmith.training import loop
 from tunesmith.training.batches import Schedule
 from tunesmith.training.factors import TrainableLora
-from tunesmith.training.gradients import Learner
+from tunesmith.training.gradients import Learner, Lesson
 from tunesmith.training.memory import Room
 from tunesmith.training.workers import Workers
 
@@ -87,9 +87,9 @@ def test_the_order_of_rows_in_a_batch_changes_its_gradient_by_rounding(
     found = []
     for order in (rows, rows[::-1], rows[3:] + rows[:3]):
         factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0))
-        with Workers(1, 1) as workers:
-            learner = Learner(model, factors, workers, beat=lambda: None, max_tokens=40)
-            loss = learner.learn(order, prompt_loss_weight=prompt_loss_weight).loss
+        with Workers(1) as workers:
+            learner = Learner(model, factors.site_outputs, workers, beat=lambda: None)
+            loss = learner.learn([Lesson(factors, order, prompt_loss_weight, max_tokens=40)])[0].loss
         found.append((loss, factors.flat_gradient.clone()))
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], abs=1e-6)

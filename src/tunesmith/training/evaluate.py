@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from tunesmith.training.loss import score
 from tunesmith.training.memory import Room
 from tunesmith.training.metrics import Tally
 from tunesmith.training.packing import MicroBatch, micro_batches
-from tunesmith.training.workers import Workers
+from tunesmith.training.workers import Workers, deal
 
 T = TypeVar("T")
 
@@ -89,7 +90,8 @@ class Evaluator:
             return measured
 
         def all_shares(max_tokens: int) -> list[tuple[list[int], MicroBatch, T]]:
-            parts = self.workers.run(lambda _, indices: share(max_tokens, indices), rows)
+            shares = deal([len(row.token_ids) for row in rows], min(self.workers.threads, len(rows)))
+            parts = self.workers.each(partial(share, max_tokens), shares)
             return [entry for entries in parts for entry in entries]
 
         return self.room.fit(all_shares)

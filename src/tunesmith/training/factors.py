@@ -39,6 +39,7 @@ class TrainableLora:
         """The outputs of each linear layer of each site."""
         self.flat = torch.cat([stack.flatten() for stack in stacks])
         self.flat_gradient = torch.zeros_like(self.flat)
+        self._views: list[FactorView] = []
         pairs, embedding = self.pairs(self.flat)
         self.lora = Lora(
             start.layout,
@@ -52,16 +53,15 @@ class TrainableLora:
             for linear, a_RI, b_OR in zip(linears, a.split(start.rank), b.split(rows), strict=True):
                 self.lora.factors[layer][linear.name] = LowRank(a_RI, b_OR)
 
-    def view(self) -> FactorView:
-        """The same factors with gradients of their own, for one thread."""
-        gradient = torch.zeros_like(self.flat)
-        (pairs, embedding), (gradients, embedding_gradient) = self.pairs(self.flat), self.pairs(gradient)
-        sites = {
-            key: (*_leaves(pair, of_pair), rows)
-            for key, pair, of_pair, rows in zip(self._keys, pairs, gradients, self.site_outputs, strict=True)
-        }
-        leaves = _leaves(embedding, embedding_gradient) if embedding and embedding_gradient else None
-        return FactorView(sites, leaves, self.lora.scale, gradient)
+    def views(self, count: int) -> list[FactorView]:
+        """The same factors with gradients of their own, one for each of `count` threads; the first is `flat_gradient`.
+
+        They are made once.
+        """
+        while len(self._views) < count:
+            gradient = torch.zeros_like(self.flat) if self._views else self.flat_gradient
+            self._views.append(FactorView(self._keys, self, gradient))
+        return self._views[:count]
 
     def pairs(self, flat: Tensor) -> tuple[list[Pair], Pair | None]:
         """Stacked A [P R, I] and stacked B [O, R] of each site, and the embedding's two, as views of `flat`."""
@@ -73,24 +73,35 @@ class TrainableLora:
 
 
 class FactorView:
-    """Implements `Adapters`; a backward pass adds to `flat_gradient`, laid out as `TrainableLora.flat`."""
+    """Factors and gradients of one job for one thread. Implements `Adapters`: autograd then adds to `flat_gradient`."""
 
-    def __init__(
-        self,
-        sites: dict[tuple[int, Site], tuple[Tensor, Tensor, list[int]]],
-        embedding: Pair | None,
-        scale: float,
-        flat_gradient: Tensor,
-    ) -> None:
-        self._sites = sites
-        self._embedding = embedding
-        self._scale = scale
+    def __init__(self, keys: list[tuple[int, Site]], factors: TrainableLora, flat_gradient: Tensor) -> None:
+        """`flat_gradient` is laid out as `TrainableLora.flat`."""
         self.flat_gradient = flat_gradient
+        self.factors, self.embedding = factors.pairs(factors.flat)
+        self.gradients, self.embedding_gradient = factors.pairs(flat_gradient)
+        self.scale = factors.lora.scale
+        self.kept = 0
+        """1 where gradients are to be added to, 0 where what stands there is of the step before."""
+        parts = zip(keys, self.factors, self.gradients, factors.site_outputs, strict=True)
+        self._sites = {key: (*_leaves(pair, of_pair), rows) for key, pair, of_pair, rows in parts}
+        self._embedding: Pair | None = None
+        if self.embedding is not None and self.embedding_gradient is not None:
+            self._embedding = _leaves(self.embedding, self.embedding_gradient)
+
+    def begin(self, *, overwriting: bool = False) -> None:
+        """Forgets the gradients of the step before; with `overwriting` the first that come will replace them."""
+        self.kept = 0 if overwriting else 1
+        if not overwriting:
+            self.flat_gradient.zero_()
+        elif self.embedding_gradient is not None:
+            for gradient in self.embedding_gradient:
+                gradient.zero_()
 
     def delta(self, layer: int, site: Site, x_NI: Tensor) -> Tensor:
         """See `Adapters`."""
         a, b, rows = self._sites[layer, site]
-        delta_NO: Tensor = _Delta.apply(x_NI, a, b, rows, self._scale)  # type: ignore[no-untyped-call]
+        delta_NO: Tensor = _Delta.apply(x_NI, a, b, rows, self.scale)  # type: ignore[no-untyped-call]
         return delta_NO
 
     def embedding_delta(self, token_ids_N: Tensor) -> Tensor | None:
@@ -98,7 +109,7 @@ class FactorView:
         if self._embedding is None:
             return None
         a_VR, b_DR = self._embedding
-        return F.embedding(token_ids_N, a_VR).mul(self._scale) @ b_DR.T
+        return F.embedding(token_ids_N, a_VR).mul(self.scale) @ b_DR.T
 
 
 def _leaves(pair: Pair, gradients: Pair) -> Pair:

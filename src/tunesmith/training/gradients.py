@@ -1,11 +1,16 @@
-"""The gradient of one step. Knows model, factors and rows; nothing of optimizers or files.
+"""The gradient of one step, for one job or for many at once. Knows model, factors and rows; nothing of optimizers.
 
-Legend: N = tokens of a micro-batch, M = positions whose prediction is weighed, D = model width.
+What a job gets depends on nothing but its own rows: they are shared out and cut into pieces alone, jobs of many tokens
+are computed alone, and those of few side by side (`training.passes`).
+
+Legend: M = positions whose prediction is weighed, N = tokens, D = model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,10 +19,47 @@ from tunesmith.decoder.base import Decoder
 from tunesmith.training.batches import Row
 from tunesmith.training.factors import FactorView, TrainableLora
 from tunesmith.training.folded import FoldedLlama, covers
-from tunesmith.training.loss import Scores, score
+from tunesmith.training.loss import Scores, Weighed, score
 from tunesmith.training.metrics import Tally
 from tunesmith.training.packing import MICRO_BATCH_TOKENS, MicroBatch, micro_batches
-from tunesmith.training.workers import Workers
+from tunesmith.training.passes import Pass, Piece
+from tunesmith.training.workers import Workers, deal
+
+FOLD_FROM_TOKENS = 256
+"""From so many tokens in a step on, a job's adapters are folded into the weights, and it is computed alone
+(docs/design/decisions/together.md)."""
+MOST_SHARED_WEIGHTS = 64_000_000
+"""In larger models every job is computed alone: there one thread would be too slow for a pass, and with several the
+last digits of a job would depend on the jobs beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What one job learns in one step."""
+
+    factors: TrainableLora
+    rows: Sequence[Row]
+    prompt_loss_weight: float
+    max_tokens: int = MICRO_BATCH_TOKENS
+    """Of a micro-batch."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all rows."""
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """The part of a lesson that one thread takes."""
+
+    lesson: int
+    pieces: list[Piece]
+    tally: Tally
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(piece.batch.token_ids_N) for piece in self.pieces)
 
 
 class Learner:
@@ -26,58 +68,121 @@ class Learner:
     def __init__(
         self,
         model: Decoder,
-        factors: TrainableLora,
+        site_outputs: Sequence[list[int]],
         workers: Workers,
         *,
         beat: Callable[[], None],
         dtype: torch.dtype = torch.float32,
-        max_tokens: int = MICRO_BATCH_TOKENS,
     ) -> None:
-        """`dtype` is that of the products, as far as `folded.covers` the model; gradients add up in fp32."""
+        """`dtype` is that of the products, as far as `folded.covers` the model; gradients add up in fp32.
+
+        `site_outputs` are those of every job's `TrainableLora`: they follow from the model.
+        """
         self._model = model
-        self._folded = FoldedLlama(model, factors, dtype) if covers(model) else None
+        self._folded = FoldedLlama(model, site_outputs, dtype) if covers(model) else None
+        weights = sum(weight.numel() for weight in model.parameters()) if covers(model) else 0
+        self._shares_passes = weights <= MOST_SHARED_WEIGHTS
         self._prompt_head_VD = None if dtype == torch.float32 else model.head_VD.to(dtype)
-        self._factors = factors
-        self._views = [factors.view() for _ in range(workers.count)]
         self._workers = workers
         self._beat = beat
-        self._max_tokens = max_tokens
 
-    def learn(self, rows: Sequence[Row], *, prompt_loss_weight: float) -> Tally:
-        """Leaves the gradient of the weighted mean loss over `rows` in `factors.flat_gradient`."""
-        total = Tally()
-        if self._folded is not None:
-            self._folded.fold()
+    def learn(self, lessons: Sequence[Lesson]) -> list[Tally]:
+        """Leaves the gradient of the weighted mean loss over each lesson's rows in its `factors.flat_gradient`."""
+        shares = [self._shares(index, lesson) for index, lesson in enumerate(lessons)]
+        together: list[_Share] = []
+        for lesson, mine in zip(lessons, shares, strict=True):
+            if self._folded is None:
+                self._workers.each(self._by_autograd, mine)
+            elif lesson.n_tokens >= FOLD_FROM_TOKENS or not self._shares_passes:
+                self._folded.fold(lesson.factors)
+                self._workers.each(self._alone, mine)
+            else:
+                together += mine
+        if together:
+            most = min(lessons[share.lesson].max_tokens for share in together)
+            loads = deal([share.n_tokens for share in together], min(self._workers.threads, len(together)))
+            work = [[together[index] for index in load] for load in loads]
+            self._workers.each(partial(self._together, max_tokens=most), work, sharing=False)
+        return [_added_up(lesson.factors, mine) for lesson, mine in zip(lessons, shares, strict=True)]
 
-        def share(worker: int, indices: list[int]) -> Tally:
-            mine = [rows[index] for index in indices]
-            return self._learn_share(worker, mine, prompt_loss_weight)
+    def _shares(self, index: int, lesson: Lesson) -> list[_Share]:
+        rows = lesson.rows
+        dealt = deal([len(row.token_ids) for row in rows], min(self._workers.threads, len(rows)))
+        cut = [
+            micro_batches(
+                [rows[index] for index in indices],
+                prompt_loss_weight=lesson.prompt_loss_weight,
+                max_tokens=lesson.max_tokens,
+            )
+            for indices in dealt
+        ]
+        weight = sum(float(batch.weight_M.double().sum()) for batches in cut for batch in batches)
+        views = lesson.factors.views(len(cut))
+        return [
+            _Share(index, [Piece(batch, view, 1 / weight) for batch in batches], Tally())
+            for view, batches in zip(views, cut, strict=True)
+        ]
 
-        for tally in self._workers.run(share, rows):
-            total.merge(tally)
-        gradients = torch.stack([view.flat_gradient for view in self._views])
-        torch.sum(gradients, 0, out=self._factors.flat_gradient).div_(total.weight)
-        return total
+    def _together(self, shares: Sequence[_Share], max_tokens: int) -> None:
+        tallies = {id(piece): share.tally for share in shares for piece in share.pieces}
+        for share in shares:
+            share.pieces[0].view.begin(overwriting=True)
+        for pieces in _passes(shares, max_tokens):
+            work = Pass.of(pieces)
+            scores = self._scored(work, folded=False)
+            for piece, weighed in zip(work.pieces, work.weighed(), strict=True):
+                tallies[id(piece)].add(piece.batch, Scores(scores.nll_M[weighed], scores.right_M[weighed]))
+                piece.view.kept = 1
 
-    def _learn_share(self, worker: int, rows: Sequence[Row], prompt_loss_weight: float) -> Tally:
-        view, tally = self._views[worker], Tally()
-        view.flat_gradient.zero_()
-        for batch in micro_batches(rows, prompt_loss_weight=prompt_loss_weight, max_tokens=self._max_tokens):
-            self._beat()
-            tally.add(batch, self._learn_batch(batch, view))
-        return tally
+    def _alone(self, share: _Share) -> None:
+        share.pieces[0].view.begin()
+        for piece in share.pieces:
+            share.tally.add(piece.batch, self._scored(Pass.of([piece]), folded=True))
 
     @torch.no_grad()
-    def _learn_batch(self, batch: MicroBatch, view: FactorView) -> Scores:
-        def scored(hidden_MD: Tensor, gradient_MD: Tensor) -> Scores:
-            return score(self._model, hidden_MD, batch, gradient_MD, prompt_head_VD=self._prompt_head_VD)
+    def _scored(self, work: Pass, *, folded: bool) -> Scores:
+        assert self._folded is not None
+        self._beat()
+        return self._folded.learn(work, lambda hidden, gradient: self._score(hidden, work, gradient), folded=folded)
 
-        if self._folded is not None:
-            return self._folded.learn(batch, view, scored)
-        with torch.enable_grad():
-            hidden_ND = self._model.hidden(batch.token_ids_N, batch.positions_N, batch.attend, view)
-        hidden_MD = hidden_ND.detach()[batch.predicting_M]
-        gradient_MD = torch.empty_like(hidden_MD)
-        scores = scored(hidden_MD, gradient_MD)
-        hidden_ND.backward(torch.zeros_like(hidden_ND).index_copy_(0, batch.predicting_M, gradient_MD))
+    def _score(self, hidden_MD: Tensor, weighed: Weighed, gradient_MD: Tensor) -> Scores:
+        return score(self._model, hidden_MD, weighed, gradient_MD, prompt_head_VD=self._prompt_head_VD)
+
+    def _by_autograd(self, share: _Share) -> None:
+        share.pieces[0].view.begin()
+        for piece in share.pieces:
+            self._beat()
+            share.tally.add(piece.batch, self._differentiated(piece.batch, piece.view, piece.share))
+
+    def _differentiated(self, batch: MicroBatch, view: FactorView, share: float) -> Scores:
+        hidden_ND = self._model.hidden(batch.token_ids_N, batch.positions_N, batch.attend, view)
+        with torch.no_grad():
+            hidden_MD = hidden_ND.detach()[batch.predicting_M]
+            gradient_MD = torch.empty_like(hidden_MD)
+            scores = self._score(hidden_MD, batch, gradient_MD)
+            gradient_ND = torch.zeros_like(hidden_ND).index_copy_(0, batch.predicting_M, gradient_MD.mul_(share))
+        hidden_ND.backward(gradient_ND)
         return scores
+
+
+def _passes(shares: Sequence[_Share], max_tokens: int) -> Iterator[list[Piece]]:
+    """All pieces, as many at a time as there is room for; those of one share one after another."""
+    waiting = [list(share.pieces) for share in shares]
+    while waiting := [pieces for pieces in waiting if pieces]:
+        room = max_tokens
+        taken: list[Piece] = []
+        for pieces in waiting:
+            n_tokens = len(pieces[0].batch.token_ids_N)
+            if not taken or n_tokens <= room:
+                taken.append(pieces.pop(0))
+                room -= n_tokens
+        yield taken
+
+
+def _added_up(factors: TrainableLora, shares: Sequence[_Share]) -> Tally:
+    total = Tally()
+    for share, view in zip(shares, factors.views(len(shares)), strict=True):
+        total.merge(share.tally)
+        if view.flat_gradient is not factors.flat_gradient:
+            factors.flat_gradient.add_(view.flat_gradient)
+    return total

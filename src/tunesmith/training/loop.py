@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 
@@ -18,7 +18,7 @@ from tunesmith.training.epochs import Epochs
 from tunesmith.training.evaluate import Evaluator
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.folded import product_dtype
-from tunesmith.training.gradients import Learner
+from tunesmith.training.gradients import Learner, Lesson
 from tunesmith.training.inputs import read_inputs
 from tunesmith.training.memory import Room
 from tunesmith.training.metrics import Tally
@@ -75,7 +75,7 @@ def train(
     elapsed_tokens, saved_at = position.elapsed_tokens, clock()
 
     with (
-        Workers(spec.threads, asked.batch_size) as workers,
+        Workers(spec.threads) as workers,
         Results(run_dir.results, position.results_bytes, columns(asked, has_validation=bool(validation))) as results,
         Progress(run_dir.progress, position.progress_bytes, position.progress_seq) as progress,
     ):
@@ -83,13 +83,11 @@ def train(
         evaluator = Evaluator(inputs.model, factors.lora, workers, beat, room)
         epochs = Epochs(run_dir, spec, factors, evaluator, validation or rows, position.standing, best)
 
-        @lru_cache(maxsize=1)
-        def learner(max_tokens: int) -> Learner:
-            dtype = product_dtype(spec.precision)
-            return Learner(inputs.model, factors, workers, beat=beat, dtype=dtype, max_tokens=max_tokens)
+        dtype = product_dtype(spec.precision)
+        learner = Learner(inputs.model, factors.site_outputs, workers, beat=beat, dtype=dtype)
 
         def learn(rows: list[Row], max_tokens: int) -> Tally:
-            return learner(max_tokens).learn(rows, prompt_loss_weight=asked.prompt_loss_weight)
+            return learner.learn([Lesson(factors, rows, asked.prompt_loss_weight, max_tokens)])[0]
 
         if position.step == 0 and classes is not None and classes.warning is not None:
             progress.say(classes.warning, level="warn")

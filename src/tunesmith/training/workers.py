@@ -1,4 +1,4 @@
-"""Threads that each take a share of the rows. Knows how work is shared out, not what it is.
+"""Threads that each take a share of the work. Knows how work is shared out, not what it is.
 
 Each thread runs its rows through the whole model by itself. Threads that shared each product instead would meet
 hundreds of times a step: for a small model that costs more than it saves, and far more on a busy machine.
@@ -8,25 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Self, TypeVar
 
 import torch
 
-from tunesmith.training.batches import Row
-
+S = TypeVar("S")
 T = TypeVar("T")
 
 
 class Workers:
-    """Threads of a run. To be closed (`with`). What they return depends on their number, never on their timing."""
+    """Threads of a trainer. To be closed (`with`). What they return depends on their number, never on their timing."""
 
-    def __init__(self, threads: int, batch_size: int) -> None:
-        """One worker a thread, as far as there are rows for them; threads beyond that share the work of products."""
-        self.count = min(threads, batch_size)
-        limit = partial(torch.set_num_threads, threads // self.count)
-        limit()  # a setting of each thread, this one included
-        self._pool = ThreadPoolExecutor(self.count, "worker", initializer=limit)
+    def __init__(self, threads: int) -> None:
+        """`threads` at most work at a time."""
+        self.threads = threads
+        torch.set_num_threads(threads)  # a setting of each thread, this one included
+        self._pool = ThreadPoolExecutor(threads, "worker")
 
     def __enter__(self) -> Self:
         return self
@@ -34,17 +31,27 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def run(self, work: Callable[[int, list[int]], T], rows: Sequence[Row]) -> list[T]:
-        """`work(worker, indices)` for each worker's share of `rows`, on its thread; results by worker."""
-        return list(self._pool.map(work, range(self.count), deal(rows, self.count)))
+    def each(self, work: Callable[[S], T], loads: Sequence[S], *, sharing: bool = True) -> list[T]:
+        """`work` of each load, on a thread of its own as far as there are.
+
+        With `sharing`, threads beyond that take part in the products of a load: which kernels those use, and so the
+        last digits, depends on the number of loads.
+        """
+        helpers = max(1, self.threads // max(1, len(loads))) if sharing else 1
+
+        def run(load: S) -> T:
+            torch.set_num_threads(helpers)
+            return work(load)
+
+        return list(self._pool.map(run, loads))
 
 
-def deal(rows: Sequence[Row], n_shares: int) -> list[list[int]]:
-    """Indices of `rows` in `n_shares` parts of about as many tokens; a part may be empty."""
+def deal(sizes: Sequence[int], n_shares: int) -> list[list[int]]:
+    """Indices of `sizes` in `n_shares` parts of about the same sum; none is empty if there are enough."""
     shares: list[list[int]] = [[] for _ in range(n_shares)]
-    n_tokens = [0] * n_shares
-    for index in sorted(range(len(rows)), key=lambda index: -len(rows[index].token_ids)):
-        lightest = n_tokens.index(min(n_tokens))
+    sums = [0] * n_shares
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        lightest = sums.index(min(sums))
         shares[lightest].append(index)
-        n_tokens[lightest] += len(rows[index].token_ids)
+        sums[lightest] += sizes[index]
     return shares

@@ -1,0 +1,177 @@
+"""The products of one site in a training step, forward and backward: the base's weights and the adapters' on top.
+
+In two ways. `SharedSite` multiplies the tokens of all pieces with the base's weights at once, and each piece with its
+own factors, in fp32: best where pieces are small. `FoldedSite` adds the factors of one job to a copy of the weights
+first: best where that job brings many tokens.
+
+Legend: N = tokens, I, O = inputs and outputs of a site, R = rank, P = linear layers stacked in a site, K = what a
+product adds up over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tunesmith.training.factors import FactorView, Pair
+
+LONGEST_SUM = 448
+"""Products that add up over more are cut. Longer sums of bf16 are cut by the library itself, where depends on how many
+rows there are: then a row's result would depend on the rows beside it (docs/design/decisions/together.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The tokens of one piece, and the factors and gradients of its job at one site."""
+
+    span: slice
+    view: FactorView
+    index: int
+    """Of the site."""
+
+    @property
+    def factors(self) -> Pair:
+        """Stacked A [P R, I], stacked B [O, R]."""
+        return self.view.factors[self.index]
+
+    @property
+    def gradients(self) -> Pair:
+        """Laid out as the factors."""
+        return self.view.gradients[self.index]
+
+
+class Site(Protocol):
+    """What the layers ask of a site. Products come in the dtype of the weights."""
+
+    def forward(self, x_NI: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
+        """The outputs [N, O], and what `backward` wants to be given."""
+
+    def backward(self, grad_NO: Tensor, x_NI: Tensor, saved: list[Tensor], parts: Sequence[Part]) -> Tensor:
+        """Adds to the gradients of the factors; that of the inputs, [N, I]."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSite:
+    """One copy of the weights for all pieces. What is done piece by piece stays in the caches of a processor."""
+
+    base_OI: Tensor
+    """Times the gain, in the dtype of the products."""
+    gain_I: Tensor | None
+    """Of the norm before the site, which leaves it to the site."""
+    outputs: list[int]
+
+    @classmethod
+    def over(cls, weight_OI: Tensor, gain_I: Tensor | None, outputs: list[int], dtype: torch.dtype) -> SharedSite:
+        """Of the weights of a site in fp32."""
+        return cls((weight_OI if gain_I is None else weight_OI * gain_I).to(dtype), gain_I, outputs)
+
+    def forward(self, x_NI: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
+        """See `Site`; what is kept are the inputs of B, times the scale."""
+        y_NO, saved = _product(x_NI, self.base_OI.T), []
+        for part in parts:
+            a, b_OR = part.factors
+            x = self._input(x_NI[part.span])
+            h, own = x.new_empty(len(x), len(a)), x.new_empty(len(x), len(b_OR))
+            h.addmm_(x, a.T, beta=0, alpha=part.view.scale)
+            for y, b, h_NR in self._linears(own, b_OR, h):
+                torch.mm(h_NR, b.T, out=y)
+            _add(y_NO[part.span], own)
+            saved.append(h)
+        return y_NO, saved
+
+    def backward(self, grad_NO: Tensor, x_NI: Tensor, saved: list[Tensor], parts: Sequence[Part]) -> Tensor:
+        """See `Site`."""
+        grad_NI = _product(grad_NO.to(self.base_OI.dtype), self.base_OI)
+        for part, h in zip(parts, saved, strict=True):
+            (a, b_OR), (of_a, of_b), view = part.factors, part.gradients, part.view
+            x, grad, grad_h = self._input(x_NI[part.span]), grad_NO[part.span].float(), torch.empty_like(h)
+            linears = zip(self._linears(grad, b_OR, h), self._linears(grad, of_b, grad_h), strict=True)
+            for (grad_part, b, h_NR), (_, of_b_part, of_h) in linears:
+                of_b_part.addmm_(grad_part.T, h_NR, beta=view.kept)
+                of_h.addmm_(grad_part, b, beta=0, alpha=view.scale)
+            of_a.addmm_(grad_h.T, x, beta=view.kept)
+            own = grad_h @ a
+            _add(grad_NI[part.span], own if self.gain_I is None else own.mul_(self.gain_I))
+        return grad_NI
+
+    def _input(self, x_NI: Tensor) -> Tensor:
+        """In fp32, times the gain: what the factors multiply."""
+        return x_NI.float() if self.gain_I is None else x_NI.float().mul(self.gain_I)
+
+    def _linears(self, y_NO: Tensor, b_OR: Tensor, h: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Outputs, B and its inputs of each linear layer."""
+        rank = b_OR.shape[1]
+        return zip(y_NO.split(self.outputs, 1), b_OR.split(self.outputs), h.split(rank, 1), strict=True)
+
+
+@dataclass(slots=True)
+class FoldedSite:
+    """The weights with the factors of one job in them; `fold` before each step."""
+
+    shared: SharedSite
+    weight_OI: Tensor = field(init=False)
+    a: Tensor = field(init=False)
+    """[P R, I], times the gain."""
+    b_OR: Tensor = field(init=False)
+    """Times the scale."""
+
+    def fold(self, factors: Pair, scale: float) -> None:
+        """Takes the factors as they are now."""
+        (a, b_OR), base_OI, gain_I = factors, self.shared.base_OI, self.shared.gain_I
+        self.a = (a if gain_I is None else a * gain_I).to(base_OI.dtype)
+        self.b_OR = (b_OR * scale).to(base_OI.dtype)
+        self.weight_OI = base_OI.clone()
+        outputs = self.shared.outputs
+        linears = zip(self.weight_OI.split(outputs), self.b_OR.split(outputs), self.a.split(b_OR.shape[1]), strict=True)
+        for weight, b, a_RI in linears:
+            weight.addmm_(b, a_RI)
+
+    def forward(self, x_NI: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
+        """See `Site`."""
+        return x_NI @ self.weight_OI.T, []
+
+    def backward(self, grad_NO: Tensor, x_NI: Tensor, saved: list[Tensor], parts: Sequence[Part]) -> Tensor:
+        """See `Site`; there is one part."""
+        (part,), outputs, gain_I = parts, self.shared.outputs, self.shared.gain_I
+        (of_a, of_b), scale, grad_NO = part.gradients, part.view.scale, grad_NO.to(self.weight_OI.dtype)
+        h = x_NI @ self.a.T
+        grad_h, rank = torch.empty_like(h), self.b_OR.shape[1]
+        by_output = (grad_NO.split(outputs, 1), self.b_OR.split(outputs), of_b.split(outputs))
+        for grad, b, of_b_part, h_NR, of_h in zip(*by_output, h.split(rank, 1), grad_h.split(rank, 1), strict=True):
+            of_b_part.add_(grad.T @ h_NR, alpha=scale)
+            torch.mm(grad, b, out=of_h)
+        grad_a = grad_h.T @ x_NI
+        of_a.add_(grad_a if gain_I is None else grad_a * gain_I)
+        return grad_NO @ self.weight_OI
+
+
+def product(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
+    """In fp32 [N, O], added up in fp32; each row depends on no other, as long as there are 16 or more."""
+    y_NO = x_NK.new_zeros(len(x_NK), weight_KO.shape[1], dtype=torch.float32)
+    for x, weight in _cut(x_NK, weight_KO):
+        y_NO.add_(x @ weight)
+    return y_NO
+
+
+def _product(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
+    """The same in the dtype of both."""
+    (x, weight), *rest = _cut(x_NK, weight_KO)
+    y_NO = x @ weight
+    for x, weight in rest:
+        y_NO.addmm_(x, weight)
+    return y_NO
+
+
+def _cut(x_NK: Tensor, weight_KO: Tensor) -> list[tuple[Tensor, Tensor]]:
+    count = -(-x_NK.shape[1] // LONGEST_SUM)
+    size = -(-x_NK.shape[1] // count // 32) * 32
+    return list(zip(x_NK.split(size, 1), weight_KO.split(size), strict=True))
+
+
+def _add(y: Tensor, own: Tensor) -> None:
+    """Adds in fp32, whatever the dtype of y; `own` is overwritten."""
+    y.copy_(own.add_(y))
