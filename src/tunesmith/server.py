@@ -140,6 +140,7 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
             engine,
             max_resident_adapters=settings.max_resident_adapters,
             max_resident_full_models=settings.max_resident_full_models,
+            max_sequences=settings.max_sequences,
             new_seed=lambda: secrets.randbits(SEED_BITS),
         ),
         weights=Weights(models, engine, spool=spool, limit_bytes=settings.max_upload_bytes),

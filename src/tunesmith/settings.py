@@ -18,6 +18,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "engine_threads": (1, math.inf),
     "max_resident_adapters": (1, math.inf),
     "max_resident_full_models": (1, math.inf),
+    "max_sequences": (1, math.inf),
     "lease_s": (1, 86_400),
     "checkpoint_interval_s": (0, 86_400),
     "heartbeat_s": (0.1, 300),  # clients give up after 600 s of silence
@@ -61,6 +62,8 @@ class Settings:
     """CPU threads of the engine process."""
     max_resident_adapters: int = 64
     """Adapters kept in memory; the least recently used make room."""
+    max_sequences: int = 16_384
+    """Completions under way at a time, `n`, `best_of` and lists of prompts counted; past that requests must wait."""
     max_resident_full_models: int = 4
     """Models with all weights tuned kept in memory; the least recently used make room. Each is as large as its base."""
     lease_s: float = 60.0

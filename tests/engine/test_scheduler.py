@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,6 +129,23 @@ def test_one_that_waits_for_another_goes_on_when_that_is_cancelled() -> None:
     scheduler.remove(0)
     (chunk,) = scheduler.next_step()
     assert (chunk.sequence.number, chunk.start) == (1, 0)
+
+
+def test_payers_take_turns() -> None:
+    model = Model(BlockPool(100))
+    scheduler: Scheduler[Model] = Scheduler(max_running=2, step_tokens=512)
+    for number in range(6):
+        payer = "a" if number < 4 else f"b{number}"  # four of one, then one each of two others
+        one = sequence(number, model, 10, 1)
+        scheduler.add(replace(one, request=replace(one.request, payer=payer)))
+    scheduler.remove(1)
+    order = []
+    while scheduler.busy:
+        chunks = scheduler.next_step()
+        order.append([chunk.sequence.number for chunk in chunks])
+        for chunk in chunks:
+            advance(scheduler, chunk)
+    assert order == [[0, 4], [5, 2], [3]]
 
 
 def test_what_is_scored_is_computed() -> None:

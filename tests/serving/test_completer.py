@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -15,7 +16,7 @@ from tests.serving.conftest import BOX, Answering
 from tunesmith.core.models import ModelRef
 from tunesmith.engine.base import Capabilities, EngineOutput, GenerateRequest
 from tunesmith.engine.scripted import ScriptedEngine
-from tunesmith.errors import EngineUnavailable, InvalidRequest, NotFound
+from tunesmith.errors import EngineUnavailable, InvalidRequest, NotFound, RateLimited
 from tunesmith.serving.completer import (
     ENCODED_AT_ONCE,
     Choice,
@@ -341,6 +342,27 @@ async def test_a_model_whose_files_are_gone_is_not_found(
     assert missing.value.code == "model_not_found"
     assert "`ada:ft-x`" in missing.value.message
     assert str(tmp_path) in caplog.text
+
+
+async def test_past_the_bound_requests_must_wait_and_then_go_on(engine: ScriptedEngine, model: ModelRef) -> None:
+    completer = Completer(engine, max_resident_adapters=1, max_sequences=5, new_seed=lambda: 1)
+    three, two = (CompletionRequest(model, ("a",) * count, max_tokens=50) for count in (3, 2))
+    with pytest.raises(RateLimited) as caught:
+        await completer.open(replace(three, n=2))
+    assert caught.value.retry_after_s > 0
+    first = await completer.open(three)
+    await completer.complete(two)
+    with pytest.raises(RateLimited):
+        await completer.complete(three)
+    with pytest.raises(InvalidRequest):
+        await completer.complete(replace(two, prompts=("a" * 100_000, "b")))  # gives its room back
+    await first.aclose()
+    await first.aclose()
+    await completer.complete(three)
+    dropped = await completer.open(replace(two, n=2))
+    del dropped
+    gc.collect()
+    await completer.complete(three)
 
 
 async def test_closing_a_stream_ends_its_sequences(

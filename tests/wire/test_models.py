@@ -38,6 +38,7 @@ async def test_a_base(shared: httpx.AsyncClient, tiny_base: Path) -> None:
     assert response.status_code == 200
     body = response.json()
     assert body.pop("owned_by")
+    assert body.pop("state") in ("on disk", "resident")
     assert body.pop("description") == f"checkpoint {tiny_base.name}"
     assert masked(body) == {
         "id": "ada",
@@ -47,6 +48,12 @@ async def test_a_base(shared: httpx.AsyncClient, tiny_base: Path) -> None:
         "root": "ada",
         "parent": None,
     }
+
+
+async def test_whether_a_model_can_answer_at_once(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/v1/models/ada")).json()["state"] == "on disk"
+    assert (await client.post("/v1/completions", json={"model": "ada", "prompt": "x"})).status_code == 200
+    assert (await client.get("/v1/models/ada")).json()["state"] == "resident"
 
 
 async def test_unknown_model(shared: httpx.AsyncClient) -> None:

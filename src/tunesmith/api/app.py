@@ -76,7 +76,11 @@ def routes(services: Services) -> list[BaseRoute]:
     organization = OrganizationApi(services.accounts)
     files = FilesApi(services.files, max_upload_bytes=services.max_upload_bytes, spool=services.spool)
     models = ModelsApi(
-        services.models, services.weights, max_upload_bytes=services.max_upload_bytes, spool=services.spool
+        services.models,
+        services.completer,
+        services.weights,
+        max_upload_bytes=services.max_upload_bytes,
+        spool=services.spool,
     )
     completions = CompletionsApi(
         services.completer,

@@ -117,6 +117,7 @@ class CompletionsApi:
             "logprobs": fields.integer("logprobs"),
             "presence_penalty": fields.number("presence_penalty"),
             "frequency_penalty": fields.number("frequency_penalty"),
+            "payer": caller.key_id,
             "logit_bias": _logit_bias(fields),
             "seed": fields.integer("seed", -(2**SEED_BITS), 2**SEED_BITS - 1),
         }

@@ -22,15 +22,20 @@ from tunesmith.core.accounts import Caller
 from tunesmith.core.blobs import READ_CHUNK_BYTES
 from tunesmith.core.models import Model, Models
 from tunesmith.core.names import slug
-from tunesmith.errors import InvalidRequest
+from tunesmith.errors import InvalidRequest, TunesmithError
+from tunesmith.serving.completer import Completer
+from tunesmith.serving.residency import State
 from tunesmith.serving.weights import Kind, Weights
 
 
 class ModelsApi:
     """The verbs of models, and those of engines."""
 
-    def __init__(self, models: Models, weights: Weights, *, max_upload_bytes: int, spool: Path) -> None:
+    def __init__(
+        self, models: Models, completer: Completer, weights: Weights, *, max_upload_bytes: int, spool: Path
+    ) -> None:
         self.models = models
+        self.completer = completer
         self.weights = weights
         self.max_upload_bytes = max_upload_bytes
         self.spool = spool
@@ -41,8 +46,15 @@ class ModelsApi:
         return JSONResponse(envelope([model_to_wire(model) for model in models]))
 
     async def get(self, request: Request, caller: Caller) -> Response:
-        """GET /v1/models/{id}."""
-        return JSONResponse(model_to_wire(await run_in_threadpool(self.models.get, caller, path_id(request))))
+        """GET /v1/models/{id}: with `state`, whether it can answer at once."""
+        model = await run_in_threadpool(self.models.get, caller, path_id(request))
+        return JSONResponse(model_to_wire(model) | {"state": await self._state(caller, model.name)})
+
+    async def _state(self, caller: Caller, name: str) -> State | None:
+        try:
+            return self.completer.state(await run_in_threadpool(self.models.resolve, caller, name))
+        except (TunesmithError, ValueError):  # what is wrong with it, those hear who use it
+            return None
 
     async def delete(self, request: Request, caller: Caller) -> Response:
         """DELETE /v1/models/{id}."""

@@ -45,6 +45,8 @@ class GenerateRequest:
     """None: no log-probabilities wanted; otherwise how many of the most likely tokens to report at each position."""
     score_prompt: bool = False
     """Report the prompt's own tokens first (for echo): needs `top_logprobs`."""
+    payer: str = ""
+    """Whose request it is: where there is not room for all, payers take turns."""
 
 
 @dataclass(frozen=True, slots=True)

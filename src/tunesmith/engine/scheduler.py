@@ -2,7 +2,8 @@
 
 A sequence is admitted when its place in the key/value cache is free to its very end, so a running sequence never has
 to be thrown out to make room. Each step takes one token of every sequence that is generating, then as much of the
-prompts, oldest first, as the step has room for: a long prompt goes through in chunks and stalls nobody.
+prompts, oldest first, as the step has room for: a long prompt goes through in chunks and stalls nobody. Those who wait
+are admitted in turns, one of each payer, so that a thousand requests of one hold up no other.
 
 Blocks at the head of a prompt that an earlier sequence of the same model has computed are taken from the cache. One
 whose next block is being computed by another waits for it: many that begin alike compute their beginning once.
@@ -116,7 +117,7 @@ class Scheduler(Generic[ModelT]):
         assert step_tokens >= max_running
         self._max_running = max_running
         self._step_tokens = step_tokens
-        self._waiting: deque[Sequence[ModelT]] = deque()
+        self._waiting: dict[str, deque[Sequence[ModelT]]] = {}  # by payer, in the order of their turns
         self._running: dict[int, Sequence[ModelT]] = {}  # in order of admission
 
     @property
@@ -132,7 +133,7 @@ class Scheduler(Generic[ModelT]):
     def add(self, sequence: Sequence[ModelT]) -> None:
         """Behind those that wait already. Its `blocks_needed` must not exceed the pool."""
         assert sequence.blocks_needed <= sequence.model.pool.blocks
-        self._waiting.append(sequence)
+        self._waiting.setdefault(sequence.request.payer, deque()).append(sequence)
 
     def remove(self, number: int) -> None:
         """Ends a sequence, wherever it is, and frees its place. Unknown numbers pass."""
@@ -140,7 +141,7 @@ class Scheduler(Generic[ModelT]):
             sequence.model.pool.unannounce(sequence.keys[sequence.shown :])
             sequence.model.pool.give(sequence.blocks)
         else:
-            self._waiting = deque(waiting for waiting in self._waiting if waiting.number != number)
+            self._keep({p: deque(one for one in line if one.number != number) for p, line in self._waiting.items()})
 
     def next_step(self) -> list[Chunk[ModelT]]:
         """What to compute now; empty only if not `busy`."""
@@ -168,29 +169,39 @@ class Scheduler(Generic[ModelT]):
         sequence.shown = full
 
     def _admit(self) -> None:
-        """Takes from the waiting in their order; one that finds no room holds back only those for the same cache."""
+        """Takes from the waiting in turns; one that finds no room holds back only those for the same cache."""
         full: list[BlockPool] = []
-        still: deque[Sequence[ModelT]] = deque()
-        while self._waiting and len(self._running) < self._max_running:
-            sequence = self._waiting.popleft()
-            pool, keys = sequence.model.pool, sequence.reusable_keys
-            if pool in full:
-                still.append(sequence)
-                continue
-            shared = pool.share(keys)
-            if len(shared) < len(keys) and pool.is_announced(keys[len(shared)]):
-                pool.give(shared)
-                still.append(sequence)
-                continue
-            own = pool.take(sequence.blocks_needed - len(shared))
-            if own is None:
-                pool.give(shared)
-                full.append(pool)
-                still.append(sequence)
-                continue
-            sequence.blocks = shared + own
-            sequence.shown = len(shared)
-            sequence.cached = len(shared) * BLOCK_TOKENS
-            pool.announce(sequence.keys[sequence.shown :])
-            self._running[sequence.number] = sequence
-        self._waiting.extendleft(reversed(still))
+        still: dict[str, deque[Sequence[ModelT]]] = {payer: deque() for payer in self._waiting}
+        while any(self._waiting.values()) and len(self._running) < self._max_running:
+            for payer, line in list(self._waiting.items()):
+                if not line or len(self._running) == self._max_running:
+                    continue
+                sequence = line.popleft()
+                if sequence.model.pool not in full and self._place(sequence, full):
+                    self._running[sequence.number] = sequence
+                    # Whoever was served goes to the end of the turns.
+                    self._waiting[payer] = self._waiting.pop(payer)
+                else:
+                    still[payer].append(sequence)
+        self._keep({payer: still[payer] + line for payer, line in self._waiting.items()})
+
+    def _place(self, sequence: Sequence[ModelT], full: list[BlockPool]) -> bool:
+        """Gives a sequence its blocks, if it can have them now; a pool without room is noted in `full`."""
+        pool, keys = sequence.model.pool, sequence.reusable_keys
+        shared = pool.share(keys)
+        if len(shared) < len(keys) and pool.is_announced(keys[len(shared)]):
+            pool.give(shared)
+            return False
+        own = pool.take(sequence.blocks_needed - len(shared))
+        if own is None:
+            pool.give(shared)
+            full.append(pool)
+            return False
+        sequence.blocks = shared + own
+        sequence.shown = len(shared)
+        sequence.cached = len(shared) * BLOCK_TOKENS
+        pool.announce(sequence.keys[sequence.shown :])
+        return True
+
+    def _keep(self, waiting: dict[str, deque[Sequence[ModelT]]]) -> None:
+        self._waiting = {payer: line for payer, line in waiting.items() if line}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -17,14 +18,15 @@ from pathlib import Path
 from tunesmith.core.models import ModelRef
 from tunesmith.engine.base import Engine, GenerateRequest, SamplingParams
 from tunesmith.engine.chance import derive
-from tunesmith.errors import InvalidRequest, NotFound, TunesmithError
+from tunesmith.errors import InvalidRequest, NotFound, RateLimited, TunesmithError
 from tunesmith.serving.choice import Choice, ChoiceDelta, ChoiceWriter, Logprobs
 from tunesmith.serving.request import CompletionRequest
-from tunesmith.serving.residency import Lease, Residency
+from tunesmith.serving.residency import Lease, Residency, State
 from tunesmith.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+RETRY_AFTER_S = 2
 ENCODED_AT_ONCE = 32
 """Texts given to the tokenizer together: enough to keep its threads busy, with a bounded need of memory."""
 
@@ -65,10 +67,12 @@ class Completion:
 class CompletionStream(AsyncIterator[ChoiceDelta | Usage]):
     """The pieces of all choices as they come, the Usage last. Close it if it is not read to the end."""
 
-    def __init__(self, pieces: AsyncGenerator[ChoiceDelta | Usage, None], lease: Lease) -> None:
+    def __init__(
+        self, pieces: AsyncGenerator[ChoiceDelta | Usage, None], lease: Lease, leave: Callable[[], None]
+    ) -> None:
         self._pieces = pieces
-        # A stream that is dropped before it is read never runs the generator: the lease must not hang on it.
-        self._release = weakref.finalize(self, lease.release)
+        # A stream that is dropped before it is read never runs the generator: what it holds must not hang on it.
+        self._release = weakref.finalize(self, _give_back, lease, leave)
 
     async def __anext__(self) -> ChoiceDelta | Usage:
         try:
@@ -92,10 +96,12 @@ class Completer:
         *,
         max_resident_adapters: int,
         max_resident_full_models: int = 4,
+        max_sequences: float = math.inf,
         new_seed: Callable[[], int],
     ) -> None:
-        """`new_seed` is asked once for each request that brings no seed of its own."""
+        """`max_sequences` bounds those under way; `new_seed` is asked once for each request without a seed."""
         self._engine = engine
+        self._room = max_sequences
         self._residency = Residency(engine, max_adapters=max_resident_adapters, max_full=max_resident_full_models)
         self._new_seed = new_seed
         self._tokenizers: dict[Path, Tokenizer] = {}
@@ -104,7 +110,8 @@ class Completer:
         """Checks everything and loads the model; what is wrong with a request is known when this returns.
 
         Raises InvalidRequest naming the field, also where the model cannot be run here; NotFound if its adapter is
-        gone; EngineUnavailable. The stream raises EngineUnavailable if the engine dies meanwhile.
+        gone; RateLimited where too many sequences are under way; EngineUnavailable. The stream raises EngineUnavailable
+        if the engine dies meanwhile.
         """
         model = request.model
         try:
@@ -112,6 +119,30 @@ class Completer:
         except (OSError, ValueError) as error:
             raise _cannot_run(model, error) from error
         request.check(self._engine.capabilities, tokenizer.vocabulary_size)
+        n_sequences = len(request.prompts) * request.samples
+        if n_sequences > self._room:
+            raise RateLimited(
+                "The server has as many completions under way as it takes. Try again in a moment.",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self._room -= n_sequences
+        try:
+            return await self._open(request, tokenizer, lambda: self._leave(n_sequences))
+        except BaseException:
+            self._leave(n_sequences)
+            raise
+
+    def state(self, model: ModelRef) -> State:
+        """Whether a model can answer at once."""
+        return self._residency.state(model.base_dir, model.adapter_dir)
+
+    def _leave(self, n_sequences: int) -> None:
+        self._room += n_sequences
+
+    async def _open(
+        self, request: CompletionRequest, tokenizer: Tokenizer, leave: Callable[[], None]
+    ) -> CompletionStream:
+        model = request.model
         prompts = await asyncio.to_thread(_encode, tokenizer, request)
         longest = max(map(len, prompts))
         if longest + request.max_tokens > model.context_tokens:
@@ -121,7 +152,7 @@ class Completer:
         except ValueError as error:
             raise _cannot_run(model, error) from error
         sequences = list(self._sequences(request, tokenizer, prompts, lease.handle))
-        return CompletionStream(_run(self._engine, request, sequences), lease)
+        return CompletionStream(_run(self._engine, request, sequences), lease, leave)
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """The same as `open`, collected."""
@@ -167,8 +198,14 @@ class Completer:
                     with_table=with_table,
                     stop=request.stop,
                 )
-                generate = GenerateRequest(handle, prompt_ids, sampling, top, request.echo and with_table)
+                score_prompt = request.echo and with_table
+                generate = GenerateRequest(handle, prompt_ids, sampling, top, score_prompt, request.payer)
                 yield _Sequence(generate, writer, [])
+
+
+def _give_back(lease: Lease, leave: Callable[[], None]) -> None:
+    lease.release()
+    leave()
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,8 @@ class CompletionRequest:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = None
+    payer: str = ""
+    """Whose request it is: where there is not room for all, payers take turns."""
 
     @property
     def samples(self) -> int:

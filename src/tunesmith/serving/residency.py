@@ -18,6 +18,7 @@ from tunesmith.engine.handles import handle_of
 from tunesmith.rundir import holds_all_weights
 
 Kind = Literal["base", "adapter", "full"]
+State = Literal["resident", "loading", "on disk"]
 
 
 @dataclass(slots=True)
@@ -83,6 +84,13 @@ class Residency:
             lease.release()
             raise
         return lease
+
+    def state(self, base_dir: Path, adapter_dir: Path | None) -> State:
+        """Where a model is now. Raises ValueError if the folders hold no model."""
+        resident = self._residents.get(handle_of(base_dir, adapter_dir))
+        if resident is None:
+            return "on disk"
+        return "resident" if resident.loading.done() else "loading"
 
     def _count(self, kind: Kind) -> int:
         return sum(resident.kind == kind for resident in self._residents.values())
