@@ -1,9 +1,14 @@
 """The run folder: the only thing platform and trainer share. Knows names and formats, does no training and no SQL.
 
-A trainer is `python -m tunesmith.training <run folder>`. It exits 0 once `outcome.json` is written, 75 when SIGTERM
+A trainer is `python -m tunesmith.training <run folder>...`. It exits 0 once `outcome.json` is written, 75 when SIGTERM
 asked it to stop (checkpointed, no outcome: start it again and it goes on), anything else when it died, be it of a disk
 without room: then too it goes on when it is started again. It ends with the process whose pid stands in the environment
-variable PARENT_PID, by default the one that started it.
+variable PARENT_PID, by default the one that started it. Of several runs each goes its own way: one can end, be stopped
+or fail while the others go on. With ORDERS among its arguments a trainer reads lines from its standard input:
+
+    take <run folder>    train this one too
+    save <run folder>    write a checkpoint and let go of the run
+    drop <run folder>    let go of the run as it is
 
 The platform writes `spec.json` and the data, then starts a trainer on the folder; the trainer writes the rest:
 
@@ -13,6 +18,7 @@ The platform writes `spec.json` and the data, then starts a trainer on the folde
     lock             held (flock) by the one trainer that may write here
     progress.jsonl   what the trainer reports: one ProgressLine a line, dense `seq` from 1
     heartbeat        touched while the trainer is alive
+    released         there once a trainer of several runs has let go of this one without an outcome
     shortages        a byte for each time memory ran out; the executor adds those that killed the trainer
     checkpoints/     step-<n>/ folders of safetensors + JSON, manifest written last
     epochs/          step-<n>/ folders of adapter/, parity.json and snapshot.json: epochs that become models too
@@ -36,6 +42,7 @@ from typing import Any, Literal
 
 PARENT_PID = "TRAINER_PARENT_PID"
 """Given from outside, for a parent may die before its child can ask who it is."""
+ORDERS = "--orders"
 SNAPSHOT = "snapshot.json"
 CHECKPOINT_CONFIG = "config.json"
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -179,6 +186,11 @@ class RunDir:
     def heartbeat(self) -> Path:
         """Touched by the trainer."""
         return self.path / "heartbeat"
+
+    @property
+    def released(self) -> Path:
+        """Written by the trainer, removed by the executor."""
+        return self.path / "released"
 
     @property
     def shortages(self) -> Path:

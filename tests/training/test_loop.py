@@ -3,9 +3,12 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,7 +20,9 @@ from tunesmith.decoder import llama
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import Outcome, ResolvedHyperparameters, RunDir
 from tunesmith.tokenizer import Tokenizer
+from tunesmith.training.batches import Row
 from tunesmith.training.loop import train, warm_up_and_fall
+from tunesmith.training.packing import micro_batches
 
 PLAIN = ResolvedHyperparameters(n_epochs=2, batch_size=4, learning_rate_multiplier=0.1, prompt_loss_weight=0.01)
 ADAPTER = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
@@ -175,6 +180,55 @@ def test_a_parent_adapter_is_trained_on(tiny_base: Path, tmp_path: Path) -> None
     before, after = (load_file(run.adapter / "adapter_model.safetensors") for run in (first, second))
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
     assert float(_results(second)[0]["training_loss"]) < float(_results(first)[0]["training_loss"]) - 1
+
+
+def test_all_weights_learn_and_come_out_the_same_however_often_interrupted(tiny_base: Path, tmp_path: Path) -> None:
+    whole = replace(PLAIN, method="full", n_epochs=2, epoch_checkpoints=1)
+    make = partial(make_run, base=tiny_base, train=examples(22), hyperparameters=whole, base_learning_rate=0.02)
+    undisturbed = make(tmp_path / "one")
+    train(undisturbed)
+    interrupted = make(tmp_path / "two", checkpoint_interval_s=0)
+    while train(interrupted, stop_asked=lambda: True) is None:
+        pass
+
+    assert float(_results(undisturbed)[-1]["training_loss"]) < float(_results(undisturbed)[0]["training_loss"]) - 1
+    files = sorted(path.relative_to(undisturbed.path) for path in undisturbed.adapter.iterdir())
+    assert [path.name for path in files] == ["config.json", "model.safetensors", "tokenizer.json"]
+    for path in [*files, Path("results.csv"), Path("parity.json")]:
+        assert (undisturbed.path / path).read_bytes() == (interrupted.path / path).read_bytes()
+    ((_, kept),) = undisturbed.snapshots()
+    assert (kept.adapter / "model.safetensors").read_bytes() == (undisturbed.adapter / "model.safetensors").read_bytes()
+
+    model = llama.load(undisturbed.adapter)
+    (batch, *_) = micro_batches([Row(array("i", range(100, 120)), 5)], prompt_loss_weight=0.0)
+    moved = model.hidden(batch.token_ids_N, batch.positions_N, batch.attend)
+    assert not torch.allclose(moved, llama.load(tiny_base).hidden(batch.token_ids_N, batch.positions_N, batch.attend))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_all_weights_go_on_from_a_tuned_model(tiny_base: Path, tmp_path: Path, method: Literal["lora", "full"]) -> None:
+    first = make_run(
+        tmp_path / "first",
+        tiny_base,
+        train=examples(22),
+        hyperparameters=replace(PLAIN, n_epochs=4, method=method),
+        base_learning_rate=0.05 if method == "lora" else 0.02,
+    )
+    train(first)
+    second = make_run(
+        tmp_path / "second",
+        tiny_base,
+        train=examples(22),
+        hyperparameters=replace(PLAIN, n_epochs=1, method="full", learning_rate_multiplier=1e-9),
+        parent_adapter_dir=first.adapter,
+    )
+
+    train(second)
+
+    last, goes_on = (float(_results(run)[place]["training_loss"]) for run, place in ((first, -1), (second, 0)))
+    assert goes_on == pytest.approx(last, abs=1.0)
+    assert goes_on < float(_results(first)[0]["training_loss"]) - 1
+    assert llama.load(second.adapter).config.tied is (method == "full")  # an adapter of the embedding unties the head
 
 
 def test_many_classes(tiny_base: Path, tmp_path: Path) -> None:

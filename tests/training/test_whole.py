@@ -14,7 +14,8 @@ from tunesmith.decoder import llama
 from tunesmith.decoder.llama import Llama
 from tunesmith.decoder.merging import merged
 from tunesmith.training.packing import micro_batches
-from tunesmith.training.whole import TrainableWeights
+from tunesmith.training.whole import TrainableWeights, WholeLearner
+from tunesmith.training.workers import Workers
 
 ROWS = random_rows([(5, 1), (12, 3), (1, 4), (30, 1), (7, 2)])
 
@@ -43,15 +44,16 @@ def test_gradients_are_those_of_transformers(
         total = total - (of_tokens * logprobs).sum()
     total.backward()
 
-    view = weights.view()
-    losses = []
-    for batch in micro_batches(ROWS, prompt_loss_weight=prompt_loss_weight, max_tokens=40):
-        scores = weights.learn(batch, view, torch.float32)
-        losses.append(float((scores.nll_M * batch.weight_M).sum()))
+    with Workers(2) as workers:
+        learner = WholeLearner(weights, workers, beat=lambda: None, dtype=torch.float32)
+        tally = learner.learn(ROWS, prompt_loss_weight=prompt_loss_weight, max_tokens=40)
+        again = weights.flat_gradient.clone()
+        learner.learn(ROWS, prompt_loss_weight=prompt_loss_weight, max_tokens=40)
 
-    assert sum(losses) == pytest.approx(total.item(), rel=1e-5)
+    assert torch.equal(again, weights.flat_gradient)
+    assert tally.loss == pytest.approx(total.item() / tally.weight, rel=1e-5)
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    found = weights.model.over(weights.parts(view.flat_gradient)).state()
+    found = weights.model.over(weights.parts(weights.flat_gradient * tally.weight)).state()
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient is not None
@@ -64,9 +66,10 @@ def test_in_bf16_the_gradient_points_the_same_way(tiny_base: Path) -> None:
     (batch,) = micro_batches(ROWS, prompt_loss_weight=0.1)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        view = weights.view()
-        weights.learn(batch, view, dtype)
-        found.append(view.flat_gradient)
+        (view,) = weights.views(1)
+        view.flat_gradient.zero_()
+        weights.learn(batch, view, 1.0, dtype)
+        found.append(view.flat_gradient.clone())
     assert torch.cosine_similarity(*found, dim=0) > 0.99
     assert not torch.equal(*found)
 

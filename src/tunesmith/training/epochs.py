@@ -13,8 +13,9 @@ from tunesmith.rundir import RunDir, RunSpec, Snapshot
 from tunesmith.training.batches import Row
 from tunesmith.training.evaluate import Evaluator
 from tunesmith.training.factors import TrainableLora
-from tunesmith.training.products import save_adapter, write_parity
+from tunesmith.training.products import save_trained, write_parity
 from tunesmith.training.results import FULL_VALIDATION
+from tunesmith.training.whole import TrainableWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +43,16 @@ class Epochs:
         self,
         run_dir: RunDir,
         spec: RunSpec,
-        factors: TrainableLora,
+        trained: TrainableLora | TrainableWeights,
         evaluator: Evaluator,
         parity_rows: Sequence[Row],
         standing: Standing,
         best: Tensor | None,
     ) -> None:
-        """`standing` and `best`, the factors of the best epoch, are those of the checkpoint gone on from."""
+        """`standing` and `best`, what was trained by the best epoch, are those of the checkpoint gone on from."""
         self._run_dir = run_dir
         self._spec = spec
-        self._factors = factors
+        self._trained = trained
         self._evaluator = evaluator
         self._parity_rows = parity_rows
         self.standing = standing
@@ -63,7 +64,7 @@ class Epochs:
         if asked.best_epoch or asked.early_stopping_patience is not None:
             self.standing = self.standing.after(step, metrics.get(FULL_VALIDATION[0], math.inf))
             if asked.best_epoch and self.standing.best_step == step:
-                self._best = self._factors.flat.clone()
+                self._best = self._trained.flat.clone()
         if asked.epoch_checkpoints:
             self._keep(Snapshot(step, metrics))
 
@@ -79,10 +80,10 @@ class Epochs:
         return {} if self._best is None else {"best": self._best}
 
     def restore_best(self) -> bool:
-        """Puts the factors of the best epoch in place, where the job asked for them; whether that changed them."""
+        """Puts what was trained by the best epoch in place, where the job asked for them; whether that changed them."""
         if self._best is None or self.standing.worse_epochs == 0:
             return False
-        self._factors.flat.copy_(self._best)
+        self._trained.flat.copy_(self._best)
         return True
 
     def _keep(self, snapshot: Snapshot) -> None:
@@ -91,7 +92,7 @@ class Epochs:
         for leftover in (beside.path, final.path):  # of a trainer that was killed after this step
             shutil.rmtree(leftover, ignore_errors=True)
         beside.path.mkdir(parents=True)
-        save_adapter(self._factors.lora, beside, self._spec)
+        save_trained(self._trained, beside, self._spec)
         write_parity(beside, self._evaluator, self._parity_rows)
         beside.write_snapshot(snapshot)
         beside.path.replace(final.path)

@@ -29,7 +29,7 @@ class Evaluator:
     """A model with its adapters, as it is now."""
 
     model: Decoder
-    adapters: Adapters
+    adapters: Adapters | None
     workers: Workers
     beat: Callable[[], None]
     """Called before each forward pass."""

@@ -9,12 +9,14 @@ D = model width.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.adapters import checkpoint
 from tunesmith.adapters.lora import Lora, LowRank, Site
 
 Pair = tuple[Tensor, Tensor]
@@ -52,6 +54,16 @@ class TrainableLora:
             linears = start.layout.layers[layer][site]
             for linear, a_RI, b_OR in zip(linears, a.split(start.rank), b.split(rows), strict=True):
                 self.lora.factors[layer][linear.name] = LowRank(a_RI, b_OR)
+
+    @property
+    def adapters(self) -> Lora:
+        """What the forward pass adds to the base."""
+        return self.lora
+
+    def save(self, folder: Path, base_dir: Path) -> None:
+        """An adapter in PEFT's format. It names the base, but no path of this machine."""
+        lora, rank = self.lora, self.lora.rank
+        checkpoint.save(lora, folder, base_name_or_path=base_dir.name, rank=rank, alpha=lora.scale * rank)
 
     def views(self, count: int) -> list[FactorView]:
         """The same factors with gradients of their own, one for each of `count` threads; the first is `flat_gradient`.

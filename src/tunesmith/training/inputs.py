@@ -1,4 +1,4 @@
-"""What a run starts from: the base model, the rows of both files, the factors before the first step."""
+"""What a run starts from: the base model, the rows of both files, what is trained before the first step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from tunesmith.adapters.lora import Lora, initial
 from tunesmith.data.formats import read_examples
 from tunesmith.decoder import loading
 from tunesmith.decoder.base import Decoder
+from tunesmith.decoder.llama import Llama
+from tunesmith.decoder.merging import merged
 from tunesmith.errors import InvalidRequest
-from tunesmith.rundir import RunDir, RunSpec
+from tunesmith.rundir import RunDir, RunSpec, holds_all_weights
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training.batches import Row, encode_rows, generator
 from tunesmith.training.classes import Classes
+from tunesmith.training.factors import TrainableLora
+from tunesmith.training.whole import TrainableWeights
+
+ReadBase = tuple[Decoder, Tokenizer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +33,22 @@ class Inputs:
     validation: list[Row]
     """Empty without a validation file."""
     classes: Classes | None
-    start: Lora
+    trained: TrainableLora | TrainableWeights
+    """What training changes, as it is before the first step."""
 
 
-def read_inputs(run_dir: RunDir, spec: RunSpec, beat: Callable[[], None]) -> Inputs:
-    """Reads and checks all of them.
+def read_inputs(
+    run_dir: RunDir, spec: RunSpec, beat: Callable[[], None], base: Callable[[Path], ReadBase] | None = None
+) -> Inputs:
+    """Reads and checks all of them. `base`, where given, is `read_base`, or gives what that gave before.
 
     Raises InvalidRequest where the data contradict the model or the hyperparameters, and with the reason for a base
     that cannot be trained here; OSError and ValueError for a parent adapter that cannot be read.
     """
-    model, tokenizer = _base(Path(spec.base_dir))
+    model, tokenizer = (base or read_base)(Path(spec.base_dir))
+    trained = _whole(spec, model) if spec.hyperparameters.method == "full" else TrainableLora(_start(spec, model))
+    if isinstance(trained, TrainableWeights):
+        model = trained.model
     beat()
     context_tokens = min(spec.context_tokens, model.config.context_tokens)
 
@@ -47,15 +59,30 @@ def read_inputs(run_dir: RunDir, spec: RunSpec, beat: Callable[[], None]) -> Inp
     rows = read(run_dir.training_file, "training_file")
     validation = read(run_dir.validation_file, "validation_file") if run_dir.validation_file.exists() else []
     classes = Classes.find([*rows, *validation], spec.hyperparameters, tokenizer)
-    return Inputs(model, rows, validation, classes, _start(spec, model))
+    return Inputs(model, rows, validation, classes, trained)
 
 
-def _base(folder: Path) -> tuple[Decoder, Tokenizer]:
+def read_base(folder: Path) -> ReadBase:
+    """A base model and its tokenizer. Raises InvalidRequest with the reason for one that cannot be trained here."""
     try:
         return loading.load(folder), Tokenizer.from_folder(folder)
     except (FileNotFoundError, ValueError) as error:
         reason = str(error).replace(str(folder), folder.name)
         raise InvalidRequest(f"The base model cannot be trained here: {reason}.", param="model") from error
+
+
+def _whole(spec: RunSpec, model: Decoder) -> TrainableWeights:
+    """All weights: the base's, or those of a tuned model, its own or the base's with its adapter in them."""
+    parent = None if spec.parent_adapter_dir is None else Path(spec.parent_adapter_dir)
+    if parent is not None and holds_all_weights(parent):
+        model, parent = loading.load(parent), None
+    if not isinstance(model, Llama):
+        raise InvalidRequest(
+            "method 'full' is for models of the Llama family, and the base is of another. Leave it out.", param="method"
+        )
+    if parent is not None:
+        model = merged(model, adapter_checkpoint.load(parent, model.config.layout)[0])
+    return TrainableWeights(model)
 
 
 def _start(spec: RunSpec, model: Decoder) -> Lora:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Generator
 
 import torch
 
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import Outcome, RunDir
 from tunesmith.training import checkpoint
-from tunesmith.training.batches import Row, Schedule, validation_batch
+from tunesmith.training.batches import Schedule, validation_batch
 from tunesmith.training.checkpoint import Position
 from tunesmith.training.epochs import Epochs
 from tunesmith.training.evaluate import Evaluator
-from tunesmith.training.factors import TrainableLora
-from tunesmith.training.folded import product_dtype
-from tunesmith.training.gradients import Learner, Lesson
 from tunesmith.training.inputs import read_inputs
 from tunesmith.training.memory import Room
 from tunesmith.training.metrics import Tally
-from tunesmith.training.process import Heartbeat
-from tunesmith.training.products import save_adapter, write_parity
+from tunesmith.training.products import save_trained, write_parity
 from tunesmith.training.results import (
     CLASSIFICATION_PREFIX,
     FULL_VALIDATION,
@@ -32,12 +27,14 @@ from tunesmith.training.results import (
     Results,
     columns,
 )
-from tunesmith.training.workers import Workers
+from tunesmith.training.together import Shared, Wanted
 
 WARM_UP_SHARE = 0.03
 """Share of the steps over which the learning rate rises to its peak; from there it falls to nothing, both linearly."""
 LARGEST_GRADIENT_NORM = 1.0
 WEIGHT_DECAY = 0.01
+FULL_LEARNING_RATE_SHARE = 1.0
+"""Of the base's learning rate, which is for adapters, where all weights are trained."""
 REPORTS_PER_RUN = 100
 """How often a validation batch is measured, and the metrics of a step are reported."""
 
@@ -45,49 +42,65 @@ REPORTS_PER_RUN = 100
 def train(
     run_dir: RunDir, *, stop_asked: Callable[[], bool] = lambda: False, clock: Callable[[], float] = time.monotonic
 ) -> Outcome | None:
+    """One run by itself; see `lessons` for what it does, returns and raises."""
+    with Shared(clock) as shared:
+        run = lessons(run_dir, shared, stop_asked=stop_asked)
+        tally: Tally | None = None
+        while True:
+            try:
+                wanted = run.send(tally)
+            except StopIteration as end:
+                outcome: Outcome | None = end.value
+                return outcome
+            (found,) = shared.learn([wanted])
+            if isinstance(found, Exception):
+                raise found
+            tally = found
+
+
+def lessons(
+    run_dir: RunDir, shared: Shared, *, stop_asked: Callable[[], bool] = lambda: False
+) -> Generator[Wanted, Tally | None, Outcome | None]:
     """Trains as `spec.json` says, from the last checkpoint if there is one; None if it stopped because it was asked.
 
-    Equal folders get equal adapters, results and progress, however often training was interrupted. Raises
-    InvalidRequest where data or hyperparameters are at fault. The caller writes the outcome.
+    Yields the rows of each step, and goes on when it is sent what came of them, their gradient being in the factors: so
+    the steps of many runs can be one. Equal folders get equal adapters, results and progress, however often training
+    was interrupted and whatever was trained beside. Raises InvalidRequest where data or hyperparameters are at fault.
+    The caller writes the outcome.
     """
     spec = run_dir.read_spec()
     asked = spec.hyperparameters
-    beat = Heartbeat(run_dir.heartbeat, clock)
-    beat()
+    beat = shared.beat
+    shared.watch(run_dir)
 
     # What is trained, on what, how.
-    inputs = read_inputs(run_dir, spec, beat)
+    inputs = read_inputs(run_dir, spec, beat, shared.base)
     rows, validation, classes = inputs.rows, inputs.validation, inputs.classes
     schedule = Schedule(len(rows), asked.n_epochs, asked.batch_size, spec.seed)
-    factors = TrainableLora(inputs.start)
-    factors.flat.grad = factors.flat_gradient
-    optimizer = torch.optim.AdamW([factors.flat], weight_decay=WEIGHT_DECAY, fused=True)
+    trained = inputs.trained
+    trained.flat.grad = trained.flat_gradient
+    optimizer = torch.optim.AdamW([trained.flat], weight_decay=WEIGHT_DECAY, fused=True)
     peak_learning_rate = spec.base_learning_rate * asked.learning_rate_multiplier
+    if asked.method == "full":
+        peak_learning_rate *= FULL_LEARNING_RATE_SHARE
     report_every = math.ceil(schedule.n_steps / REPORTS_PER_RUN)
 
     # Where it goes on.
     resumed = checkpoint.latest(run_dir.checkpoints, results=run_dir.results, progress=run_dir.progress)
     position, best = resumed[0] if resumed else Position(), None
     if resumed:
-        factors.flat.copy_(resumed[1].pop("factors"))
+        trained.flat.copy_(resumed[1].pop("trained"))
         best = resumed[1].pop("best", None)
-        optimizer.state[factors.flat] = resumed[1]
-    elapsed_tokens, saved_at = position.elapsed_tokens, clock()
+        optimizer.state[trained.flat] = resumed[1]
+    elapsed_tokens, saved_at = position.elapsed_tokens, shared.clock()
 
     with (
-        Workers(spec.threads) as workers,
         Results(run_dir.results, position.results_bytes, columns(asked, has_validation=bool(validation))) as results,
         Progress(run_dir.progress, position.progress_bytes, position.progress_seq) as progress,
     ):
         room = Room(run_dir)
-        evaluator = Evaluator(inputs.model, factors.lora, workers, beat, room)
-        epochs = Epochs(run_dir, spec, factors, evaluator, validation or rows, position.standing, best)
-
-        dtype = product_dtype(spec.precision)
-        learner = Learner(inputs.model, factors.site_outputs, workers, beat=beat, dtype=dtype)
-
-        def learn(rows: list[Row], max_tokens: int) -> Tally:
-            return learner.learn([Lesson(factors, rows, asked.prompt_loss_weight, max_tokens)])[0]
+        evaluator = Evaluator(inputs.model, trained.adapters, shared.workers(spec.threads), beat, room)
+        epochs = Epochs(run_dir, spec, trained, evaluator, validation or rows, position.standing, best)
 
         if position.step == 0 and classes is not None and classes.warning is not None:
             progress.say(classes.warning, level="warn")
@@ -98,14 +111,15 @@ def train(
 
             # One step.
             batch = [rows[index] for index in indices]
-            training = room.fit(partial(learn, batch))
+            training = yield Wanted(inputs.model, trained, batch, spec, room)
+            assert training is not None
             if not math.isfinite(training.loss):
                 raise InvalidRequest(
                     f"The training loss was no longer a number at step {step}. Use a smaller learning_rate_multiplier "
                     f"than {asked.learning_rate_multiplier}.",
                     param="learning_rate_multiplier",
                 )
-            torch.nn.utils.clip_grad_norm_([factors.flat], LARGEST_GRADIENT_NORM)
+            torch.nn.utils.clip_grad_norm_([trained.flat], LARGEST_GRADIENT_NORM)
             optimizer.param_groups[0]["lr"] = peak_learning_rate * warm_up_and_fall(step, schedule.n_steps)
             optimizer.step()
             taken = step
@@ -151,13 +165,13 @@ def train(
 
             # What a crash must not cost.
             stopping = stop_asked()
-            if stopping or clock() - saved_at >= spec.checkpoint_interval_s:
+            if stopping or shared.clock() - saved_at >= spec.checkpoint_interval_s:
                 position = Position(
                     step, elapsed_tokens, results.sync(), progress.sync(), progress.seq, epochs.standing
                 )
-                state = {"factors": factors.flat, **optimizer.state[factors.flat], **epochs.state}
+                state = {"trained": trained.flat, **optimizer.state[trained.flat], **epochs.state}
                 checkpoint.save(run_dir.checkpoints, position, state)
-                saved_at = clock()
+                saved_at = shared.clock()
             if stopping:
                 return None
 
@@ -166,7 +180,7 @@ def train(
             progress.say(f"The model is that of step {epochs.standing.best_step}, where the validation loss was lowest")
         results.sync()
         progress.sync()
-        save_adapter(factors.lora, run_dir, spec)
+        save_trained(trained, run_dir, spec)
         write_parity(run_dir, evaluator, validation or rows)
         return Outcome("succeeded", trained_tokens=elapsed_tokens, steps=taken)
 

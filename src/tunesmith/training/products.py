@@ -1,4 +1,4 @@
-"""What a run leaves behind besides its results: the adapter, and the numbers that serving it must reproduce."""
+"""What a run leaves behind besides its results: what was trained, and the numbers that serving it must reproduce."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from tunesmith.adapters import checkpoint as adapter_checkpoint
-from tunesmith.adapters.lora import Lora
 from tunesmith.rundir import RunDir, RunSpec, sync_folder, write_json
 from tunesmith.training.batches import Row
 from tunesmith.training.evaluate import Evaluator
+from tunesmith.training.factors import TrainableLora
+from tunesmith.training.whole import TrainableWeights
 
 PARITY_ROWS, PARITY_TOKENS = 200, 20_000
 """At most this many rows and, but for the first row, tokens are compared: enough to see any fault, in seconds."""
 
 
-def save_adapter(lora: Lora, run_dir: RunDir, spec: RunSpec) -> None:
-    """The adapter folder, renamed into place whole. It names the base, but no path of this machine."""
+def save_trained(trained: TrainableLora | TrainableWeights, run_dir: RunDir, spec: RunSpec) -> None:
+    """The folder of the adapter, or of all weights, renamed into place whole."""
     beside = run_dir.path / "adapter.tmp"
     for leftover in (beside, run_dir.adapter):  # of an attempt that was killed after its last step
         shutil.rmtree(leftover, ignore_errors=True)
-    rank = lora.rank
-    adapter_checkpoint.save(
-        lora, beside, base_name_or_path=Path(spec.base_dir).name, rank=rank, alpha=lora.scale * rank
-    )
+    trained.save(beside, Path(spec.base_dir))
     beside.replace(run_dir.adapter)
     sync_folder(run_dir.path)
 

@@ -6,8 +6,8 @@ logits, as in `training.loss`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from tunesmith.decoder.llama import Llama
 from tunesmith.decoder.saving import save_checkpoint
+from tunesmith.training.batches import Row
 from tunesmith.training.loss import Scores, score
-from tunesmith.training.packing import MicroBatch
+from tunesmith.training.metrics import Tally
+from tunesmith.training.packing import MicroBatch, micro_batches
+from tunesmith.training.workers import Workers, deal
 
 
 class TrainableWeights:
@@ -28,6 +31,7 @@ class TrainableWeights:
         self._shapes = [parameter.shape for parameter in parameters]
         self.flat = torch.cat([parameter.flatten() for parameter in parameters]).float()
         self.flat_gradient = torch.zeros_like(self.flat)
+        self._views: list[WeightsView] = []
         self.model = start.over(self.parts(self.flat))
         """The model as it is now: its weights are views of `flat`."""
 
@@ -36,30 +40,41 @@ class TrainableWeights:
         sizes = [shape.numel() for shape in self._shapes]
         return [part.view(shape) for part, shape in zip(flat.split(sizes), self._shapes, strict=True)]
 
-    def view(self) -> WeightsView:
-        """The same weights with gradients of their own, for one thread."""
-        gradient = torch.zeros_like(self.flat)
-        leaves = [part.detach().requires_grad_() for part in self.parts(self.flat)]
-        for leaf, of_leaf in zip(leaves, self.parts(gradient), strict=True):
-            leaf.grad = of_leaf
-        return WeightsView(leaves, gradient)
+    @property
+    def adapters(self) -> None:
+        """The forward pass adds nothing to the weights."""
+        return None
 
-    def learn(self, batch: MicroBatch, view: WeightsView, dtype: torch.dtype) -> Scores:
-        """Scores of `batch`; adds the gradient of its loss to `view.flat_gradient`."""
+    def save(self, folder: Path, base_dir: Path) -> None:
+        """See `decoder.saving.save_checkpoint`."""
+        save_checkpoint(self.model, folder, base_dir)
+
+    def views(self, count: int) -> list[WeightsView]:
+        """The same weights with gradients of their own, one for each of `count` threads; the first is `flat_gradient`.
+
+        They are made once.
+        """
+        while len(self._views) < count:
+            gradient = torch.zeros_like(self.flat) if self._views else self.flat_gradient
+            leaves = [part.detach().requires_grad_() for part in self.parts(self.flat)]
+            for leaf, of_leaf in zip(leaves, self.parts(gradient), strict=True):
+                leaf.grad = of_leaf
+            self._views.append(WeightsView(leaves, gradient))
+        return self._views[:count]
+
+    def learn(self, batch: MicroBatch, view: WeightsView, share: float, dtype: torch.dtype) -> Scores:
+        """Scores of `batch`; adds `share` times the gradient of its summed loss to `view.flat_gradient`."""
         with torch.enable_grad():
             network = self.model.over([leaf.to(dtype) for leaf in view.leaves])
             hidden_ND = network.hidden(batch.token_ids_N, batch.positions_N, batch.attend)
         hidden_MD = hidden_ND.detach()[batch.predicting_M].float()
         gradient_MD = torch.empty_like(hidden_MD)
         of_head_VD = view.leaves[0 if self.model.config.tied else -1].grad
-        scores = score(self.model, hidden_MD, batch, gradient_MD, head_gradient_VD=of_head_VD)
+        weighed = replace(batch, weight_M=batch.weight_M * share)
+        scores = score(self.model, hidden_MD, weighed, gradient_MD, head_gradient_VD=of_head_VD)
         of_hidden_ND = torch.zeros_like(hidden_ND).index_copy_(0, batch.predicting_M, gradient_MD.to(dtype))
         hidden_ND.backward(of_hidden_ND)
         return scores
-
-    def save(self, folder: Path, base_dir: Path) -> None:
-        """See `decoder.saving.save_checkpoint`."""
-        save_checkpoint(self.model, folder, base_dir)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +83,43 @@ class WeightsView:
 
     leaves: Sequence[Tensor]
     flat_gradient: Tensor
+
+
+class WholeLearner:
+    """Runs rows forward and backward, on all workers. `beat` is called before each forward pass."""
+
+    def __init__(
+        self, weights: TrainableWeights, workers: Workers, *, beat: Callable[[], None], dtype: torch.dtype
+    ) -> None:
+        """`dtype` is that of the products; weights, and their gradients, are in fp32."""
+        self._weights = weights
+        self._workers = workers
+        self._beat = beat
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def learn(self, rows: Sequence[Row], *, prompt_loss_weight: float, max_tokens: int) -> Tally:
+        """Leaves the gradient of the weighted mean loss over `rows` in `flat_gradient` of the weights."""
+        dealt = deal([len(row.token_ids) for row in rows], min(self._workers.threads, len(rows)))
+        cut = [
+            micro_batches([rows[index] for index in part], prompt_loss_weight=prompt_loss_weight, max_tokens=max_tokens)
+            for part in dealt
+        ]
+        weight = sum(float(batch.weight_M.double().sum()) for batches in cut for batch in batches)
+        views = self._weights.views(len(cut))
+
+        def share(load: tuple[WeightsView, list[MicroBatch]]) -> Tally:
+            view, batches = load
+            tally = Tally()
+            view.flat_gradient.zero_()
+            for batch in batches:
+                self._beat()
+                tally.add(batch, self._weights.learn(batch, view, 1 / weight, self._dtype))
+            return tally
+
+        total = Tally()
+        for tally in self._workers.each(torch.no_grad()(share), list(zip(views, cut, strict=True))):
+            total.merge(tally)
+        for view in views[1:]:
+            self._weights.flat_gradient.add_(view.flat_gradient)
+        return total

@@ -29,6 +29,10 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def each(self, work: Callable[[S], T], loads: Sequence[S], *, sharing: bool = True) -> list[T]:
