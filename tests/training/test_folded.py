@@ -13,6 +13,7 @@ from tunesmith.decoder.llama import Llama
 from tunesmith.training import attention, folded, gradients, passes
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.gradients import Learner, Lesson
+from tunesmith.training.kernels import Eager, Kernels
 from tunesmith.training.metrics import Tally
 from tunesmith.training.workers import Workers
 
@@ -31,10 +32,12 @@ def _model(*, heads: int = 4, kv_heads: int = 2, qkv_bias: bool = False) -> Llam
     return model
 
 
-def _step(model: Llama, dtype: torch.dtype, prompt_loss_weight: float = 0.1) -> tuple[Tally, torch.Tensor]:
+def _step(
+    model: Llama, dtype: torch.dtype, prompt_loss_weight: float = 0.1, kernels: Kernels | None = None
+) -> tuple[Tally, torch.Tensor]:
     factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0))
     with Workers(1) as workers:
-        learner = Learner(model, factors.site_outputs, workers, beat=lambda: None, dtype=dtype)
+        learner = Learner(model, factors.site_outputs, workers, beat=lambda: None, dtype=dtype, kernels=kernels)
         (tally,) = learner.learn([Lesson(factors, ROWS, prompt_loss_weight, max_tokens=100)])
     return tally, factors.flat_gradient
 
@@ -45,7 +48,8 @@ def _by_autograd(model: Llama, monkeypatch: pytest.MonkeyPatch) -> tuple[Tally, 
         return _step(model, torch.float32)
 
 
-@pytest.mark.parametrize("fold_from_tokens", [0, 512])
+@pytest.mark.parametrize("kernels", [None, Eager()], ids=["available", "eager"])
+@pytest.mark.parametrize("alone_from_tokens", [0, 512])
 @pytest.mark.parametrize("longest_plain_row", [0, 512])
 @pytest.mark.parametrize(("heads", "kv_heads", "qkv_bias"), [(4, 2, False), (4, 4, True), (6, 1, False)])
 def test_loss_and_gradients_are_those_of_autograd(
@@ -53,24 +57,25 @@ def test_loss_and_gradients_are_those_of_autograd(
     kv_heads: int,
     qkv_bias: bool,
     longest_plain_row: int,
-    fold_from_tokens: int,
+    alone_from_tokens: int,
+    kernels: Kernels | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = _model(heads=heads, kv_heads=kv_heads, qkv_bias=qkv_bias)
     theirs, expected = _by_autograd(model, monkeypatch)
 
     monkeypatch.setattr(attention, "LONGEST_PLAIN_ROW", longest_plain_row)
-    monkeypatch.setattr(gradients, "FOLD_FROM_TOKENS", fold_from_tokens)
-    ours, gradient = _step(model, torch.float32)
+    monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", alone_from_tokens)
+    ours, gradient = _step(model, torch.float32, kernels=kernels)
 
     assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
     assert ours.sequence_accuracy == theirs.sequence_accuracy
     assert (gradient - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("fold_from_tokens", [0, 512])
-def test_in_bf16_the_gradient_points_the_same_way(monkeypatch: pytest.MonkeyPatch, fold_from_tokens: int) -> None:
-    monkeypatch.setattr(gradients, "FOLD_FROM_TOKENS", fold_from_tokens)
+@pytest.mark.parametrize("alone_from_tokens", [0, 512])
+def test_in_bf16_the_gradient_points_the_same_way(monkeypatch: pytest.MonkeyPatch, alone_from_tokens: int) -> None:
+    monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", alone_from_tokens)
     model = _model()
     theirs, expected = _by_autograd(model, monkeypatch)
 

@@ -59,7 +59,7 @@ def test_a_job_among_others_gets_the_bytes_that_it_gets_alone(dtype: torch.dtype
 
 def test_jobs_of_many_tokens_and_of_few_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     lessons = _lessons(6)
-    monkeypatch.setattr(gradients, "FOLD_FROM_TOKENS", 100)
+    monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 100)
     assert len({lesson.n_tokens >= 100 for lesson in lessons}) == 2
     alone = [_learn([lesson], torch.bfloat16, 1)[0] for lesson in lessons]
 
@@ -84,9 +84,9 @@ def test_a_job_that_is_no_longer_a_number_spoils_no_other() -> None:
 
 def test_in_a_large_model_every_job_is_computed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     lessons = _lessons(3, longest_prompt=12)
-    monkeypatch.setattr(gradients, "FOLD_FROM_TOKENS", 0)
+    monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 0)
     expected = _learn(lessons, torch.bfloat16, 1)
-    monkeypatch.setattr(gradients, "FOLD_FROM_TOKENS", 10_000)
+    monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 10_000)
     monkeypatch.setattr(gradients, "MOST_SHARED_WEIGHTS", 1_000)
 
     found = _learn(lessons, torch.bfloat16, 1)

@@ -19,15 +19,17 @@ from tunesmith.decoder.base import Decoder
 from tunesmith.training.batches import Row
 from tunesmith.training.factors import FactorView, TrainableLora
 from tunesmith.training.folded import FoldedLlama, covers
-from tunesmith.training.loss import Scores, Weighed, score
+from tunesmith.training.kernels import Kernels
+from tunesmith.training.loss import Scores, Weighed, score, score_frozen
 from tunesmith.training.metrics import Tally
+from tunesmith.training.native import available
 from tunesmith.training.packing import MICRO_BATCH_TOKENS, MicroBatch, micro_batches
 from tunesmith.training.passes import Pass, Piece
 from tunesmith.training.workers import Workers, deal
 
-FOLD_FROM_TOKENS = 256
-"""From so many tokens in a step on, a job's adapters are folded into the weights, and it is computed alone
-(docs/design/decisions/together.md)."""
+ALONE_FROM_TOKENS = 128
+"""From so many tokens in a step on, a job is computed alone, with its factors in the dtype of the products: they fill
+products by themselves (docs/design/decisions/training-step.md)."""
 MOST_SHARED_WEIGHTS = 64_000_000
 """In larger models every job is computed alone: there one thread would be too slow for a pass, and with several the
 last digits of a job would depend on the jobs beside it."""
@@ -73,16 +75,19 @@ class Learner:
         *,
         beat: Callable[[], None],
         dtype: torch.dtype = torch.float32,
+        kernels: Kernels | None = None,
     ) -> None:
-        """`dtype` is that of the products, as far as `folded.covers` the model; gradients add up in fp32.
+        """`dtype` is that of the products, as far as `folded.covers` the model; gradients add up in fp32. Without
+        `kernels`, the best that are available.
 
         `site_outputs` are those of every job's `TrainableLora`: they follow from the model.
         """
         self._model = model
-        self._folded = FoldedLlama(model, site_outputs, dtype) if covers(model) else None
+        self._kernels = kernels or available()
+        self._folded = FoldedLlama(model, site_outputs, dtype, self._kernels) if covers(model) else None
         weights = sum(weight.numel() for weight in model.parameters()) if covers(model) else 0
         self._shares_passes = weights <= MOST_SHARED_WEIGHTS
-        self._prompt_head_VD = None if dtype == torch.float32 else model.head_VD.to(dtype)
+        self._head_VD = model.head_VD.to(dtype)
         self._workers = workers
         self._beat = beat
 
@@ -93,8 +98,8 @@ class Learner:
         for lesson, mine in zip(lessons, shares, strict=True):
             if self._folded is None:
                 self._workers.each(self._by_autograd, mine)
-            elif lesson.n_tokens >= FOLD_FROM_TOKENS or not self._shares_passes:
-                self._folded.fold(lesson.factors)
+            elif lesson.n_tokens >= ALONE_FROM_TOKENS or not self._shares_passes:
+                self._folded.take(lesson.factors)
                 self._workers.each(self._alone, mine)
             else:
                 together += mine
@@ -129,7 +134,7 @@ class Learner:
             share.pieces[0].view.begin(overwriting=True)
         for pieces in _passes(shares, max_tokens):
             work = Pass.of(pieces)
-            scores = self._scored(work, folded=False)
+            scores = self._scored(work, single=False)
             for piece, weighed in zip(work.pieces, work.weighed(), strict=True):
                 tallies[id(piece)].add(piece.batch, Scores(scores.nll_M[weighed], scores.right_M[weighed]))
                 piece.view.kept = 1
@@ -137,16 +142,23 @@ class Learner:
     def _alone(self, share: _Share) -> None:
         share.pieces[0].view.begin()
         for piece in share.pieces:
-            share.tally.add(piece.batch, self._scored(Pass.of([piece]), folded=True))
+            share.tally.add(piece.batch, self._scored(Pass.of([piece]), single=True))
 
     @torch.no_grad()
-    def _scored(self, work: Pass, *, folded: bool) -> Scores:
+    def _scored(self, work: Pass, *, single: bool) -> Scores:
         assert self._folded is not None
         self._beat()
-        return self._folded.learn(work, lambda hidden, gradient: self._score(hidden, work, gradient), folded=folded)
+
+        def scored(hidden_MD: Tensor, gradient_MD: Tensor) -> Scores:
+            if single:
+                return score_frozen(self._kernels, self._head_VD, hidden_MD, work, gradient_MD)
+            return self._score(hidden_MD, work, gradient_MD)
+
+        return self._folded.learn(work, scored, single=single)
 
     def _score(self, hidden_MD: Tensor, weighed: Weighed, gradient_MD: Tensor) -> Scores:
-        return score(self._model, hidden_MD, weighed, gradient_MD, prompt_head_VD=self._prompt_head_VD)
+        coarse_VD = None if self._head_VD.dtype == torch.float32 else self._head_VD
+        return score(self._model, hidden_MD, weighed, gradient_MD, prompt_head_VD=coarse_VD)
 
     def _by_autograd(self, share: _Share) -> None:
         share.pieces[0].view.begin()

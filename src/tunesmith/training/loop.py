@@ -18,6 +18,7 @@ from tunesmith.training.evaluate import Evaluator
 from tunesmith.training.inputs import read_inputs
 from tunesmith.training.memory import Room
 from tunesmith.training.metrics import Tally
+from tunesmith.training.native import confirm
 from tunesmith.training.products import save_trained, write_parity
 from tunesmith.training.results import (
     CLASSIFICATION_PREFIX,
@@ -72,6 +73,7 @@ def lessons(
     asked = spec.hyperparameters
     beat = shared.beat
     shared.watch(run_dir)
+    confirm(run_dir.kernels)
 
     # What is trained, on what, how.
     inputs = read_inputs(run_dir, spec, beat, shared.base)

@@ -43,6 +43,8 @@ class MicroBatch:
     """Which of M predict completion tokens, row by row."""
     completion_lengths: tuple[int, ...]
     """Completion tokens of each row."""
+    row_lengths: tuple[int, ...]
+    """Tokens of each row; rows stand longest first."""
     source: tuple[int, ...]
     """Where each row stood among the rows that were cut into micro-batches."""
 
@@ -115,6 +117,7 @@ def _pack(rows: Sequence[Row], source: tuple[int, ...], prompt_loss_weight: floa
         weight_M=torch.tensor(weights),
         completion_C=torch.tensor(completion),
         completion_lengths=tuple(row.n_completion for row in rows),
+        row_lengths=tuple(len(row.token_ids) for row in rows),
         source=source,
     )
 

@@ -1,8 +1,8 @@
 """The products of one site in a training step, forward and backward: the base's weights and the adapters' on top.
 
 In two ways. `SharedSite` multiplies the tokens of all pieces with the base's weights at once, and each piece with its
-own factors, in fp32: best where pieces are small. `FoldedSite` adds the factors of one job to a copy of the weights
-first: best where that job brings many tokens.
+own factors, in fp32: best where pieces are small. `SingleSite` has the factors of one job in the dtype of the products:
+best where that job brings many tokens.
 
 Legend: N = tokens, I, O = inputs and outputs of a site, R = rank, P = linear layers stacked in a site, K = what a
 product adds up over.
@@ -11,7 +11,7 @@ product adds up over.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -108,45 +108,49 @@ class SharedSite:
         return zip(y_NO.split(self.outputs, 1), b_OR.split(self.outputs), h.split(rank, 1), strict=True)
 
 
-@dataclass(slots=True)
-class FoldedSite:
-    """The weights with the factors of one job in them; `fold` before each step."""
+class SingleSite:
+    """The weights and the factors of one job, all in the dtype of the products; `take` before each step.
 
-    shared: SharedSite
-    weight_OI: Tensor = field(init=False)
-    a: Tensor = field(init=False)
-    """[P R, I], times the gain."""
-    b_OR: Tensor = field(init=False)
-    """Times the scale."""
+    Adding the factors to the weights first (folding) would save two of eight products, costs as much once a step, and
+    rounds small changes away (docs/design/decisions/training-step.md).
+    """
 
-    def fold(self, factors: Pair, scale: float) -> None:
-        """Takes the factors as they are now."""
-        (a, b_OR), base_OI, gain_I = factors, self.shared.base_OI, self.shared.gain_I
-        self.a = (a if gain_I is None else a * gain_I).to(base_OI.dtype)
-        self.b_OR = (b_OR * scale).to(base_OI.dtype)
-        self.weight_OI = base_OI.clone()
-        outputs = self.shared.outputs
-        linears = zip(self.weight_OI.split(outputs), self.b_OR.split(outputs), self.a.split(b_OR.shape[1]), strict=True)
-        for weight, b, a_RI in linears:
-            weight.addmm_(b, a_RI)
+    def __init__(self, shared: SharedSite) -> None:
+        self.shared = shared
+        self._a = shared.base_OI.new_empty(0, shared.base_OI.shape[1])
+        """[P R, I], times the gain."""
+        self._b = shared.base_OI.new_empty(len(shared.base_OI), 0)
+        """[O, P R], times the scale: each linear layer's B in its own rows and columns, zeros elsewhere."""
+
+    def take(self, factors: Pair, scale: float) -> None:
+        """The factors as they are now."""
+        (a, b_OR), gain_I = factors, self.shared.gain_I
+        if len(self._a) != len(a):
+            self._a, self._b = self._a.new_empty(a.shape), self._b.new_zeros(len(b_OR), len(a))
+        torch.mul(a, 1.0 if gain_I is None else gain_I, out=self._a)
+        for block, b in zip(self._blocks(self._b, b_OR.shape[1]), b_OR.split(self.shared.outputs), strict=True):
+            torch.mul(b, scale, out=block)
 
     def forward(self, x_NI: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
-        """See `Site`."""
-        return x_NI @ self.weight_OI.T, []
+        """See `Site`; what is kept are the inputs of B."""
+        y_NO, h = x_NI @ self.shared.base_OI.T, x_NI @ self._a.T
+        return y_NO.addmm_(h, self._b.T), [h]
 
     def backward(self, grad_NO: Tensor, x_NI: Tensor, saved: list[Tensor], parts: Sequence[Part]) -> Tensor:
         """See `Site`; there is one part."""
-        (part,), outputs, gain_I = parts, self.shared.outputs, self.shared.gain_I
-        (of_a, of_b), scale, grad_NO = part.gradients, part.view.scale, grad_NO.to(self.weight_OI.dtype)
-        h = x_NI @ self.a.T
-        grad_h, rank = torch.empty_like(h), self.b_OR.shape[1]
-        by_output = (grad_NO.split(outputs, 1), self.b_OR.split(outputs), of_b.split(outputs))
-        for grad, b, of_b_part, h_NR, of_h in zip(*by_output, h.split(rank, 1), grad_h.split(rank, 1), strict=True):
-            of_b_part.add_(grad.T @ h_NR, alpha=scale)
-            torch.mm(grad, b, out=of_h)
+        (part,), (h,) = parts, saved
+        (of_a, of_b), scale, gain_I = part.gradients, part.view.scale, self.shared.gain_I
+        grad_h, grad_b = grad_NO @ self._b, grad_NO.T @ h
+        rank = of_b.shape[1]
+        for block, of_b_part in zip(self._blocks(grad_b, rank), of_b.split(self.shared.outputs), strict=True):
+            of_b_part.add_(block, alpha=scale)
         grad_a = grad_h.T @ x_NI
         of_a.add_(grad_a if gain_I is None else grad_a * gain_I)
-        return grad_NO @ self.weight_OI
+        return (grad_NO @ self.shared.base_OI).addmm_(grad_h, self._a)
+
+    def _blocks(self, b: Tensor, rank: int) -> list[Tensor]:
+        rows = b.split(self.shared.outputs)
+        return [part[:, index * rank : (index + 1) * rank] for index, part in enumerate(rows)]
 
 
 def product(x_NK: Tensor, weight_KO: Tensor) -> Tensor:

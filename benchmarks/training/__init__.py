@@ -1,0 +1,1 @@
+"""Training speed and memory beside what else a user could run: `compare` and `headline`, with their results."""
