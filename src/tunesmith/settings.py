@@ -13,6 +13,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "port": (0, 65_535),
     "max_upload_bytes": (1, math.inf),
     "max_concurrent_runs": (1, math.inf),
+    "jobs_per_run": (1, math.inf),
     "trainer_threads": (1, math.inf),
     "trainer_niceness": (0, 19),
     "engine_threads": (1, math.inf),
@@ -51,7 +52,9 @@ class Settings:
     max_upload_bytes: int = 1_000_000_000
     """Largest file accepted."""
     max_concurrent_runs: int = 1
-    """How many jobs train at once."""
+    """How many trainer processes work at once. Each has one job, or several small ones: see `jobs_per_run`."""
+    jobs_per_run: int = 16
+    """How many small jobs of one base one trainer trains together, step by step; 1: each has a trainer of its own."""
     trainer_threads: int = field(default_factory=_default_threads)
     """CPU threads of one trainer process."""
     trainer_niceness: int = 10

@@ -377,7 +377,7 @@ class Watched:
         self.stopped: list[tuple[str, float]] = []
         self.deaf = False
 
-    def start(self, run_dir: Path) -> str:
+    def start(self, run_dir: Path, beside: str | None = None) -> str:
         handle = f"{run_dir.name}/{len(self.states)}"
         self.states[handle] = RunState.RUNNING
         return handle
@@ -486,7 +486,7 @@ def test_kept_epochs_become_models(platform: Platform) -> None:
 @pytest.mark.parametrize(("number", "words"), [(errno.EROFS, "can only be read"), (errno.ENOSPC, "no room")])
 def test_a_disk_that_fails_for_long_fails_the_job_in_words(platform: Platform, number: int, words: str) -> None:
     class Broken(Watched):
-        def start(self, run_dir: Path) -> str:
+        def start(self, run_dir: Path, beside: str | None = None) -> str:
             raise OSError(number, "as the system says it", str(run_dir))
 
     job = platform.create()

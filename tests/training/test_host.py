@@ -159,6 +159,7 @@ def test_a_step_that_fails_for_all_is_tried_for_each(
         assert run_dir.count_shortages() == 0
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_in_other_company_the_bytes_stay(
     alone: list[RunDir], tiny_base: Path, tmp_path: Path
 ) -> None:

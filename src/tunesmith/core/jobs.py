@@ -6,7 +6,7 @@ dispatcher is guarded by that number (a fencing token), so one that was thought 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -203,15 +203,20 @@ class Jobs:
         with self._store.transaction() as connection:
             self._announce(connection)
 
-    def claim(self, holder: str, lease_s: float) -> Claim | None:
-        """Take a job for `lease_s` seconds; None if there is none.
+    def claim(self, holder: str, lease_s: float, fits: Callable[[Job], bool] = lambda job: True) -> Claim | None:
+        """Take a job for `lease_s` seconds; None if there is none, or if the one whose turn it is does not fit.
 
         Running jobs that nobody holds any more come first, oldest first; then pending ones, an organisation's oldest
-        at a time, the organisation first whose last turn is longest ago.
+        at a time, the organisation first whose last turn is longest ago. None is passed over because one behind it
+        fits: it would wait for ever.
         """
         with self._store.transaction() as connection:
             self._announce(connection)
-            job_id = self._abandoned(connection) or self._start_next(connection)
+            job_id = self._abandoned(connection)
+            if job_id is None:
+                job_id = self._start_next(connection, fits)
+            elif not fits(self._one(connection, job_id)):
+                return None
             if job_id is None:
                 return None
             connection.execute(
@@ -430,10 +435,13 @@ class Jobs:
         query = select(jobs.c.id).where(*at_work, nobodys).order_by(jobs.c.position)
         return connection.scalar(query.limit(1))
 
-    def _start_next(self, connection: Connection) -> str | None:
+    def _one(self, connection: Connection, job_id: str) -> Job:
+        return _job(connection.execute(_with_files(jobs.c.id == job_id)).mappings().one())
+
+    def _start_next(self, connection: Connection, fits: Callable[[Job], bool]) -> str | None:
         """Move the first pending job of the queue to running; jobs on the way that have lost their data fail."""
         for waiting in queue(connection):
-            job = _job(connection.execute(_with_files(jobs.c.id == waiting.job_id)).mappings().one())
+            job = self._one(connection, waiting.job_id)
             gone = [file for file in (job.training_file, job.validation_file) if file and file.status == DELETED]
             if gone:
                 self._fail(
@@ -443,6 +451,8 @@ class Jobs:
                     "and create a new fine-tune.",
                 )
                 continue
+            if not fits(job):
+                return None
             turns = select(func.max(organizations.c.last_turn) + 1).scalar_subquery()
             connection.execute(
                 update(organizations).where(organizations.c.id == job.organization_id).values(last_turn=turns)

@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,12 +18,13 @@ from pathlib import Path
 
 from tunesmith.core.bases import Bases
 from tunesmith.core.files import Files
-from tunesmith.core.jobs import Claim, Jobs
+from tunesmith.core.jobs import Claim, Job, Jobs
 from tunesmith.core.models import Models
 from tunesmith.errors import InvalidRequest, LeaseLost, NotFound, PermissionDenied, StorageFull
 from tunesmith.rundir import BROKEN_DISK, NO_ROOM, Outcome, ResolvedHyperparameters, RunDir, RunSpec
 from tunesmith.runs import folder
-from tunesmith.runs.executor import Executor, RunState
+from tunesmith.runs.company import company
+from tunesmith.runs.executor import Executor, RunState, trainer_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ class _Run:
     run_dir: RunDir
     handle: str | None
     recorded_seq: int
+    company: str | None
+    """Runs of the same may share a trainer; None: it has one of its own."""
     pulse_at: float
     """When the heartbeat file was last seen to change."""
     pulse: int | None = None
@@ -66,7 +70,7 @@ class _Run:
 
 @dataclass
 class Dispatcher:
-    """Keeps up to `max_concurrent_runs` jobs training.
+    """Keeps up to `max_concurrent_runs` trainers at work, each on up to `jobs_per_run` jobs.
 
     `tick` does one round and never waits for a run, except that it asks the engine for parity. It is to be called from
     one thread that lives until `drain` has returned: trainers end with the thread that started them.
@@ -82,6 +86,8 @@ class Dispatcher:
     holder: str
     """Names this dispatcher in leases; a successor of the same name takes its jobs up at once."""
     max_concurrent_runs: int = 1
+    jobs_per_run: int = 1
+    """Small jobs of one base are trained together; see `runs/company.py`."""
     trainer_threads: int = 1
     checkpoint_interval_s: float = 30.0
     lease_s: float = 60.0
@@ -138,15 +144,40 @@ class Dispatcher:
 
     def _take(self) -> None:
         self.jobs.enqueue()
-        while len(self._runs) < self.max_concurrent_runs:
-            claim = self.jobs.claim(self.holder, self.lease_s)
-            if claim is None:
-                return
+        while (claim := self.jobs.claim(self.holder, self.lease_s, self._fits)) is not None:
             logger.info("job claimed job=%s run=%s lease=%d", claim.job.id, claim.run_id, claim.lease)
             run_dir = RunDir(self.home / "runs" / claim.run_id)
-            run = _Run(claim, run_dir, claim.handle, claim.progress_seq, pulse_at=self.monotonic())
+            together, now = self._company(claim.job), self.monotonic()
+            run = _Run(claim, run_dir, claim.handle, claim.progress_seq, together, pulse_at=now)
             self._runs[claim.run_id] = run
             self._advance(run)
+
+    def _fits(self, job: Job) -> bool:
+        """Whether there is a trainer to spare for the job, or one that it can join."""
+        trainers = {run.claim.run_id if run.handle is None else trainer_of(run.handle) for run in self._runs.values()}
+        return len(trainers) < self.max_concurrent_runs or self._host(self._company(job)) is not None
+
+    def _company(self, job: Job) -> str | None:
+        if self.jobs_per_run == 1:
+            return None
+        try:
+            base_dir = self.bases.folder(job.base_name)
+        except NotFound:  # the job fails of it when it is prepared
+            return None
+        return company(base_dir, self.jobs.hyperparameters(job, job.training_examples), self.trainer_threads)
+
+    def _host(self, together: str | None) -> str | None:
+        """Handle of a run whose trainer has room for another of this company."""
+        if together is None:
+            return None
+        at_work = [run for run in self._runs.values() if run.company == together and run.handle is not None]
+        crowds = Counter(trainer_of(run.handle) for run in at_work if run.handle is not None)
+        for run in at_work:
+            if run.handle is None or run.fruitless or crowds[trainer_of(run.handle)] >= self.jobs_per_run:
+                continue
+            if self.executor.state(run.handle) is RunState.RUNNING:
+                return run.handle
+        return None
 
     def _advance(self, run: _Run) -> None:
         """One step of one job; whatever goes wrong stays with this job."""
@@ -220,7 +251,11 @@ class Dispatcher:
         if fruitless and now < run.restart_at:
             return
         spec = self._prepare(run)
-        run.handle = self.executor.start(run.run_dir.path)
+        if spec.threads != self.trainer_threads:
+            run.company = None  # begun under other settings, which decide its bytes
+        # A trainer that died is started again with all its runs together. One that did not get further goes alone, so
+        # that it takes no other with it.
+        run.handle = self.executor.start(run.run_dir.path, None if fruitless else self._host(run.company))
         run.fruitless, run.restart_at = fruitless, now + min(2.0**fruitless, LONGEST_PAUSE_S)
         run.reached, run.pulse, run.pulse_at = reached, None, now
         run.unnoted = spec.hyperparameters

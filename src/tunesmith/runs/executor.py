@@ -25,17 +25,25 @@ class RunState(StrEnum):
     """It is not running and nobody saw how it ended: another process started it, or the machine did start again."""
 
 
+def trainer_of(handle: str) -> str:
+    """What the handles of runs have in common that one trainer trains together."""
+    return handle.partition("/")[0]
+
+
 class Executor(Protocol):
     """Executes runs. Starting the same folder again after a run has ended goes on from its last checkpoint."""
 
-    def start(self, run_dir: Path) -> str:
-        """Begin the run in `run_dir`; return a handle that outlives this process."""
+    def start(self, run_dir: Path, beside: str | None = None) -> str:
+        """Begin the run in `run_dir`; return a handle that outlives this process.
+
+        With `beside`, the handle of a run of the same base, it joins the trainer of that run, if that is still there.
+        """
 
     def state(self, handle: str) -> RunState:
         """Never raises for a handle once returned: a lost run is `RunState.LOST`."""
 
     def stop(self, handle: str, grace_s: float) -> None:
-        """Ask the run to end. Idempotent; returns before it has ended; a run that is gone passes.
+        """Ask the run to end, and no other. Idempotent; returns before it has ended; a run that is gone passes.
 
         Called again later than `grace_s` seconds after the first time, it ends the run by force; 0 does so at once.
         """
@@ -53,7 +61,7 @@ class InlineExecutor:
         self._count = itertools.count(1)
         self._started: set[str] = set()
 
-    def start(self, run_dir: Path) -> str:
+    def start(self, run_dir: Path, beside: str | None = None) -> str:
         """See `Executor`. The run has ended when this returns."""
         handle = f"inline:{next(self._count)}"
         self._started.add(handle)

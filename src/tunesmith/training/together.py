@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +50,7 @@ class Wanted:
 
 
 class Shared:
-    """To be closed (`with`). All runs name the same base, number of threads and precision."""
+    """To be closed (`with`). Runs that name the same base, number of threads and precision share their steps."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock` counts seconds."""
@@ -59,7 +60,7 @@ class Shared:
         self._heartbeats: dict[Path, Heartbeat] = {}
         self._bases: dict[Path, ReadBase] = {}
         self._workers: dict[int, Workers] = {}
-        self._learners: dict[tuple[int, torch.dtype], Learner] = {}
+        self._learners: dict[tuple[int, torch.dtype, int], Learner] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -100,12 +101,17 @@ class Shared:
 
         Where they fail together, each is tried alone: memory may suffice for that, and a fault of one is no other's.
         """
-        found: dict[int, Tally | Exception] = {}
-        lessons = [(index, lesson) for index, each in enumerate(wanted) if (lesson := _lesson(each)) is not None]
-        if len(lessons) > 1:
-            first, (numbers, theirs) = wanted[lessons[0][0]], zip(*lessons, strict=True)
+        found: dict[int, Tally] = {}
+        groups: defaultdict[Learner, dict[int, Lesson]] = defaultdict(dict)
+        for index, each in enumerate(wanted):
+            if isinstance(each.trained, TrainableLora):
+                lesson = Lesson(each.trained, each.rows, each.prompt_loss_weight, each.room.tokens)
+                groups[self._learner(each, each.trained)][index] = lesson
+        for learner, lessons in groups.items():
+            if len(lessons) == 1:
+                continue
             try:
-                found.update(zip(numbers, self._learner(first, theirs[0].factors).learn(theirs), strict=True))
+                found.update(zip(lessons, learner.learn([*lessons.values()]), strict=True))
             except Exception as error:
                 log = logger.warning if is_shortage(error) else logger.exception
                 log("a step of %d runs failed, each is tried alone: %s", len(lessons), error)
@@ -127,17 +133,10 @@ class Shared:
         return whole.learn(wanted.rows, prompt_loss_weight=weight, max_tokens=max_tokens)
 
     def _learner(self, wanted: Wanted, factors: TrainableLora) -> Learner:
-        key = id(wanted.model), wanted.dtype
+        key = id(wanted.model), wanted.dtype, wanted.spec.threads
         if key not in self._learners:
             workers = self.workers(wanted.spec.threads)
             self._learners[key] = Learner(
                 wanted.model, factors.site_outputs, workers, beat=self.beat, dtype=wanted.dtype
             )
         return self._learners[key]
-
-
-def _lesson(wanted: Wanted) -> Lesson | None:
-    """None where all weights are trained: there is then nothing to share."""
-    if not isinstance(wanted.trained, TrainableLora):
-        return None
-    return Lesson(wanted.trained, wanted.rows, wanted.prompt_loss_weight, wanted.room.tokens)
