@@ -124,6 +124,7 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
         home=home,
         holder=f"{socket.gethostname()}:{home}",
         max_concurrent_runs=settings.max_concurrent_runs,
+        jobs_per_run=settings.jobs_per_run,
         trainer_threads=settings.trainer_threads,
         checkpoint_interval_s=settings.checkpoint_interval_s,
         lease_s=settings.lease_s,
