@@ -27,7 +27,7 @@ STACKS_KEPT = 4
 the products."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedAdapter:
     """One adapter, its factors of each site as two matrices: `x A B` is the delta, scale included."""
 

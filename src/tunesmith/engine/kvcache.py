@@ -47,9 +47,14 @@ class KVCache:
         self._keys = [torch.zeros(0, head_width, dtype=dtype, device=device) for _ in range(layers)]
         self._values = [torch.zeros(0, head_width, dtype=dtype, device=device) for _ in range(layers)]
 
+    def reserve(self, spans: Sequence[Span]) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of each layer, [(block * K + head) * P + place, d], with room for all blocks of `spans`."""
+        self._grow(1 + max(max(span.blocks) for span in spans))
+        return self._keys, self._values
+
     def attend(self, spans: Sequence[Span]) -> PagedAttention:
         """Attention for a step whose tokens are those of `spans`, one after another."""
-        self._grow(1 + max(max(span.blocks) for span in spans))
+        self.reserve(spans)
         device = self._keys[0].device
         tables = torch.zeros(len(spans), max(_blocks(span) for span in spans), dtype=torch.long)
         for row, span in enumerate(spans):

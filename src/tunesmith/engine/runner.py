@@ -27,6 +27,7 @@ from tunesmith.engine.blocks import BLOCK_TOKENS, BlockPool
 from tunesmith.engine.handles import handle_of
 from tunesmith.engine.kvcache import KVCache
 from tunesmith.engine.messages import Ended, Event, Produced
+from tunesmith.engine.native import MOST_ROWS, native_step
 from tunesmith.engine.scheduler import Chunk, Scheduler
 from tunesmith.rundir import holds_all_weights
 
@@ -41,6 +42,7 @@ class LoadedBase:
         self.weights = weights
         self.cache = cache
         self.stacks = AdapterStacks()
+        self.native = native_step(weights, cache)
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: str, cache_bytes: int) -> LoadedBase:
@@ -180,12 +182,17 @@ class Runner:
         return Model(base, PackedAdapter.from_lora(lora, self._dtype, self._device), handle)
 
     def _step(self, base: LoadedBase, chunks: list[Chunk[Model]]) -> Iterator[Event]:
-        chunks, mixture = _arrange(base.stacks, chunks)
-        tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
-        token_ids_N = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=self._device)
-        self.tokens_computed += len(token_ids_N)
-        attention = base.cache.attend(chunks)
-        hidden_ND = base.weights.hidden(token_ids_N, attention.positions_N, attention, mixture)
+        self.tokens_computed += sum(chunk.length for chunk in chunks)
+        logits_NV: Tensor | None = None
+        if base.native is not None and len(chunks) <= MOST_ROWS and all(chunk.length == 1 for chunk in chunks):
+            token_ids = [chunk.sequence.token_ids[chunk.start] for chunk in chunks]
+            hidden_ND, logits_NV = base.native(token_ids, chunks, [chunk.sequence.model.adapter for chunk in chunks])
+        else:
+            chunks, mixture = _arrange(base.stacks, chunks)
+            tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
+            token_ids_N = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=self._device)
+            attention = base.cache.attend(chunks)
+            hidden_ND = base.weights.hidden(token_ids_N, attention.positions_N, attention, mixture)
 
         ends = list(itertools.accumulate(chunk.length for chunk in chunks))
         for chunk, end in zip(chunks, ends, strict=True):
@@ -205,7 +212,7 @@ class Runner:
         sampling_now = [(sequence, end) for sequence, end in complete if sequence.request.sampling.max_tokens]
         if sampling_now:
             rows = torch.tensor([end - 1 for _, end in sampling_now], device=self._device)
-            logits_BV = base.weights.logits(hidden_ND[rows])
+            logits_BV = base.weights.logits(hidden_ND[rows]) if logits_NV is None else logits_NV[rows]
             for sequence, token in _sample([sequence for sequence, _ in sampling_now], logits_BV):
                 if token.finish:
                     self._scheduler.remove(sequence.number)

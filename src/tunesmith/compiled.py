@@ -1,0 +1,73 @@
+"""C++ of ours, compiled once on the machine that runs it, where it has a compiler. Knows compilers, not what it is for.
+
+What was compiled lies in the user's cache folder, under a name that tells source, compiler, flags and processor, and is
+loaded from there the next time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-Wno-psabi"),
+    # Sums may be reordered, so that they can be vectors; but NaN stays NaN, and loading changes no global state, as it
+    # would with -ffast-math.
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
+)
+COMPILE_WITHIN_S = 120
+
+
+@cache
+def load(source: Path) -> ctypes.CDLL | None:
+    """The library of one source file, compiled if need be; None without a compiler, or where it fails, which is logged.
+
+    Calls of its functions let other threads run.
+    """
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        logger.info("no C++ compiler: what %s does is done by torch's operators, and takes longer", source.name)
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler, source)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+        logger.warning("%s did not compile %s: %s", compiler, source.name, said)
+        return None
+
+
+def _built(compiler: str, source: Path) -> Path:
+    flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_WITHIN_S).stdout
+    known_by = b"\0".join([source.read_bytes(), version, " ".join(flags).encode(), _processor().encode()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
+    library = folder / f"{source.stem}-{hashlib.sha256(known_by).hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Two processes may build at once: the last rename wins.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            beside = Path(scratch) / library.name
+            command = [compiler, *flags, str(source), "-o", str(beside)]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_WITHIN_S)
+            beside.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What -march=native depends on: folders of users are shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

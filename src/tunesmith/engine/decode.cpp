@@ -1,0 +1,258 @@
+// One token of each of a few sequences through a model of the Llama family: what decoder/llama.py computes, in one call.
+//
+// A step of a small model in torch is some two hundred operators, and most of its time lies between them. Here it is
+// one pass over the weights, which all sequences share. fp32 throughout, one thread. engine/native.py calls this.
+//
+// Legend: rows = sequences, D = width, H, K = query and key/value heads, d = head width, F = feed-forward width,
+// V = vocabulary, I, O = inputs and outputs of a product, R = rank, P = linear layers stacked in a product.
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+extern "C" {
+
+struct Layer {
+    const float *attention_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *feed_norm, *gate_up, *down;
+};
+
+struct Model {
+    int32_t width, layers, heads, kv_heads, head_width, feed_width, vocabulary, block_tokens;
+    float epsilon;
+    const float *embedding, *norm, *head;
+    const float *cosines, *sines;  // [positions, d / 2]
+    const Layer *layer;
+};
+
+struct Factors {
+    const float *a, *b;  // [I, P R] and [P R, O], scale included
+};
+
+struct Adapter {
+    int32_t rank, embedding_rank;  // 0: the embedding is as it is
+    const Factors *sites;          // qkv, o, gate_up and down of each layer
+    Factors embedding;             // [V, R] and [R, D]
+};
+
+struct Step {
+    int32_t rows, table_width;
+    const int32_t *token_ids, *positions;
+    const int32_t *tables;            // [rows, table_width]: blocks of each sequence
+    const Adapter *const *adapters;   // one a row; null for the base itself
+    float *const *keys, *const *values;  // a layer each: [(block K + head) block_tokens + place, d]
+    float *hidden;                    // out: [rows, D]
+    float *logits;                    // out: [rows, V]
+};
+
+}  // extern "C"
+
+namespace {
+
+float dot(const float *__restrict a, const float *__restrict b, int n) {
+    float sum = 0.0f;
+    for (int i = 0; i < n; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+void add_scaled(float *__restrict y, const float *__restrict x, float factor, int n) {
+    for (int i = 0; i < n; ++i) y[i] += factor * x[i];
+}
+
+using Lanes = float __attribute__((vector_size(64), aligned(4)));
+constexpr int LANES = 16;
+
+float total(Lanes lanes) {
+    float sum = 0.0f;
+    for (int i = 0; i < LANES; ++i) sum += lanes[i];
+    return sum;
+}
+
+// OUTPUTS of ROWS at once: enough sums under way to keep the processor busy, each weight read once for all rows.
+template <int ROWS, int OUTPUTS>
+void tile(const float *weight, const float *x, float *y, int inputs, int outputs) {
+    Lanes sums[ROWS][OUTPUTS] = {};
+    int i = 0;
+    for (; i + LANES <= inputs; i += LANES) {
+        Lanes in[ROWS];
+        for (int row = 0; row < ROWS; ++row) in[row] = *reinterpret_cast<const Lanes *>(x + int64_t(row) * inputs + i);
+        for (int o = 0; o < OUTPUTS; ++o) {
+            const Lanes w = *reinterpret_cast<const Lanes *>(weight + int64_t(o) * inputs + i);
+            for (int row = 0; row < ROWS; ++row) sums[row][o] += w * in[row];
+        }
+    }
+    for (int row = 0; row < ROWS; ++row)
+        for (int o = 0; o < OUTPUTS; ++o) {
+            float rest = 0.0f;
+            for (int j = i; j < inputs; ++j) rest += weight[int64_t(o) * inputs + j] * x[int64_t(row) * inputs + j];
+            y[int64_t(row) * outputs + o] = total(sums[row][o]) + rest;
+        }
+}
+
+template <int OUTPUTS>
+void tiles(const float *weight, const float *x, float *y, int rows, int inputs, int outputs) {
+    for (; rows >= 4; rows -= 4, x += 4 * int64_t(inputs), y += 4 * int64_t(outputs))
+        tile<4, OUTPUTS>(weight, x, y, inputs, outputs);
+    if (rows == 3) tile<3, OUTPUTS>(weight, x, y, inputs, outputs);
+    if (rows == 2) tile<2, OUTPUTS>(weight, x, y, inputs, outputs);
+    if (rows == 1) tile<1, OUTPUTS>(weight, x, y, inputs, outputs);
+}
+
+// y = x weight^T + bias
+void product(const float *weight, const float *bias, const float *x, float *y, int rows, int inputs, int outputs) {
+    int o = 0;
+    for (; o + 4 <= outputs; o += 4) tiles<4>(weight + int64_t(o) * inputs, x, y + o, rows, inputs, outputs);
+    for (; o < outputs; ++o) tiles<1>(weight + int64_t(o) * inputs, x, y + o, rows, inputs, outputs);
+    if (bias)
+        for (int row = 0; row < rows; ++row) add_scaled(y + int64_t(row) * outputs, bias, 1.0f, outputs);
+}
+
+// y += x A B, B being block-diagonal: `parts` linear layers with `sizes` outputs side by side.
+void add_delta(const Factors &factors, int rank, const float *x, float *y, int inputs, int outputs, const int *sizes,
+               int parts, std::vector<float> &low) {
+    const int all = rank * parts;
+    low.assign(all, 0.0f);
+    for (int i = 0; i < inputs; ++i) add_scaled(low.data(), factors.a + int64_t(i) * all, x[i], all);
+    for (int part = 0, first = 0; part < parts; first += sizes[part++])
+        for (int r = part * rank; r < (part + 1) * rank; ++r)
+            add_scaled(y + first, factors.b + int64_t(r) * outputs + first, low[r], sizes[part]);
+}
+
+void norm(const float *x, const float *gain, float *y, int n, float epsilon) {
+    const float scale = 1.0f / std::sqrt(dot(x, x, n) / n + epsilon);
+    for (int i = 0; i < n; ++i) y[i] = x[i] * scale * gain[i];
+}
+
+void rotate(float *x, const float *cosines, const float *sines, int half) {
+    for (int i = 0; i < half; ++i) {
+        const float first = x[i], second = x[i + half];
+        x[i] = first * cosines[i] - second * sines[i];
+        x[i + half] = second * cosines[i] + first * sines[i];
+    }
+}
+
+void softmax(float *x, int n) {
+    float highest = x[0], sum = 0.0f;
+    for (int i = 1; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
+    for (int i = 0; i < n; ++i) x[i] = std::exp(x[i] - highest);
+    for (int i = 0; i < n; ++i) sum += x[i];
+    for (int i = 0; i < n; ++i) x[i] /= sum;
+}
+
+struct Work {
+    const Model &m;
+    const Step &s;
+    std::vector<float> x, y, wide, out, scores, low;
+
+    Work(const Model &model, const Step &step)
+        : m(model), s(step), x(step.rows * model.width), y(step.rows * widest()), wide(step.rows * widest()),
+          out(step.rows * model.width) {}
+
+    int widest() const {
+        const int stacked = (m.heads + 2 * m.kv_heads) * m.head_width, fed = 2 * m.feed_width;
+        const int inner = stacked > fed ? stacked : fed;
+        return inner > m.width ? inner : m.width;
+    }
+
+    void embed() {
+        for (int row = 0; row < s.rows; ++row) {
+            const int64_t id = s.token_ids[row];
+            float *to = x.data() + int64_t(row) * m.width;
+            for (int i = 0; i < m.width; ++i) to[i] = m.embedding[id * m.width + i];
+            const Adapter *adapter = s.adapters[row];
+            if (!adapter) continue;
+            for (int r = 0; r < adapter->embedding_rank; ++r)
+                add_scaled(to, adapter->embedding.b + int64_t(r) * m.width,
+                           adapter->embedding.a[id * adapter->embedding_rank + r], m.width);
+        }
+    }
+
+    // The product of a site, from `from` to `to`, with each row's adapter.
+    void site(int layer, int place, const float *weight, const float *bias, const float *from, float *to, int inputs,
+              const int *sizes, int parts) {
+        int outputs = 0;
+        for (int part = 0; part < parts; ++part) outputs += sizes[part];
+        product(weight, bias, from, to, s.rows, inputs, outputs);
+        for (int row = 0; row < s.rows; ++row)
+            if (const Adapter *adapter = s.adapters[row])
+                add_delta(adapter->sites[4 * layer + place], adapter->rank, from + int64_t(row) * inputs,
+                          to + int64_t(row) * outputs, inputs, outputs, sizes, parts, low);
+    }
+
+    void normed(const float *gain) {
+        for (int row = 0; row < s.rows; ++row)
+            norm(x.data() + int64_t(row) * m.width, gain, y.data() + int64_t(row) * m.width, m.width, m.epsilon);
+    }
+
+    void add_out() { add_scaled(x.data(), out.data(), 1.0f, s.rows * m.width); }
+
+    // q, k, v of one row -> what its heads attend to, in `to`; stores k and v.
+    void attend(int layer, int row, float *qkv, float *to) {
+        const Layer &l = m.layer[layer];
+        const int d = m.head_width, place = s.positions[row], shared = m.heads / m.kv_heads, size = m.block_tokens;
+        const float *cosines = m.cosines + int64_t(place) * (d / 2), *sines = m.sines + int64_t(place) * (d / 2);
+        const int32_t *blocks = s.tables + int64_t(row) * s.table_width;
+        float *k = qkv + m.heads * d, *v = k + m.kv_heads * d;
+        for (int head = 0; head < m.heads; ++head) {
+            if (l.q_norm) norm(qkv + head * d, l.q_norm, qkv + head * d, d, m.epsilon);
+            rotate(qkv + head * d, cosines, sines, d / 2);
+        }
+        for (int head = 0; head < m.kv_heads; ++head) {
+            if (l.k_norm) norm(k + head * d, l.k_norm, k + head * d, d, m.epsilon);
+            rotate(k + head * d, cosines, sines, d / 2);
+            const int64_t at = ((int64_t(blocks[place / size]) * m.kv_heads + head) * size + place % size) * d;
+            for (int i = 0; i < d; ++i) s.keys[layer][at + i] = k[head * d + i];
+            for (int i = 0; i < d; ++i) s.values[layer][at + i] = v[head * d + i];
+        }
+        scores.resize(place + 1);
+        const float scale = 1.0f / std::sqrt(float(d));
+        for (int head = 0; head < m.heads; ++head) {
+            float *q = qkv + head * d, *mixed = to + head * d;
+            const auto start = [&](int first) {
+                return (int64_t(blocks[first / size]) * m.kv_heads + head / shared) * size * d;
+            };
+            for (int first = 0; first <= place; first += size) {
+                const float *keys = s.keys[layer] + start(first);
+                const int last = place + 1 - first < size ? place + 1 - first : size;
+                for (int i = 0; i < last; ++i) scores[first + i] = scale * dot(q, keys + i * d, d);
+            }
+            softmax(scores.data(), place + 1);
+            for (int i = 0; i < d; ++i) mixed[i] = 0.0f;
+            for (int first = 0; first <= place; first += size) {
+                const float *values = s.values[layer] + start(first);
+                const int last = place + 1 - first < size ? place + 1 - first : size;
+                for (int i = 0; i < last; ++i) add_scaled(mixed, values + i * d, scores[first + i], d);
+            }
+        }
+    }
+
+    void run() {
+        const int heads = m.heads * m.head_width, keys = m.kv_heads * m.head_width, stacked = heads + 2 * keys;
+        const int of_qkv[] = {heads, keys, keys}, of_fed[] = {m.feed_width, m.feed_width}, of_width[] = {m.width};
+        embed();
+        for (int layer = 0; layer < m.layers; ++layer) {
+            const Layer &l = m.layer[layer];
+            normed(l.attention_norm);
+            site(layer, 0, l.qkv, l.qkv_bias, y.data(), wide.data(), m.width, of_qkv, 3);
+            for (int row = 0; row < s.rows; ++row)
+                attend(layer, row, wide.data() + int64_t(row) * stacked, y.data() + int64_t(row) * heads);
+            site(layer, 1, l.o, nullptr, y.data(), out.data(), heads, of_width, 1);
+            add_out();
+            normed(l.feed_norm);
+            site(layer, 2, l.gate_up, nullptr, y.data(), wide.data(), m.width, of_fed, 2);
+            for (int row = 0; row < s.rows; ++row) {
+                const float *gate = wide.data() + int64_t(row) * 2 * m.feed_width, *up = gate + m.feed_width;
+                float *to = y.data() + int64_t(row) * m.feed_width;
+                for (int i = 0; i < m.feed_width; ++i) to[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+            }
+            site(layer, 3, l.down, nullptr, y.data(), out.data(), m.feed_width, of_width, 1);
+            add_out();
+        }
+        for (int row = 0; row < s.rows; ++row)
+            norm(x.data() + int64_t(row) * m.width, m.norm, s.hidden + int64_t(row) * m.width, m.width, m.epsilon);
+        product(m.head, nullptr, s.hidden, s.logits, s.rows, m.width, m.vocabulary);
+    }
+};
+
+}  // namespace
+
+extern "C" void tunesmith_decode(const Model *model, const Step *step) { Work(*model, *step).run(); }

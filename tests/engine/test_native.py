@@ -1,0 +1,125 @@
+"""Compiled steps of generation against those of torch, for every kind of model, adapter and batch that they cover."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.architectures import OWN, make_base
+from tests.engine.models import make_adapter
+from tests.tiny import VOCABULARY_SIZE, make_tiny_base
+from tunesmith import compiled
+from tunesmith.decoder import llama
+from tunesmith.engine.base import GenerateRequest, SamplingParams, TokenScore
+from tunesmith.engine.messages import Produced
+from tunesmith.engine.native import SOURCE, native_step
+from tunesmith.engine.runner import LoadedBase, Runner
+
+NATS = 2e-5
+pytestmark = pytest.mark.skipif(compiled.load(SOURCE) is None, reason="no C++ compiler here")
+
+
+def answers(
+    base: Path, adapters: list[Path | None], *, native: bool, prompts: list[tuple[int, ...]], max_tokens: int = 40
+) -> list[list[TokenScore]]:
+    """Greedy completions with log-probabilities: prompt i by adapter i, all in one batch."""
+    runner = Runner()
+    for index, adapter in enumerate(adapters):
+        runner.load(str(index), str(base), None if adapter is None else str(adapter))
+    loaded = {id(model.base): model.base for model in runner._models.values()}
+    assert all(one.native is not None for one in loaded.values())
+    for one in loaded.values():
+        one.native = one.native if native else None
+    found: list[list[TokenScore]] = [[] for _ in prompts]
+    for number, prompt in enumerate(prompts):
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
+        assert runner.submit(number, GenerateRequest(str(number % len(adapters)), prompt, sampling, 3)) == []
+    while runner.busy:
+        for event in runner.step():
+            assert isinstance(event, Produced)
+            found[event.number].append(event.output.score)  # type: ignore[union-attr]
+    return found
+
+
+def check_equal(base: Path, adapters: list[Path | None], prompts: list[tuple[int, ...]]) -> None:
+    ours, theirs = (answers(base, adapters, native=native, prompts=prompts) for native in (True, False))
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert [score.token_id for score in mine] == [score.token_id for score in expected]
+        for score, other in zip(mine, expected, strict=True):
+            assert score.logprob == pytest.approx(other.logprob, abs=NATS)
+            assert [value for _, value in score.top] == pytest.approx([value for _, value in other.top], abs=NATS)
+
+
+def prompts_of(lengths: list[int], vocabulary: int = VOCABULARY_SIZE) -> list[tuple[int, ...]]:
+    chance = random.Random(5)
+    return [tuple(chance.choices(range(vocabulary), k=length)) for length in lengths]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_sequences_and_adapters(tiny_base: Path, tmp_path: Path, rows: int, threads: int) -> None:
+    ranks = [4, 1, 7, 32]
+    adapters: list[Path | None] = [None]
+    adapters += [make_adapter(tiny_base, tmp_path / str(rank), seed=rank, rank=rank) for rank in ranks]
+    torch.set_num_threads(threads)
+    try:
+        check_equal(tiny_base, adapters, prompts_of([1 + 13 * i for i in range(rows)]))
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("kind", sorted(OWN))
+def test_every_kind_of_model_of_the_family(tmp_path: Path, kind: str) -> None:
+    base = make_base(tmp_path / kind, OWN[kind])
+    adapter = make_adapter(base, tmp_path / "adapter", seed=1, rank=3)
+    vocabulary = llama.load(base).config.vocabulary_size
+    check_equal(base, [None, adapter], prompts_of([5, 40, 90], vocabulary))
+
+
+def test_widths_that_fill_no_vector(tmp_path: Path) -> None:
+    base = make_tiny_base(tmp_path / "odd", width=48, layers=3)
+    check_equal(base, [None, make_adapter(base, tmp_path / "adapter", seed=1, rank=5)], prompts_of([3, 64]))
+
+
+def test_weights_that_are_no_numbers_stay_so(tmp_path: Path) -> None:
+    base = make_tiny_base(tmp_path / "base")
+    runner = Runner()
+    runner.load("a", str(base), None)
+    loaded = next(iter(runner._bases.values()))
+    loaded.weights.layers[1].down[3, 5] = torch.nan  # type: ignore[attr-defined]
+    sampling = SamplingParams(max_tokens=3, temperature=0)
+    runner.submit(1, GenerateRequest("a", (5, 6), sampling, 0))
+    scores = [event.output.score for _ in range(3) for event in runner.step()]  # type: ignore[union-attr]
+    assert all(score.logprob != score.logprob for score in scores)
+
+
+def test_without_a_compiler_torch_does_it(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.compiled.shutil.which", lambda name: None)
+    compiled.load.cache_clear()
+    try:
+        base = LoadedBase.load(tiny_base, torch.float32, "cpu", 1 << 20)
+        assert base.native is None
+    finally:
+        monkeypatch.undo()
+        compiled.load.cache_clear()
+    assert native_step(llama.load(tiny_base, torch.bfloat16), base.cache) is None
+
+
+def test_what_does_not_compile_is_said_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "broken.cpp"
+    source.write_text("int main( {")
+    assert compiled.load(source) is None
+    assert "did not compile broken.cpp" in caplog.text
+    assert list((tmp_path / "cache" / "tunesmith").iterdir()) == []
+    source = tmp_path / "whole.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    library = compiled.load(source)
+    assert library is not None
+    assert library.answer() == 42
+    assert [path.suffix for path in (tmp_path / "cache" / "tunesmith").iterdir()] == [".so"]
