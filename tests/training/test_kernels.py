@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tunesmith import compiled
 from tunesmith.training import native
 from tunesmith.training.kernels import Eager, Heads, Kernels, RowGroup, Spread, Turn
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, native.COMPILERS)), reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, compiled.COMPILERS)), reason="there is no C++ compiler")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.01}
 ROWS = RowGroup(torch.tensor([3, 20]), torch.tensor([17, 5]), 32)
 N = 25
@@ -156,26 +157,3 @@ def test_a_run_does_not_go_on_with_other_kernels(tmp_path: Path, monkeypatch: py
 
     with pytest.raises(native.KernelsChanged):
         native.confirm(without)
-
-
-@needs_compiler
-def test_what_was_compiled_is_found_again_and_a_failure_is_survived(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load.cache_clear()
-    try:
-        assert native.load() is not None
-        (built,) = (tmp_path / "tunesmith").iterdir()
-        first = built.stat().st_ino
-        native.load.cache_clear()
-        assert native.load() is not None
-        assert built.stat().st_ino == first
-
-        broken = tmp_path / "broken.cpp"
-        broken.write_text("this is no C++")
-        monkeypatch.setattr(native, "SOURCE", broken)
-        native.load.cache_clear()
-        assert native.load() is None
-    finally:
-        native.load.cache_clear()

@@ -27,7 +27,7 @@ from tunesmith.training.packing import MICRO_BATCH_TOKENS, MicroBatch, micro_bat
 from tunesmith.training.passes import Pass, Piece
 from tunesmith.training.workers import Workers, deal
 
-ALONE_FROM_TOKENS = 128
+ALONE_FROM_TOKENS = 192
 """From so many tokens in a step on, a job is computed alone, with its factors in the dtype of the products: they fill
 products by themselves (docs/design/decisions/training-step.md)."""
 MOST_SHARED_WEIGHTS = 64_000_000

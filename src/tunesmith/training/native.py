@@ -1,19 +1,8 @@
-"""`Kernels` as loops of our own: `kernels.cpp`, compiled once on the machine that runs it, where it has a compiler.
-
-Knows compilers and pointers, nothing of training. What was compiled lies in the user's cache folder, under a name that
-tells source, compiler, flags and processor, and is loaded from there the next time.
-"""
+"""`Kernels` as loops of our own: `kernels.cpp`, compiled on the machine that runs it, where it has a compiler."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,19 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tunesmith import compiled
 from tunesmith.rundir import write_bytes
 from tunesmith.training.kernels import Eager, Heads, Kernels, RowGroup, Spread, Turn
 
-logger = logging.getLogger(__name__)
-
 SOURCE = Path(__file__).with_name("kernels.cpp")
-COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = [
-    *("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-Wno-psabi"),
-    # Sums may be reordered, so that they can be vectors; but NaN stays NaN, and loading changes no global state.
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
-]
-_COMPILE_WITHIN_S = 120
 
 _SIZE, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
@@ -76,44 +57,9 @@ def confirm(record: Path) -> None:
 
 @cache
 def load() -> Native | None:
-    """Compiled if need be; None without a compiler, or where it fails, which is logged."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        logger.info("no C++ compiler: training steps are done with torch's operators alone, and take longer")
-        return None
-    try:
-        flags = [*_FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
-        return Native(ctypes.CDLL(str(_built(compiler, flags))))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning("%s did not compile %s: %s", compiler, SOURCE.name, said)
-        return None
-
-
-def _built(compiler: str, flags: list[str]) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_WITHIN_S).stdout
-    known_by = b"\0".join([SOURCE.read_bytes(), version, " ".join(flags).encode(), _processor().encode()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
-    library = folder / f"kernels-{hashlib.sha256(known_by).hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=folder
-        ) as scratch:  # two processes may build at once: the last rename wins
-            beside = Path(scratch) / library.name
-            command = [compiler, *flags, str(SOURCE), "-o", str(beside)]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILE_WITHIN_S)
-            beside.replace(library)
-    return library
-
-
-def _processor() -> str:
-    """What -march=native depends on: folders of users are shared between machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    """None without a compiler (see `compiled.load`)."""
+    library = compiled.load(SOURCE)
+    return None if library is None else Native(library)
 
 
 class Native:
