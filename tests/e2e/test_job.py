@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import re
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +93,43 @@ def test_a_tuned_model_can_be_tuned_on(server: Server, client: Client) -> None:
     model = client.get("models", again["fine_tuned_model"])
     assert (model["root"], model["parent"]) == ("ada", first["fine_tuned_model"])
     assert run_dir_of(server, again["id"]).read_spec().parent_adapter_dir is not None
+
+
+def test_all_weights_are_trained_served_and_gone_on_from(server: Server, client: Client, tmp_path: Path) -> None:
+    training = upload(client, reviews(24, seed=5))
+    asked = {"training_file": training, "model": "ada", "n_epochs": 2, "batch_size": 8, "method": "full"}
+    job = wait_for(client, client.post("fine-tunes", body=asked)["id"])
+    assert job["status"] == "succeeded", messages(job)
+    assert job["hyperparams"]["method"] == "full"
+    whole = job["fine_tuned_model"]
+    question = {"prompt": "The plot was dull.\n\n###\n\n", "max_tokens": 3, "logprobs": 1, "temperature": 0}
+    (said,) = client.post("completions", body=question | {"model": whole})["choices"]
+    (base_said,) = client.post("completions", body=question | {"model": "ada"})["choices"]
+    assert said["logprobs"]["token_logprobs"] != base_said["logprobs"]["token_logprobs"]
+
+    adapter = wait_for(
+        client, client.post("fine-tunes", body=asked | {"method": "lora", "lora_targets": ["q_proj", "v_proj"]})["id"]
+    )
+    assert adapter["status"] == "succeeded", messages(adapter)
+    config = json.loads((run_dir_of(server, adapter["id"]).spec).read_text())["hyperparameters"]
+    assert config["lora_targets"] == ["q_proj", "v_proj"]
+    for parent, method in ((whole, None), (adapter["fine_tuned_model"], "full")):
+        body = asked | {"model": parent, "method": method, "n_epochs": 1}
+        child = wait_for(client, client.post("fine-tunes", body=body)["id"])
+        assert child["status"] == "succeeded", messages(child)
+        assert child["hyperparams"]["method"] == "full"
+        assert client.get("models", child["fine_tuned_model"])["parent"] == parent
+    client.delete("models", whole)  # what was trained from it has its own weights
+    client.post("completions", body=question | {"model": child["fine_tuned_model"]})
+
+    with (tmp_path / "model.zip").open("wb") as file:
+        client.download("models", child["fine_tuned_model"], "weights", to=file)
+    shutil.unpack_archive(tmp_path / "model.zip", tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
 
 
 def test_cancel_takes_effect_within_two_seconds(server: Server, client: Client) -> None:
