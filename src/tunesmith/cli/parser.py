@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_keys(commands, everywhere)
     _add_models(commands, everywhere)
     _add_prepare(commands, everywhere)
+    _add_doctor(commands, everywhere)
     add_api(commands, everywhere)
     return parser
 
@@ -250,3 +251,23 @@ def _add_prepare(commands: Commands[argparse.ArgumentParser], everywhere: argpar
             "--home", help="Folder for everything that is kept (default: TUNESMITH_HOME or ~/.tunesmith)."
         )
         verb.set_defaults(run="tunesmith.cli.prepare:prepare")
+
+
+def _add_doctor(commands: Commands[argparse.ArgumentParser], everywhere: argparse.ArgumentParser) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        parents=[everywhere],
+        help="Look for what hurts a fine-tune: overlap, contradictions, lost separators, secrets and more.",
+        description="Reads training data, and validation data if there is some, and says what is odd about it, row by "
+        "row. Writes nothing and needs no server. Exit code 1 if anything is worse than a note.",
+    )
+    doctor.add_argument("file", metavar="FILE", help="Training data: JSONL, or any format that `prepare` reads.")
+    doctor.add_argument("-v", "--validation-file", metavar="FILE", help="Validation data of the same job.")
+    doctor.add_argument("-m", "--model", default="ada", help="Base model whose tokens are judged by (default: ada).")
+    doctor.add_argument("--prompt-column", metavar="NAME", help="Column/key to read prompts from (default: prompt).")
+    doctor.add_argument(
+        "--completion-column", metavar="NAME", help="Column/key to read completions from (default: completion)."
+    )
+    doctor.add_argument("--sheet", metavar="NAME", help="Sheet of a workbook to read (default: the first).")
+    doctor.add_argument("--home", help="Folder for everything that is kept (default: TUNESMITH_HOME or ~/.tunesmith).")
+    doctor.set_defaults(run="tunesmith.cli.doctor:doctor")

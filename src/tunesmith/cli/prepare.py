@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
+from tunesmith.cli.datafile import base_and_folder, finding_record, lengths_of, watching
 from tunesmith.cli.home import home_settings
 from tunesmith.cli.output import Output, UsageError
 from tunesmith.cli.pace import tokens_per_s
-from tunesmith.core.bases import Base, Bases
+from tunesmith.core.bases import Base
 from tunesmith.core.requests import DEFAULT_N_EPOCHS
 from tunesmith.data.advice import TokenMeter, Tokens, duration, metrics_flags, quoted
 from tunesmith.data.analysis import Progress, analyse
-from tunesmith.data.facts import Facts, FileFold, Lengths, Task
+from tunesmith.data.facts import Facts, FileFold, Task
 from tunesmith.data.findings import Finding, Severity, Subject, find, shown
 from tunesmith.data.formats import read_examples
 from tunesmith.data.outputs import Staged, publish
@@ -36,10 +34,6 @@ from tunesmith.data.split import Strata, sampled_order
 from tunesmith.errors import InvalidRequest
 from tunesmith.tokenizer import Tokenizer
 
-LARGE_BYTES = 8 << 20
-"""Smaller files are read before a bar could be drawn."""
-SHOWN_EVERY = 0.1
-"""A log gets a line each time so much more of a large file is read."""
 TRAIN, VALID = "_train", "_valid"
 
 
@@ -82,11 +76,11 @@ def prepare(args: argparse.Namespace, output: Output) -> int:
     """Analyse, ask, write, advise. Raises InvalidRequest for data that only a person can mend."""
     talk = Talk(output, quiet=args.quiet)
     home = home_settings(args).home
-    base, folder = _base(home, args.model)
-    lengths = _lengths(base, folder)
+    base, folder = base_and_folder(home, args.model)
+    lengths = lengths_of(base, Tokenizer.from_folder(folder))
     talk.say("Analyzing...\n")
     source = open_source(Path(args.file), Wanted(args.prompt_column, args.completion_column), args.sheet)
-    with _watching(output, "Reading", source.size_bytes) as progress:
+    with watching(output, "Reading", source.size_bytes) as progress:
         source, facts = analyse(source, lengths, progress)
     findings = find(Subject(source, facts, lengths))
     for finding in findings:
@@ -100,7 +94,7 @@ def prepare(args: argparse.Namespace, output: Output) -> int:
         staged = stack.enter_context(Staged(source.path.parent))
         strata = stack.enter_context(Strata()) if args.split == "stratified" else None
         meter = TokenMeter(lengths, source.size_bytes, exact=args.exact_tokens)
-        with _watching(output, "Preparing", source.size_bytes) as progress:
+        with watching(output, "Preparing", source.size_bytes) as progress:
             final = _stage(source, facts, plan, staged, strata, meter, progress)
         if not final.kept:
             raise InvalidRequest("No row is left after these changes. Nothing was written.", param="file")
@@ -126,29 +120,6 @@ def prepare(args: argparse.Namespace, output: Output) -> int:
     else:
         _tell(talk, written, final, command, tokens, base, rate)
     return 0
-
-
-def _base(home: Path, name: str) -> tuple[Base, Path]:
-    try:
-        bases = Bases(home)
-        return bases.get(name), bases.folder(name)
-    except KeyError as error:
-        raise UsageError(
-            f"{name} is no base model here. Bases are {', '.join(b.name for b in bases.list())}."
-        ) from error
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _lengths(base: Base, folder: Path) -> Lengths:
-    tokenizer = Tokenizer.from_folder(folder)
-
-    def count(pairs: Sequence[tuple[str, str]]) -> list[int]:
-        prompts = tokenizer.prompt_ids_many([prompt for prompt, _ in pairs])
-        completions = tokenizer.encode_many([completion for _, completion in pairs])
-        return [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-
-    return Lengths(base.name, base.context_tokens, count)
 
 
 def _agree(findings: Sequence[Finding], talk: Talk) -> Plan:
@@ -273,7 +244,7 @@ def _record(
         "file": str(source.path),
         "encoding": source.encoding,
         "task": final.task.value,
-        "findings": [_finding_record(finding) for finding in findings],
+        "findings": [finding_record(finding) for finding in findings],
         "files": [{"name": str(name), "rows": rows} for name, rows in zip(written.files, written.rows, strict=True)],
         "written": written.new,
         "command": command,
@@ -286,41 +257,3 @@ def _record(
         "cost_usd": trained / 1_000 * base.price_per_1k_training_tokens,
         "training_s": None if rate is None else trained / rate,
     }
-
-
-def _finding_record(finding: Finding) -> dict[str, Any]:
-    return {
-        "id": finding.id,
-        "severity": finding.severity.value,
-        "explanation": finding.explanation,
-        "rows": asdict(finding.rows),
-        "fix": None if finding.fix is None else finding.fix.action,
-    }
-
-
-@contextmanager
-def _watching(output: Output, what: str, size_bytes: int) -> Iterator[Progress]:
-    """Where a large file is: a bar on a terminal, lines in a log."""
-    if size_bytes < LARGE_BYTES or output.machine:
-        yield lambda read_bytes: None
-        return
-    if not sys.stderr.isatty():
-        yield _Log(what, size_bytes)
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(what, total=size_bytes)
-        yield lambda read_bytes: bars.update(task, completed=read_bytes)
-
-
-class _Log:
-    """A line on standard error for each tenth."""
-
-    def __init__(self, what: str, size_bytes: int) -> None:
-        self._what, self._size_bytes, self._shown = what, size_bytes, 0.0
-
-    def __call__(self, read_bytes: int) -> None:
-        share = read_bytes / self._size_bytes
-        if share >= self._shown + SHOWN_EVERY:
-            self._shown = share
-            sys.stderr.write(f"{self._what}: {share:.0%} of {self._size_bytes:,} bytes\n")

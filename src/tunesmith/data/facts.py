@@ -245,6 +245,11 @@ class FileFold:
             drop_long=long,
         )
 
+    def contradictions(self) -> RowList:
+        """Rows whose prompt comes with another completion too; such rows name each other. Empty prompts never do."""
+        places = np.flatnonzero(self._keys.disputes(without=hash("")))
+        return RowList(len(places), tuple(map(self._number, places[:SHOWN_ROWS].tolist())))
+
     def _number(self, place: int) -> int:
         """The row number of a kept row: as many rows before it as were kept, and the empty ones between."""
         number = place + 1

@@ -54,6 +54,24 @@ class KeyLog:
             found[rows[order[1:][same]]] = True
         return found
 
+    def disputes(self, without: int) -> NDArray[np.bool_]:
+        """For each row whether another has the same first word, and another second one. `without` is no first word."""
+        assert self._width == 2
+        found = np.zeros(self.rows, dtype=np.bool_)
+        for keys, rows in self._shares():
+            order = np.lexsort(keys.T[::-1])
+            order = order[keys[order, 0] != without]
+            if not len(order):
+                continue
+            ordered = keys[order]
+            new = np.ones(len(ordered), dtype=np.bool_)
+            new[1:] = ordered[1:, 0] != ordered[:-1, 0]
+            starts = np.flatnonzero(new)
+            ends = np.append(starts[1:], len(ordered))
+            several = ordered[starts, 1] != ordered[ends - 1, 1]
+            found[rows[order[np.repeat(several, ends - starts)]]] = True
+        return found
+
     def distinct(self, word: int) -> int:
         """How many of the words at one place differ."""
         return sum(len(np.unique(keys[:, word])) for keys, _ in self._shares(word))
