@@ -19,6 +19,7 @@ from tunesmith.training.inputs import read_inputs
 from tunesmith.training.memory import Room
 from tunesmith.training.metrics import Tally
 from tunesmith.training.native import confirm
+from tunesmith.training.optimizer import FlatAdamW
 from tunesmith.training.products import save_trained, write_parity
 from tunesmith.training.results import (
     CLASSIFICATION_PREFIX,
@@ -81,7 +82,7 @@ def lessons(
     schedule = Schedule(len(rows), asked.n_epochs, asked.batch_size, spec.seed)
     trained = inputs.trained
     trained.flat.grad = trained.flat_gradient
-    optimizer = torch.optim.AdamW([trained.flat], weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = FlatAdamW(trained.flat, trained.flat_gradient, weight_decay=WEIGHT_DECAY)
     peak_learning_rate = spec.base_learning_rate * asked.learning_rate_multiplier
     if asked.method == "full":
         peak_learning_rate *= FULL_LEARNING_RATE_SHARE
@@ -93,7 +94,7 @@ def lessons(
     if resumed:
         trained.flat.copy_(resumed[1].pop("trained"))
         best = resumed[1].pop("best", None)
-        optimizer.state[trained.flat] = resumed[1]
+        optimizer.state = resumed[1]
     elapsed_tokens, saved_at = position.elapsed_tokens, shared.clock()
 
     with (
@@ -122,8 +123,7 @@ def lessons(
                     param="learning_rate_multiplier",
                 )
             torch.nn.utils.clip_grad_norm_([trained.flat], LARGEST_GRADIENT_NORM)
-            optimizer.param_groups[0]["lr"] = peak_learning_rate * warm_up_and_fall(step, schedule.n_steps)
-            optimizer.step()
+            optimizer.step(peak_learning_rate * warm_up_and_fall(step, schedule.n_steps))
             taken = step
             elapsed_tokens += sum(len(row.token_ids) for row in batch)
 
@@ -171,7 +171,7 @@ def lessons(
                 position = Position(
                     step, elapsed_tokens, results.sync(), progress.sync(), progress.seq, epochs.standing
                 )
-                state = {"trained": trained.flat, **optimizer.state[trained.flat], **epochs.state}
+                state = {"trained": trained.flat, **optimizer.state, **epochs.state}
                 checkpoint.save(run_dir.checkpoints, position, state)
                 saved_at = shared.clock()
             if stopping:
