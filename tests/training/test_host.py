@@ -219,6 +219,45 @@ def test_runs_come_and_go_while_others_are_trained(alone: list[RunDir], tiny_bas
     assert len(list(first.checkpoints.iterdir())) == 1
 
 
+def test_a_run_that_is_called_off_before_its_turn_is_never_begun(
+    alone: list[RunDir], tiny_base: Path, tmp_path: Path
+) -> None:
+    first, other, *_ = _runs(tmp_path, tiny_base)
+    reading, writing = os.pipe()
+    with Shared(time.monotonic) as shared:
+        host = Host(shared, lambda: False, Orders(reading))
+        host.take(first)
+        os.write(writing, f"take {other.path}\ndrop {other.path}\n".encode())
+        while host.working:
+            host.step()
+    os.close(writing)
+    os.close(reading)
+
+    _assert_same(first, alone[0])
+    assert other.released.exists()
+    assert not other.results.exists()
+
+
+def test_a_dropped_run_writes_nothing_more(tiny_base: Path, tmp_path: Path) -> None:
+    first, other, *_ = _runs(tmp_path, tiny_base)
+    reading, writing = os.pipe()
+    with Shared(time.monotonic) as shared:
+        host = Host(shared, lambda: False, Orders(reading))
+        host.take(first)
+        host.take(other)
+        host.step()
+        before = {path.name: path.read_bytes() for path in other.path.iterdir() if path.name != "heartbeat"}
+        os.write(writing, f"drop {other.path}\n".encode())
+        host.step()
+        host.step()
+    os.close(writing)
+    os.close(reading)
+
+    assert other.released.exists()
+    assert _steps(first) == 3
+    assert {name: (other.path / name).read_bytes() for name in before} == before
+
+
 def test_orders_are_read_as_they_come() -> None:
     reading, writing = os.pipe()
     orders = Orders(reading)

@@ -97,7 +97,8 @@ class Host:
         runs = [run for run in self._runs.values() if run.wanted is not None]
         found = self._shared.learn([run.wanted for run in runs if run.wanted is not None])
         for run, tally in zip(runs, found, strict=True):
-            self._advance(run, tally)
+            if not run.dropped:  # from now on nothing more is written
+                self._advance(run, tally)
 
     def _advance(self, run: _Run, found: Tally | Exception | None) -> None:
         self._at_work = run
@@ -152,9 +153,12 @@ class Host:
             return
         try:
             for order in self._orders.new():
-                run = self._runs.get(order.folder)
+                run, run_dir = self._runs.get(order.folder), RunDir(order.folder)
                 if order.verb == "take":
-                    self._arriving.append(RunDir(order.folder))
+                    self._arriving.append(run_dir)
+                elif run_dir in self._arriving:
+                    self._arriving.remove(run_dir)
+                    run_dir.released.touch()
                 elif run is not None and order.verb == "save":
                     run.saving = True
                 elif run is not None:
