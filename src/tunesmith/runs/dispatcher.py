@@ -98,6 +98,8 @@ class Dispatcher:
     tick_s: float = 0.25
     """Pause between rounds; a cancelled job's trainer is gone after about this long."""
     monotonic: Callable[[], float] = time.monotonic
+    _gate_is_free: bool = field(default=True, init=False)
+    """One job a round passes the gate: it takes seconds, and cancelled jobs and leases wait meanwhile."""
     _tidied_at: float = field(default=-math.inf, init=False)
     _ticked_at: float | None = field(default=None, init=False)
     _runs: dict[str, _Run] = field(default_factory=dict, init=False)
@@ -115,6 +117,7 @@ class Dispatcher:
 
     def tick(self) -> None:
         """One round over the jobs held, then new ones as far as there is room."""
+        self._gate_is_free = True
         # Jobs held come first: their leases are renewed before the round looks for expired ones to take over.
         for run in list(self._runs.values()):
             self._advance(run)
@@ -319,6 +322,9 @@ class Dispatcher:
 
     def _register(self, run: _Run, outcome: Outcome) -> None:
         """Makes the adapter a model, if it serves as it trained. The store does so once, however often it is asked."""
+        if not self._gate_is_free:
+            return
+        self._gate_is_free = False
         reason = self.parity(run.run_dir, run.run_dir.read_spec())
         if reason is not None:
             self._fail(run, reason)
