@@ -115,6 +115,7 @@ def _options() -> argparse.Namespace:
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--precision", default="auto", help="of our products: auto, bfloat16 or float32")
     options.add_argument("--rows", choices=ROWS, action="append", help="only these")
+    options.add_argument("--setting", choices=SETTINGS, action="append", help="try only these of the peers")
     options.add_argument("--log", type=Path, help="what the competitors print goes there")
     options.add_argument("--json", action="store_true", help="print the JSON line alone")
     chosen = options.parse_args()
@@ -146,7 +147,7 @@ def _measure(
     task = {"base": str(base), "tokens": str(tokens), "batch": shape.batch, "threads": options.threads}
     task["budget_s"] = options.budget_s
     mine = {**task, "task": "train", "text": str(text), "precision": options.precision}
-    settings: Sequence[str] = SETTINGS
+    settings: Sequence[str] = options.setting or SETTINGS
     for number in range(options.rounds):
         rates = [
             _checked(ours.perform({"task": "gemm", "size": size, "budget_s": 0.3, "threads": options.threads}))
