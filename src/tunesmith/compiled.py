@@ -41,7 +41,7 @@ def load(source: Path) -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler, source)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("%s did not compile %s: %s", compiler, source.name, said)
         return None
