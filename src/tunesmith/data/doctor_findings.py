@@ -13,16 +13,10 @@ from tunesmith.data.findings import Finding, Fix, Severity, Subject, ending, fin
 from tunesmith.data.rows import SHOWN_ROWS, RowList
 
 _OF_THE_FILE = frozenset(
-    {
-        "format",
-        "sheets",
-        "encoding",
-        "prompt_column",
-        "completion_column",
-        "additional_column",
-        "task",
-    }
+    {"format", "sheets", "encoding", "prompt_column", "completion_column", "additional_column", "task"}
 )
+_SAME_TEXTS = frozenset({"prompt_suffix", "completion_suffix"})
+"""Where they are fatal, all prompts or all completions are the same."""
 _OF_STYLE = frozenset({"lower_case_prompt", "lower_case_completion", "prompt_prefix", "completion_prefix"})
 """What `prepare` asks about, and a person may have meant: no reason for a script to stop."""
 
@@ -47,7 +41,7 @@ def about_file(subject: Subject) -> list[Finding]:
     """Findings of `prepare` that are not said here in more words: how the file is written, and matters of style."""
     found = find(subject)
     return [
-        *(one for one in found if one.id in _OF_THE_FILE or one.severity is Severity.FATAL),
+        *(one for one in found if one.id in _OF_THE_FILE or (one.id in _SAME_TEXTS and one.severity is Severity.FATAL)),
         *(replace(one, severity=Severity.NOTE) for one in found if one.id in _OF_STYLE),
     ]
 

@@ -110,6 +110,8 @@ def agreed_mark(texts: Sequence[str], known: Sequence[str]) -> str | None:
         if mark.endswith(usual) and not _MARK.search(mark[: -len(usual)]):
             mark = usual
             break
+    else:
+        mark = mark.lstrip(_SENTENCE_ENDS) or mark
     if _MARK.search(mark):
         return mark
     mark = mark[len(mark.rstrip(_SENTENCE_ENDS)) :]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.rows import SHOWN_ROWS, Batch, RowList
 
-NEAR = Fraction(4, 5)
+NEAR = Fraction(3, 4)
 """So large a share of the runs of two rows together is in both (Jaccard index)."""
 FEWEST_RUNS = 10
 """Shorter texts are compared whole only: among them a word makes another text."""
