@@ -83,6 +83,7 @@ def main() -> int:
         "accuracy": ours.accuracy,
         "peer_seconds": round(peer_s, 1),
         "peer_stages_s": {name: round(peer[name], 1) for name in ("import_s", "prepare_s", "train_s", "answer_s")},
+        "peer_train_cpu_s": round(peer["train_cpu_s"], 1),
         "peer_steps": f"{steps} of {all_steps}",
         "peer_accuracy": peer["accuracy"] if whole else None,
         "hyperparameters": ours.run["hyperparameters"],

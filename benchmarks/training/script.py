@@ -57,10 +57,10 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
             r=task["rank"], lora_alpha=task["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
         ),
     )
-    prepared = time.perf_counter()
+    prepared, prepared_cpu = time.perf_counter(), time.process_time()
     trainer.train()
     trainer.save_model(str(folder / "adapter"))
-    trained = time.perf_counter()
+    trained, trained_cpu = time.perf_counter(), time.process_time()
     model = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
     held_out = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
     right = _is_right(model, tokenizer, held_out[0])
@@ -72,6 +72,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         "import_s": IMPORTED - BEGAN,
         "prepare_s": prepared - IMPORTED,
         "train_s": trained - prepared,
+        "train_cpu_s": trained_cpu - prepared_cpu,
         "answer_s": answered - trained,
         "steps": trainer.state.global_step,
         "all_steps": -(-rows // task["batch"]) * task["epochs"],
