@@ -84,7 +84,10 @@ def _add_serve(commands: Commands[argparse.ArgumentParser], everywhere: argparse
         dest="organization_title",
         help="Title of the organisation that the first start creates; it stands in model names (default: personal).",
     )
-    serve.add_argument("--max-concurrent-runs", help="How many trainers work at once, each on one job or several small ones (default: 1).")
+    serve.add_argument(
+        "--max-concurrent-runs",
+        help="How many trainers work at once, each on one job or several small ones (default: 1).",
+    )
     serve.set_defaults(run="tunesmith.cli.serve:serve")
 
 
