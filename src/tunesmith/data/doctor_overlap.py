@@ -1,9 +1,9 @@
 """Which validation rows the training rows hold already: the same, the same but for spelling, and nearly the same.
 
-Nearly the same are texts that share most of their runs of three words. All pairs above the threshold are found, not
-only most as with MinHash: a training row is dropped at once if too few of its runs are known from validation, and the
-others are compared with the rows that hold their rarest runs (prefix filter; Bayardo, Ma and Srikant 2007). Knows no
-files. Memory: about 60 bytes a validation row, and 150 MB for their runs at most.
+Nearly the same are texts that share most of their runs of three words. All pairs above the threshold are found (but for
+MOST_COMPARED), not only most as with MinHash: a training row is dropped at once if too few of its runs are known from
+validation, and the others are compared with the rows that hold their rarest runs (prefix filter; Bayardo, Ma and Srikant
+2007). Knows no files. Memory: about 60 bytes a validation row, and 150 MB for their runs at most.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from numpy.typing import NDArray
 from tunesmith.data.rows import SHOWN_ROWS, Batch, RowList
 
 NEAR = Fraction(3, 4)
-"""So large a share of the runs of two rows together is in both (Jaccard index)."""
+"""So large a share of the runs of two rows together is in both (Jaccard index).
+
+Two texts of thirty words that differ in one are nearer than that.
+"""
 FEWEST_RUNS = 10
 """Shorter texts are compared whole only: among them a word makes another text."""
 MOST_RUNS = 4_000_000
