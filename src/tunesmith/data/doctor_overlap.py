@@ -2,7 +2,7 @@
 
 Nearly the same are texts that share most of their runs of three words. All pairs above the threshold are found (but for
 MOST_COMPARED), not only most as with MinHash: a training row is dropped at once if too few of its runs are known from
-validation, and the others are compared with the rows that hold their rarest runs (prefix filter; Bayardo, Ma and Srikant
+validation, and the others are compared with the rows that hold their rarest runs (prefix filter; Bayardo, Ma, Srikant
 2007). Knows no files. Memory: about 60 bytes a validation row, and 150 MB for their runs at most.
 """
 
