@@ -71,8 +71,16 @@ def _alpha_scaled(run_dir: RunDir, other: RunDir) -> None:
     (run_dir.adapter / CONFIG).write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
 
 
-def _embedding_dropped(run_dir: RunDir, other: RunDir) -> None:
+def _embedding_lost(run_dir: RunDir, other: RunDir) -> None:
     _edit_tensors(run_dir.adapter / WEIGHTS, lambda name, tensor: None if "embedding" in name else tensor)
+
+
+def _embedding_dropped(run_dir: RunDir, other: RunDir) -> None:
+    """Its configuration does not tell that it was there."""
+    _embedding_lost(run_dir, other)
+    config = json.loads((run_dir.adapter / CONFIG).read_text())
+    config["target_modules"].remove("embed_tokens")
+    (run_dir.adapter / CONFIG).write_text(json.dumps(config))
 
 
 def _head_dropped(run_dir: RunDir, other: RunDir) -> None:
@@ -110,6 +118,7 @@ async def test_a_run_as_it_was_trained_passes(run_dir: RunDir) -> None:
         (_not_applied, "does not give the numbers of its training"),
         (_of_another_job, "does not give the numbers of its training"),
         (_alpha_scaled, "does not give the numbers of its training"),
+        (_embedding_lost, "cannot load what was trained: adapter/adapter_model.safetensors has no"),
         (_embedding_dropped, "does not give the numbers of its training"),
         (_head_dropped, "does not give the numbers of its training"),
         (_epoch_of_another_job, "does not give the numbers of its training"),

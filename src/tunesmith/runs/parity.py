@@ -86,7 +86,8 @@ async def check(engine: Engine, run_dir: RunDir, spec: RunSpec, adapter_dir: Pat
     try:
         handle = await engine.load(base_dir, adapter_dir)
     except ValueError as error:
-        return f"The engine cannot load the trained adapter: {error}"
+        reason = str(error).replace(str(adapter_dir), adapter_dir.name)  # where it lies is not for users
+        return f"The engine cannot load what was trained: {reason}"
     try:
         served = await score_rows(engine, handle, rows)
     finally:
