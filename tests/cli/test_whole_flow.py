@@ -152,8 +152,9 @@ def test_follow_survives_a_restart_of_the_server(tiny_base: Path, tmp_path: Path
     assert following.returncode == 1  # the job was cancelled
 
 
-def test_weights_go_out_and_come_in(cli: CommandLine, recorded: list[dict[str, Any]]) -> None:
-    name = json.loads(cli.run("fine_tunes.get", "-i", recorded[0]["id"]))["fine_tuned_model"]
+def test_weights_go_out_and_come_in(cli: CommandLine) -> None:
+    flags = ["-t", "train.jsonl", "-m", "ada", "--n_epochs", "1", "--batch_size", "20", "--json"]
+    name = json.loads(cli.run("fine_tunes.create", *flags).splitlines()[-1])["fine_tuned_model"]
     wrote = command(cli, "models", "export", name, "-o", "model.zip")
     assert wrote.returncode == 0, wrote.stderr
     assert re.fullmatch(r"Wrote model\.zip \([\d,]+ bytes\)\n", wrote.stdout)

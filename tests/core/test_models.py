@@ -45,6 +45,7 @@ def test_a_tuned_model_is_listed_after_the_bases_with_its_lineage(world: World) 
         parent_name="ada",
         organization_id=world.owner.organization_id,
         adapter_dir=model.adapter_dir,
+        method="lora",
     )
     assert world.models.list(world.member)[-1] == model
     ref = world.models.resolve(world.member, model.name)
