@@ -35,8 +35,6 @@ WARM_UP_SHARE = 0.03
 """Share of the steps over which the learning rate rises to its peak; from there it falls to nothing, both linearly."""
 LARGEST_GRADIENT_NORM = 1.0
 WEIGHT_DECAY = 0.01
-FULL_LEARNING_RATE_SHARE = 1.0
-"""Of the base's learning rate, which is for adapters, where all weights are trained."""
 REPORTS_PER_RUN = 100
 """How often a validation batch is measured, and the metrics of a step are reported."""
 
@@ -84,8 +82,6 @@ def lessons(
     trained.flat.grad = trained.flat_gradient
     optimizer = FlatAdamW(trained.flat, trained.flat_gradient, weight_decay=WEIGHT_DECAY)
     peak_learning_rate = spec.base_learning_rate * asked.learning_rate_multiplier
-    if asked.method == "full":
-        peak_learning_rate *= FULL_LEARNING_RATE_SHARE
     report_every = math.ceil(schedule.n_steps / REPORTS_PER_RUN)
 
     # Where it goes on.
