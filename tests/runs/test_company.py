@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.harness import reviews
-from tests.runs.test_dispatcher import Clock, Platform, Watched, finish, platform
+from tests.runs.platform import Clock, Platform, Watched, finish
 from tests.waiting import until
 from tunesmith.core.jobs import Job, JobStatus
 from tunesmith.core.requests import FineTuneRequest
@@ -22,8 +22,6 @@ from tunesmith.runs import company
 from tunesmith.runs.executor import RunState, trainer_of
 from tunesmith.runs.local import LET_GO_WITHIN_S, LocalExecutor
 from tunesmith.training.loop import train
-
-__all__ = ["platform"]
 
 # Follows orders as a trainer does, and notes them; a run folder with a file `deaf` is never let go of.
 OBEDIENT = """
