@@ -145,6 +145,17 @@ class Fields:
         """The fields of an object within; none if it is absent."""
         return Fields(self._of_kind(name, dict, "an object") or {}, within=f"{self._within}{name}.")
 
+    def each(self, name: str) -> list[Fields]:
+        """The fields of each object in a list; none if it is absent."""
+        value = self.take(name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+            raise self.wrong(name, "a list of objects", value)
+        return [Fields(item, within=f"{self._within}{name}[{at}].") for at, item in enumerate(value or [])]
+
+    def path(self, name: str) -> str:
+        """A field's whole name, as errors call it."""
+        return self._within + name
+
     def done(self) -> None:
         """Raises InvalidRequest for a field that this endpoint does not have."""
         unknown = next((name for name in self.names if name not in self._known), None)

@@ -19,6 +19,7 @@ from tunesmith.api.routing import path_id
 from tunesmith.api.sse import DONE, EventStream, frame
 from tunesmith.core.accounts import Caller
 from tunesmith.core.events import Event, Events
+from tunesmith.core.integrations import Integration, check_kind, integration_to_wire
 from tunesmith.core.jobs import MOVES, Job, Jobs
 from tunesmith.core.models import Model
 from tunesmith.core.requests import DEFAULT_N_EPOCHS, DEFAULT_PROMPT_LOSS_WEIGHT, FineTuneRequest
@@ -151,13 +152,20 @@ def request_from_wire(fields: Fields) -> FineTuneRequest:
         best_epoch=fields.flag("best_epoch") or False,
         early_stopping_patience=fields.integer("early_stopping_patience"),
         epoch_checkpoints=fields.integer("epoch_checkpoints"),
+        alias=fields.text("alias"),
+        integrations=tuple(_integration(one) for one in fields.each("integrations")),
     )
     fields.done()
     return request
 
 
 def job_to_wire(job: Job) -> dict[str, Any]:
-    """The fine-tune object without its events. Every key is there from the start: the old clients index blindly."""
+    """The fine-tune object without its events. Every key is there from the start: the old clients index blindly.
+
+    Our own `integrations` and `alias` are there only where they were asked for.
+    """
+    integrations = [integration_to_wire(integration) for integration in job.asked.integrations]
+    ours = {"integrations": integrations, "alias": job.asked.alias}
     return {
         "id": job.id,
         "object": "fine-tune",
@@ -167,11 +175,11 @@ def job_to_wire(job: Job) -> dict[str, Any]:
         "status": job.status,
         "fine_tuned_model": job.fine_tuned_model,
         "organization_id": job.organization_id,
-        "hyperparams": _hyperparams(job),
+        "hyperparams": hyperparams_to_wire(job),
         "training_files": [file_to_wire(job.training_file)],
         "validation_files": [] if job.validation_file is None else [file_to_wire(job.validation_file)],
         "result_files": [file_to_wire(file) for file in job.result_files],
-    }
+    } | {name: value for name, value in ours.items() if value}
 
 
 def event_to_wire(event: Event) -> dict[str, Any]:
@@ -200,7 +208,7 @@ def checkpoint_to_wire(model: Model) -> dict[str, Any]:
     }
 
 
-def _hyperparams(job: Job) -> dict[str, Any]:
+def hyperparams_to_wire(job: Job) -> dict[str, Any]:
     """As asked until the job starts, defaults that depend on the data being null; then as resolved.
 
     The classification keys are there only for a job that asked for the metrics, and our own only where they were asked.
@@ -235,6 +243,23 @@ def _hyperparams(job: Job) -> dict[str, Any]:
         values |= {name: getattr(resolved or asked, name) for name in ("lora_rank", "lora_alpha")}
     ours = {name: getattr(asked, name) for name in OUR_OWN}
     return values | {name: value for name, value in ours.items() if value is not None and value is not False}
+
+
+def _integration(fields: Fields) -> Integration:
+    """One entry of `integrations`, in the shape of the API of today."""
+    kind = fields.required_text("type")
+    check_kind(kind, fields.path("type"))
+    details = fields.nested(kind)
+    integration = Integration(
+        kind=kind,
+        project=details.required_text("project"),
+        name=details.text("name"),
+        entity=details.text("entity"),
+        tags=details.texts("tags") or (),
+    )
+    details.done()
+    fields.done()
+    return integration
 
 
 def _number_or_auto(fields: Fields, name: str) -> int | None:

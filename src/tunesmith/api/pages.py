@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from starlette.datastructures import QueryParams
 
 from tunesmith.api.body import whole_number
 from tunesmith.errors import InvalidRequest
@@ -24,7 +22,7 @@ def envelope(objects: Sequence[dict[str, Any]], has_more: bool = False) -> dict[
     }
 
 
-def page(objects: Sequence[dict[str, Any]], query: QueryParams) -> dict[str, Any]:
+def page(objects: Sequence[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
     """The part of `objects`, given oldest first, that `limit`, `after` and `order` (`asc` | `desc`) ask for."""
     order = query.get("order", "asc")
     if order not in ("asc", "desc"):

@@ -18,19 +18,23 @@ from sqlalchemy.exc import SQLAlchemyError
 from tunesmith.core import requests
 from tunesmith.core.accounts import Caller
 from tunesmith.core.admission import admit
-from tunesmith.core.base_fit import check_base, count_tokens
+from tunesmith.core.base_fit import check_base, codec, count_tokens
 from tunesmith.core.bases import Bases
 from tunesmith.core.blobs import read_chunks
 from tunesmith.core.events import Events
 from tunesmith.core.files import DELETED, FINE_TUNE, FINE_TUNE_RESULTS, File, Files, file_from_row
+from tunesmith.core.integrations import integrations_from_json
 from tunesmith.core.models import Model, Models
+from tunesmith.core.notices import Notice, about_job
 from tunesmith.core.outlook import Outlook, outlook
 from tunesmith.core.queue import queue
 from tunesmith.core.requests import FineTuneRequest
 from tunesmith.core.schema import files, jobs, organizations
 from tunesmith.core.statuses import ENDED, MOVES, JobStatus
 from tunesmith.core.store import Store
+from tunesmith.core.trackings import insert_trackings
 from tunesmith.core.usage import Ledger
+from tunesmith.data.sample import Sample
 from tunesmith.errors import InvalidRequest, LeaseLost, NotFound
 from tunesmith.rundir import ProgressLine, ResolvedHyperparameters, Snapshot, hyperparameters_from_json
 
@@ -106,7 +110,7 @@ class Jobs:
     # For users
 
     def create(self, caller: Caller, request: FineTuneRequest) -> Job:
-        """Check everything, then make a pending job and its first event.
+        """Check everything, then make a pending job and its first events: what the doctor finds in the data is one.
 
         Raises InvalidRequest naming the field for hyperparameters out of bounds, an unknown or unfit file, rows that
         are too long, flags that contradict the data, and a base that cannot be trained here; NotFound for a model that
@@ -118,7 +122,7 @@ class Jobs:
         if model.method is not None:
             request = requests.go_on_from(requests.Start(model.name, model.method), request)
         check_base(request, model.base_name, self._bases.folder(model.base_name))
-        training_examples = self._admit(request, model, training, validation)
+        training_examples, notices = self._admit(request, model, training, validation)
         cost_usd = self._cost_usd(request, model, training, training_examples)
         job_id = self._store.new_id("ft-")
         now = int(self._store.clock())
@@ -145,7 +149,12 @@ class Jobs:
                     progress_seq=0,
                 )
             )
+            if request.alias is not None:
+                self._models.take_alias(connection, caller.organization_id, request.alias, job_id)
+            insert_trackings(connection, job_id, len(request.integrations))
             self._events.append(connection, job_id, "info", f"Created fine-tune: {job_id}")
+            for notice in notices:
+                self._events.append(connection, job_id, "warn", notice.message, notice.data)
             return self._get(connection, caller, job_id)
 
     def get(self, caller: Caller, job_id: str) -> Job:
@@ -195,6 +204,11 @@ class Jobs:
     def hyperparameters(self, job: Job, n_examples: int) -> ResolvedHyperparameters:
         """What the job trains with: as asked, defaults filled in."""
         return requests.resolve(job.asked, n_examples, job.parent_name)
+
+    def look(self, job_id: str) -> Job:
+        """A job that is there, for work on behalf of its organisation."""
+        with self._store.reading() as connection:
+            return self._one(connection, job_id)
 
     # For the dispatcher
 
@@ -391,14 +405,20 @@ class Jobs:
             )
         return file
 
-    def _admit(self, request: FineTuneRequest, model: Model, training: File, validation: File | None) -> int:
-        return admit(
+    def _admit(
+        self, request: FineTuneRequest, model: Model, training: File, validation: File | None
+    ) -> tuple[int, tuple[Notice, ...]]:
+        """How many training examples there are, and what the doctor says of the first of them."""
+        folder = self._bases.folder(model.base_name)
+        trained, tried = Sample(), None if validation is None else Sample()
+        training_examples = admit(
             request,
-            self._files.examples(training),
-            None if validation is None else self._files.examples(validation),
-            count_tokens=lambda example: count_tokens(self._bases.folder(model.base_name), example),
+            trained.of(self._files.examples(training)),
+            None if validation is None or tried is None else tried.of(self._files.examples(validation)),
+            count_tokens=lambda example: count_tokens(folder, example),
             limit_tokens=self._bases.get(model.base_name).context_tokens,
         )
+        return training_examples, about_job(trained, tried, codec(folder))
 
     def _cost_usd(self, request: FineTuneRequest, model: Model, training: File, training_examples: int) -> float:
         """Price times tokens of the training file times epochs. The tokens are counted only where there is a price."""
@@ -548,6 +568,7 @@ def _job(row: RowMapping) -> Job:
         asked["classification_betas"] = tuple(asked["classification_betas"])
     if asked.get("lora_targets") is not None:
         asked["lora_targets"] = tuple(asked["lora_targets"])
+    asked["integrations"] = integrations_from_json(asked.get("integrations", ()))
     if resolved is not None:
         resolved = hyperparameters_from_json(resolved)
     return Job(

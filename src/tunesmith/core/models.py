@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core import names
 from tunesmith.core.accounts import Caller, Role
+from tunesmith.core.aliases import Alias, drop_alias, find_alias, list_aliases, take_alias
 from tunesmith.core.bases import Base, Bases
 from tunesmith.core.blobs import full_disk_is_storage_full, read_chunks, write_durably
 from tunesmith.core.requests import check_suffix
@@ -49,7 +50,7 @@ class Model:
     method: Literal["lora", "full"] | None = None
     """Which of the two; None for a base."""
     note: str | None = None
-    """One line for people: what stands behind a base."""
+    """One line for people: what stands behind a base or an alias."""
     step: int | None = None
     """Of the epoch that a checkpoint is; None for what a job gave in the end, and for a base."""
     metrics: Mapping[str, float] | None = None
@@ -80,7 +81,8 @@ class Models:
     def get(self, caller: Caller, name: str) -> Model:
         """Raises NotFound (code `model_not_found`) for a name that is unknown or another organisation's."""
         with self._store.reading() as connection:
-            return self.find(connection, caller.organization_id, name)
+            alias = find_alias(connection, caller.organization_id, name)
+            return self.find(connection, caller.organization_id, name) if alias is None else _alias_model(alias)
 
     def resolve(self, caller: Caller, name: str) -> ModelRef:
         """What to run for `name`. Raises NotFound, also where the base of a tuned model is not here."""
@@ -101,6 +103,7 @@ class Models:
     def delete(self, caller: Caller, name: str) -> None:
         """Remove a tuned model, and with what a job gave in the end its checkpoints: rows, then adapters.
 
+        Of an alias only the name goes; the model that it means stays.
         A checkpoint may be removed by itself. Jobs keep the name of their model; models trained on from a removed one
         live on.
 
@@ -108,14 +111,15 @@ class Models:
         has not ended is to train on from it.
         """
         with self._store.transaction() as connection:
+            alias = find_alias(connection, caller.organization_id, name)
+            if alias is not None:
+                _check_owner(caller, name)
+                drop_alias(connection, caller.organization_id, name)
+                return
             model = self.find(connection, caller.organization_id, name)
             if model.adapter_dir is None:
                 raise PermissionDenied(f"{name} is a base model and cannot be deleted.", param="model")
-            if caller.role is not Role.OWNER:
-                raise PermissionDenied(
-                    f"Deleting {name} needs an API key with role owner; this key has role member. Ask an owner.",
-                    param="model",
-                )
+            _check_owner(caller, name)
             row = connection.execute(select(models).where(models.c.name == name)).one()
             going = [row]
             if row.step is None:
@@ -141,13 +145,29 @@ class Models:
             return _base_model(self._bases.get(name))
         except KeyError:
             row = connection.execute(_tuned(organization_id).where(models.c.name == name)).one_or_none()
-        if row is None:
+        if row is not None:
+            return self._model(row)
+        alias = find_alias(connection, organization_id, name)
+        if alias is None:
             raise NotFound(
                 f"The model `{name}` does not exist. GET /v1/models lists those that do.",
                 param="model",
                 code="model_not_found",
             )
-        return self._model(row)
+        if alias.model_name is None:
+            raise alias.not_yet()
+        return self.find(connection, organization_id, alias.model_name)
+
+    def take_alias(self, connection: Connection, organization_id: str, name: str, job_id: str) -> None:
+        """Let `name` mean the model of a job, within a writing transaction. Raises InvalidRequest if it is taken."""
+        try:
+            if self.find(connection, organization_id, name).name == name:
+                raise InvalidRequest(
+                    f"alias {name!r} is the name of a model here already. Choose another.", param="alias"
+                )
+        except NotFound:
+            pass  # as it should be
+        take_alias(connection, organization_id, name, job_id, int(self._store.clock()))
 
     def keep(self, adapter_dir: Path) -> str:
         """Copy a finished adapter to where models live; return the new model's id. `insert` or `discard` comes next.
@@ -270,10 +290,11 @@ class Models:
         return len(orphans)
 
     def list(self, caller: Caller) -> list[Model]:
-        """Every base, then the organisation's tuned models, oldest first."""
+        """Every base, then the organisation's tuned models, oldest first, then its aliases."""
         with self._store.reading() as connection:
             rows = connection.execute(_tuned(caller.organization_id).order_by(models.c.position)).all()
-        return [_base_model(base) for base in self._bases.list()] + [self._model(row) for row in rows]
+            aliases = [_alias_model(alias) for alias in list_aliases(connection, caller.organization_id)]
+        return [_base_model(base) for base in self._bases.list()] + [self._model(row) for row in rows] + aliases
 
     def _model(self, row: Row[Any]) -> Model:
         folder = self._adapters / row.id
@@ -302,6 +323,27 @@ def _base_model(base: Base) -> Model:
         adapter_dir=None,
         note=base.note,
     )
+
+
+def _alias_model(alias: Alias) -> Model:
+    return Model(
+        name=alias.name,
+        created_unix=alias.created_unix,
+        owned_by=BASE_OWNER,
+        base_name=alias.base_name,
+        parent_name=alias.model_name or alias.base_name,
+        organization_id=alias.organization_id,
+        adapter_dir=None,
+        note=alias.note,
+    )
+
+
+def _check_owner(caller: Caller, name: str) -> None:
+    if caller.role is not Role.OWNER:
+        raise PermissionDenied(
+            f"Deleting {name} needs an API key with role owner; this key has role member. Ask an owner.",
+            param="model",
+        )
 
 
 def _tuned(organization_id: str) -> Select[Any]:

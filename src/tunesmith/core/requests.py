@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tunesmith.core.aliases import check_alias
+from tunesmith.core.integrations import Integration, check_integrations
 from tunesmith.core.names import slug
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import ResolvedHyperparameters
@@ -68,6 +70,10 @@ class FineTuneRequest:
     best_epoch: bool = False
     early_stopping_patience: int | None = None
     epoch_checkpoints: int | None = None
+    integrations: tuple[Integration, ...] = ()
+    """Trackers that follow the job."""
+    alias: str | None = None
+    """Another name for the model, such as one that it had elsewhere."""
 
     @property
     def n_classes(self) -> int | None:
@@ -100,6 +106,8 @@ def check(request: FineTuneRequest) -> None:
         )
     _check_method(request)
     _check_epochs(request)
+    check_integrations(request.integrations)
+    check_alias(request.alias)
     if request.compute_classification_metrics:
         _check_metrics(request)
     else:

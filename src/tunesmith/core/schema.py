@@ -132,6 +132,25 @@ events = Table(
     Column("data", JSON(none_as_null=True)),
 )
 
+trackings = Table(
+    "trackings",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),  # its place among the job's integrations
+    Column("status", String, nullable=False, index=True),
+    Column("failures", Integer, nullable=False),
+    CheckConstraint("status IN ('waiting', 'following', 'ended', 'given up')", name="status"),
+)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("organization_id", ForeignKey("organizations.id"), primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False, index=True),  # its model answers to the name
+    Column("created_unix", BigInteger, nullable=False),
+)
+
 usage = Table(
     "usage",
     metadata,
