@@ -59,9 +59,22 @@ class Client:
     """
 
     def __init__(
-        self, base_url: str, api_key: str, organization: str | None = None, proxies: Sequence[str] = ()
+        self,
+        base_url: str,
+        api_key: str,
+        organization: str | None = None,
+        proxies: Sequence[str] = (),
+        *,
+        timeout_s: float | None = None,
     ) -> None:
-        """`proxies`: URLs of HTTP proxies; one that starts with https is for https servers, any other for http ones."""
+        """`proxies`: URLs of HTTP proxies; one that starts with https is for https servers, any other for http ones.
+
+        `timeout_s` is for a caller who waits less than USUAL_TIMEOUT. Raises ValueError for what is no URL.
+        """
+        try:
+            httpx.URL(base_url)
+        except httpx.InvalidURL as error:
+            raise ValueError(str(error)) from error
         headers = {"Authorization": f"Bearer {api_key}"}
         if organization is not None:
             headers["OpenAI-Organization"] = organization
@@ -69,7 +82,7 @@ class Client:
         # A proxy of the environment is for the world outside; it cannot reach this machine's loopback.
         self._http = httpx.Client(
             headers=headers,
-            timeout=USUAL_TIMEOUT,
+            timeout=USUAL_TIMEOUT if timeout_s is None else timeout_s,
             trust_env=not is_loopback(base_url),
             mounts={f"{urlsplit(proxy).scheme}://": httpx.HTTPTransport(proxy=proxy) for proxy in proxies},
         )
@@ -86,15 +99,15 @@ class Client:
 
     def get(self, *segments: str, **query: str | int) -> Any:
         """The JSON answer to GET."""
-        return self._ask("GET", segments, params=query).json()
+        return _json(self._ask("GET", segments, params=query))
 
     def post(self, *segments: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON answer to POST, with a JSON body or none at all."""
-        return self._ask("POST", segments, json=body).json()
+        return _json(self._ask("POST", segments, json=body))
 
     def delete(self, *segments: str) -> Any:
         """The JSON answer to DELETE."""
-        return self._ask("DELETE", segments).json()
+        return _json(self._ask("DELETE", segments))
 
     def content(self, file_id: str) -> bytes:
         """The bytes of a file."""
@@ -109,11 +122,11 @@ class Client:
     def import_model(self, package: BinaryIO, base: str, suffix: str | None = None) -> Any:
         """The model object of a zip of weights for `base`."""
         fields = {"model": base} | ({} if suffix is None else {"suffix": suffix})
-        return self._ask("POST", ("models",), data=fields, files={"file": ("model.zip", package)}).json()
+        return _json(self._ask("POST", ("models",), data=fields, files={"file": ("model.zip", package)}))
 
     def upload(self, filename: str, file: BinaryIO, purpose: str) -> Any:
         """The file object of an upload; `file` is read once from its position, in pieces."""
-        return self._ask("POST", ("files",), data={"purpose": purpose}, files={"file": (filename, file)}).json()
+        return _json(self._ask("POST", ("files",), data={"purpose": purpose}, files={"file": (filename, file)}))
 
     def stream(self, *segments: str, body: dict[str, Any]) -> Iterator[Any]:
         """The JSON chunks of a streamed POST, up to `[DONE]`. An error inside the stream is an ApiError."""
@@ -179,7 +192,7 @@ class Client:
     def _ask(self, method: str, segments: tuple[str, ...], **request: Any) -> httpx.Response:
         try:
             response = self._http.request(method, self._url(segments), **request)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
         _raise_for(response)
         return response
@@ -192,10 +205,10 @@ class Client:
                     response.read()
                 _raise_for(response)
                 yield response
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
 
-    def _unreachable(self, error: httpx.TransportError) -> ServerUnreachable:
+    def _unreachable(self, error: httpx.RequestError) -> ServerUnreachable:
         return ServerUnreachable(
             f"No answer from {self.base_url} ({error or type(error).__name__}). "
             "Start a server with `tunesmith serve`, or name another with -b/--api-base."
@@ -216,6 +229,13 @@ def _messages(lines: Iterable[str]) -> Iterator[tuple[str | None, str]]:
         elif line == "" and data:
             yield event_id, "\n".join(data)
             data = []
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        raise _api_error(response.status_code, None, response.text) from error
 
 
 def _raise_for(response: httpx.Response) -> None:

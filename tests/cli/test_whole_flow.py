@@ -123,7 +123,7 @@ def test_a_file_uploaded_before_can_be_used_again(cli: CommandLine) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert "is not one of these" in done.stdout
+    assert "File id 'file-wrong' is not among the IDs" in done.stdout
     assert f"Reusing already uploaded file: {file['id']}" in done.stdout
     job = json.loads(done.stdout[done.stdout.index("{") :])
     assert job["training_files"][0]["id"] == file["id"]

@@ -1,15 +1,49 @@
-"""`tunesmith api files.*`, `models.*`, `engines.*` and `completions.create`: one request each, the answer shown."""
+"""`tunesmith api` but for fine-tunes: files, models, engines, completions. One request each, the answer shown."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tunesmith.cli.connection import connect
+from tunesmith.cli.flags.api import REFUSED
 from tunesmith.cli.output import Output, UsageError
+from tunesmith.cli.tables import Column, show_list, time_column
 from tunesmith.cli.uploads import upload
+
+FILE_COLUMNS = (
+    Column("id", lambda file: file["id"]),
+    Column("filename", lambda file: file["filename"]),
+    Column("purpose", lambda file: file["purpose"]),
+    Column("bytes", lambda file: file["bytes"], "{:,}".format, number=True),
+    Column("status", lambda file: file["status"]),
+    time_column("created", lambda file: file["created_at"]),
+)
+MODEL_COLUMNS = (
+    Column("id", lambda model: model["id"]),
+    Column("root", lambda model: model["root"]),
+    Column("parent", lambda model: model["parent"]),
+    Column("owned by", lambda model: model["owned_by"]),
+    time_column("created", lambda model: model["created"]),
+)
+ENGINE_COLUMNS = (
+    Column("id", lambda engine: engine["id"]),
+    Column("owner", lambda engine: engine["owner"]),
+    Column("ready", lambda engine: engine["ready"]),
+)
+
+
+def show_listed(args: argparse.Namespace, output: Output, columns: Sequence[Column], *segments: str) -> int:
+    """The list object as published, unless another form is asked for."""
+    with connect(args) as client:
+        answer = client.get(*segments)
+    if output.format in (None, "json"):
+        output.show(answer)
+    else:
+        show_list(output, answer["data"], columns)
+    return 0
 
 
 def create_file(args: argparse.Namespace, output: Output) -> int:
@@ -31,12 +65,12 @@ def delete_file(args: argparse.Namespace, output: Output) -> int:
 
 def list_files(args: argparse.Namespace, output: Output) -> int:
     """`files.list`."""
-    return _get(args, output, "files")
+    return show_listed(args, output, FILE_COLUMNS, "files")
 
 
 def list_models(args: argparse.Namespace, output: Output) -> int:
     """`models.list`."""
-    return _get(args, output, "models")
+    return show_listed(args, output, MODEL_COLUMNS, "models")
 
 
 def get_model(args: argparse.Namespace, output: Output) -> int:
@@ -51,7 +85,7 @@ def delete_model(args: argparse.Namespace, output: Output) -> int:
 
 def list_engines(args: argparse.Namespace, output: Output) -> int:
     """`engines.list`."""
-    return _get(args, output, "engines")
+    return show_listed(args, output, ENGINE_COLUMNS, "engines")
 
 
 def get_engine(args: argparse.Namespace, output: Output) -> int:
@@ -61,39 +95,74 @@ def get_engine(args: argparse.Namespace, output: Output) -> int:
 
 def create_completion(args: argparse.Namespace, output: Output) -> int:
     """`completions.create`: prompt and completion as text; with --json the whole answer, log-probabilities and all."""
+    segments, body = _asked(args, "prompt", "logprobs")
+    body |= {"echo": True}
+
+    def text(choice: dict[str, Any]) -> str:
+        shown: str = choice["text"]
+        return shown
+
+    _generate(args, segments, body, text, "Completion", output)
+    return 0
+
+
+def create_chat_completion(args: argparse.Namespace, output: Output) -> int:
+    """`chat_completions.create`: the answer as text; with --json the whole answer."""
+    _, body = _asked(args)
+    body |= {
+        "model": args.model or args.engine,
+        "messages": [{"role": role, "content": content} for role, content in args.message],
+    }
+
+    def text(choice: dict[str, Any]) -> str:
+        part: dict[str, Any] = choice["delta" if args.stream else "message"]
+        return part.get("content") or ""
+
+    _generate(args, ("chat", "completions"), body, text, "Chat Completion", output)
+    return 0
+
+
+def refuse(args: argparse.Namespace, _output: Output) -> int:
+    """Verbs of the published command line that are not here."""
+    raise UsageError(f"{args.verb} is not here: {REFUSED[args.verb]}.")
+
+
+def _asked(args: argparse.Namespace, *more: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Where a completion is asked for, and what is asked of it. Raises UsageError for flags that do not go together."""
     if args.n is not None and args.n > 1 and args.stream:
         raise UsageError("-n above 1 and --stream do not go together: the texts would come mixed. Leave one away.")
     if (args.model is None) == (args.engine is None):
         raise UsageError("Name the model with -m/--model (or -e/--engine, its old name).")
-    asked = {
-        name: getattr(args, name)
-        for name in ("prompt", "n", "max_tokens", "temperature", "top_p", "logprobs", "stop")
-        if getattr(args, name) is not None
-    }
-    body: dict[str, Any] = asked | {"echo": True}
+    names = ("n", "max_tokens", "temperature", "top_p", "stop", *more)
+    body = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.engine is not None:
-        segments: tuple[str, ...] = ("engines", args.engine, "completions")
-    else:
-        segments, body["model"] = ("completions",), args.model
+        return ("engines", args.engine, "completions"), body
+    return ("completions",), body | {"model": args.model}
+
+
+def _generate(
+    args: argparse.Namespace,
+    segments: tuple[str, ...],
+    body: dict[str, Any],
+    text: Callable[[dict[str, Any]], str],
+    heading: str,
+    output: Output,
+) -> None:
+    """The texts, nothing added but headings where one answer holds several."""
     with connect(args) as client:
         if args.stream:
-            _write(client.stream(*segments, body=body | {"stream": True}), output)
+            answers: Iterable[Any] = client.stream(*segments, body=body | {"stream": True})
         else:
-            _write([client.post(*segments, body=body)], output)
-    return 0
-
-
-def _write(answers: Iterable[Any], output: Output) -> None:
-    """The texts, nothing added but headings where one answer holds several."""
-    for answer in answers:
-        if output.machine:
-            output.record(answer)
-            continue
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        for number, choice in enumerate(choices):
-            heading, end = (f"===== Completion {number} =====\n", "\n") if len(choices) > 1 else ("", "")
-            sys.stdout.write(f"{heading}{choice['text']}{end}")
-            sys.stdout.flush()
+            answers = [client.post(*segments, body=body)]
+        for answer in answers:
+            if output.machine:
+                output.record(answer)
+                continue
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            for number, choice in enumerate(choices):
+                before, after = (f"===== {heading} {number} =====\n", "\n") if len(choices) > 1 else ("", "")
+                sys.stdout.write(f"{before}{text(choice)}{after}")
+                sys.stdout.flush()
     if output.terminal:
         sys.stdout.write("\n")
 

@@ -15,7 +15,9 @@ BASE_VARIABLES = ("TUNESMITH_BASE_URL", "OPENAI_BASE_URL", "OPENAI_API_BASE")
 DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
 
 
-def connect(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Client:
+def connect(
+    args: argparse.Namespace, environment: Mapping[str, str] = os.environ, *, timeout_s: float | None = None
+) -> Client:
     """A client for the server that flags and environment name. Raises UsageError where no key is to be had."""
     base_url = args.api_base or next(
         (environment[name] for name in BASE_VARIABLES if environment.get(name)), DEFAULT_BASE_URL
@@ -28,7 +30,10 @@ def connect(args: argparse.Namespace, environment: Mapping[str, str] = os.enviro
     for proxy in args.proxy:
         if not proxy.startswith(("http://", "https://")):
             raise UsageError(f"The proxy {proxy!r} does not start with http:// or https://.")
-    return Client(base_url, api_key, args.organization, args.proxy)
+    try:
+        return Client(base_url, api_key, args.organization, args.proxy, timeout_s=timeout_s)
+    except ValueError as error:
+        raise UsageError(f"{base_url!r} or a proxy is no URL: {error}.") from error
 
 
 def _owner_key(base_url: str, environment: Mapping[str, str]) -> str:

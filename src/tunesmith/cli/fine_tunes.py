@@ -6,49 +6,32 @@ import argparse
 import csv
 import io
 import sys
-import tempfile
-from pathlib import Path
-from typing import Any
 
-import httpx
-
+from tunesmith.cli.api import show_listed
 from tunesmith.cli.connection import connect
 from tunesmith.cli.follow import watch
+from tunesmith.cli.jobs import COLUMNS, make
 from tunesmith.cli.output import Output, UsageError
-from tunesmith.cli.uploads import upload
-from tunesmith.client import ApiError, Client
+from tunesmith.cli.tables import Column, time_column
+from tunesmith.client import Client
 from tunesmith.errors import InvalidRequest
 
-HYPERPARAMETERS = (
-    "model",
-    "suffix",
-    "n_epochs",
-    "batch_size",
-    "learning_rate_multiplier",
-    "prompt_loss_weight",
-    "compute_classification_metrics",
-    "classification_n_classes",
-    "classification_positive_class",
-    "classification_betas",
-    "seed",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "method",
-    "best_epoch",
-    "early_stopping_patience",
-    "epoch_checkpoints",
+CHECKPOINT_COLUMNS = (
+    Column("model", lambda checkpoint: checkpoint["model"]),
+    Column("step", lambda checkpoint: checkpoint["step_number"], number=True),
+    time_column("created", lambda checkpoint: checkpoint["created_at"]),
+)
+EVENT_COLUMNS = (
+    time_column("created", lambda event: event["created_at"]),
+    Column("level", lambda event: event["level"]),
+    Column("message", lambda event: event["message"]),
 )
 
 
 def create(args: argparse.Namespace, output: Output) -> int:
     """Uploads what is not yet there, creates the job and, unless told not to, follows it."""
     with connect(args) as client:
-        body = {"training_file": _file_id(client, args.training_file, args.check_if_files_exist, output)}
-        if args.validation_file is not None:
-            body["validation_file"] = _file_id(client, args.validation_file, args.check_if_files_exist, output)
-        body |= {name: getattr(args, name) for name in HYPERPARAMETERS if getattr(args, name) is not None}
-        job = client.post("fine-tunes", body=body)
+        job = make(client, args, output, check_if_files_exist=args.check_if_files_exist)
         if args.no_follow:
             output.show(job)
             return 0
@@ -69,9 +52,7 @@ def follow(args: argparse.Namespace, output: Output) -> int:
 
 def list_jobs(args: argparse.Namespace, output: Output) -> int:
     """All jobs, oldest first."""
-    with connect(args) as client:
-        output.show(client.get("fine-tunes"))
-    return 0
+    return show_listed(args, output, COLUMNS, "fine-tunes")
 
 
 def get(args: argparse.Namespace, output: Output) -> int:
@@ -104,9 +85,7 @@ def resume(args: argparse.Namespace, output: Output) -> int:
 
 def checkpoints(args: argparse.Namespace, output: Output) -> int:
     """The epochs of a job that became models of their own."""
-    with connect(args) as client:
-        output.show(client.get("fine-tunes", args.id, "checkpoints"))
-    return 0
+    return show_listed(args, output, CHECKPOINT_COLUMNS, "fine-tunes", args.id, "checkpoints")
 
 
 def delete(args: argparse.Namespace, output: Output) -> int:
@@ -120,9 +99,7 @@ def events(args: argparse.Namespace, output: Output) -> int:
     """The events so far."""
     if args.stream:
         raise UsageError(f"--stream is gone. Use `tunesmith api fine_tunes.follow -i {args.id}`.")
-    with connect(args) as client:
-        output.show(client.get("fine-tunes", args.id, "events"))
-    return 0
+    return show_listed(args, output, EVENT_COLUMNS, "fine-tunes", args.id, "events")
 
 
 def results(args: argparse.Namespace, output: Output) -> int:
@@ -165,72 +142,3 @@ def _follow(client: Client, job_id: str, output: Output) -> int:
     else:
         output.say(f"\nJob ended. Status: {job['status']}")
     return 0 if job["status"] == "succeeded" else 1
-
-
-def _file_id(client: Client, name: str, check_if_exists: bool, output: Output) -> str:
-    """The id behind what -t or -v was given: an id as it is, else a local file or a URL, uploaded."""
-    try:
-        client.get("files", name)
-    except ApiError as error:
-        if error.status >= 500 or error.status in (401, 403):
-            raise
-    else:
-        return name
-    if Path(name).is_file():
-        known = _uploaded_before(client, name) if check_if_exists else []
-        return _chosen(known, name, output) or _upload(client, name, name, output)
-    if name.lower().startswith(("http://", "https://")):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "download.jsonl"
-            _download(name, path)
-            return _upload(client, str(path), name, output)
-    return name  # the server's own words for an unknown file say it best
-
-
-def _uploaded_before(client: Client, path: str) -> list[str]:
-    """Ids of uploaded training files of the same base name and size."""
-    size_bytes = Path(path).stat().st_size
-    return [
-        file["id"]
-        for file in client.get("files")["data"]
-        if file["purpose"] == "fine-tune"
-        and file["bytes"] == size_bytes
-        and Path(file["filename"]).name == Path(path).name
-    ]
-
-
-def _chosen(known: list[str], path: str, output: Output) -> str | None:
-    """The id to use again, if somebody is there to ask and wants it."""
-    if not known or output.machine:
-        return None
-    output.say(f"Files of the same name ({Path(path).name}), purpose and size are on the server already:")
-    output.say("\n".join(known))
-    while True:
-        try:
-            answer = input("\nEnter a file id to use it again, or nothing to upload this file anyway: ").strip()
-        except EOFError:
-            answer = ""
-        if answer == "":
-            return None
-        if answer in known:
-            output.say(f"Reusing already uploaded file: {answer}")
-            return answer
-        output.say(f"File id '{answer}' is not one of these.")
-
-
-def _upload(client: Client, path: str, shown_as: str, output: Output) -> str:
-    file: dict[str, Any] = upload(client, path, "fine-tune", filename=shown_as)
-    output.say(f"Uploaded file from {shown_as}: {file['id']}")
-    file_id: str = file["id"]
-    return file_id
-
-
-def _download(url: str, path: Path) -> None:
-    """Raises UsageError if the URL cannot be read."""
-    try:
-        with httpx.stream("GET", url, follow_redirects=True) as response, path.open("wb") as file:
-            response.raise_for_status()
-            for chunk in response.iter_bytes():
-                file.write(chunk)
-    except httpx.HTTPError as error:
-        raise UsageError(f"{url} cannot be downloaded: {error}.") from error

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from datetime import datetime
 
 from tunesmith.cli.connection import connect
 from tunesmith.cli.output import Output
-from tunesmith.cli.tables import show_table
+from tunesmith.cli.tables import Column, show_list, time_column
+
+COLUMNS = (
+    Column("id", lambda key: key["id"]),
+    Column("role", lambda key: key["role"]),
+    Column("name", lambda key: key["name"]),
+    Column("secret", lambda key: key["hint"]),
+    time_column("created", lambda key: key["created_at"]),
+    time_column("revoked", lambda key: key["revoked_at"]),
+)
 
 
 def list_keys(args: argparse.Namespace, output: Output) -> int:
     """Every key; revoked ones say when."""
     with connect(args) as client:
         keys = client.get("organization", "keys")["data"]
-    if output.machine:
-        output.show(keys)
-        return 0
-    rows = [
-        [key["id"], key["role"], key["name"], key["hint"], _minute(key["created_at"]), _minute(key["revoked_at"])]
-        for key in keys
-    ]
-    show_table(output, ["id", "role", "name", "secret", "created", "revoked"], rows)
+    show_list(output, keys, COLUMNS)
     return 0
 
 
@@ -46,7 +47,3 @@ def revoke_key(args: argparse.Namespace, output: Output) -> int:
     else:
         output.say(f"Key {args.id} is revoked.")
     return 0
-
-
-def _minute(unix: int | None) -> str:
-    return "" if unix is None else datetime.fromtimestamp(unix).strftime("%Y-%m-%d %H:%M")

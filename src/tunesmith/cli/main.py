@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pkgutil
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.output import Output, UsageError
+from tunesmith.cli.output import Output, UsageError, output_for
 from tunesmith.cli.parser import build_parser
 from tunesmith.errors import TunesmithError
 
@@ -26,15 +27,38 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Wrong flags raise SystemExit(2), help SystemExit(0)."""
-    args = build_parser().parse_args(argv)
-    output = Output(machine=args.json, terminal=sys.stdout.isatty() and not args.json)
-    logging.basicConfig(
-        level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbosity, 2)],
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-    )
-    # Named, not imported: a command's imports (HTTP client, tables, the server) are paid for by that command alone.
-    command: Command = pkgutil.resolve_name(args.run)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding is no reason to fail
     try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `| head` has seen enough; Python must not complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+        from tunesmith.cli.completion import complete
+
+        complete(parser)
+    args = parser.parse_args(argv)
+    if args.run is None:
+        args.group.print_help()
+        return 0
+    output = Output(machine=args.json, terminal=False)
+    try:
+        output = output_for(json_asked=args.json, asked=args.format)
+        logging.basicConfig(
+            level=[logging.WARNING, logging.INFO, logging.DEBUG][min(args.verbosity, 2)],
+            format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        )
+        # Named, not imported: a command's imports (HTTP client, tables, the server) are paid for by that command alone.
+        command: Command = pkgutil.resolve_name(args.run)
         return command(args, output)
     except UsageError as error:
         output.failure(error)
@@ -42,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TunesmithError as error:
         output.failure(error)
         return EXIT_FAILED
-    except KeyboardInterrupt:
-        sys.stderr.write("\n")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `| head` has seen enough; Python must not complain again when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk behind standard output, say; what commands expect, they say better
+        what = "" if error.filename is None else f"{error.filename}: "
+        output.failure(TunesmithError(f"The system refuses to go on: {what}{error.strerror or error}."))
+        return EXIT_FAILED

@@ -13,17 +13,14 @@ from typing import Any, BinaryIO
 
 from tunesmith.cli.connection import connect
 from tunesmith.cli.output import Output, UsageError
-from tunesmith.cli.tables import show_table
+from tunesmith.cli.tables import Column, show_list
 
 
 def list_models(args: argparse.Namespace, output: Output) -> int:
     """Bases first, then tuned models with what they were tuned from."""
     with connect(args) as client:
         models = client.get("models")["data"]
-    if output.machine:
-        output.show(models)
-        return 0
-    show_table(output, ["model", "what it is"], [[model["id"], _story(model)] for model in models])
+    show_list(output, models, [Column("model", lambda model: model["id"]), Column("what it is", _story)])
     return 0
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TextIO
 
 from tunesmith.errors import TunesmithError
+
+Format = Literal["table", "csv", "json"]
 
 
 class UsageError(TunesmithError):
@@ -22,6 +25,8 @@ class Output:
     """JSON and nothing else on standard output."""
     terminal: bool
     """Somebody is watching: colour and movement are welcome."""
+    format: Format | None = None
+    """How a list is to come; None leaves it to the command."""
 
     def show(self, value: Any) -> None:
         """An API object, as the published command line shows it: indented JSON, ASCII only."""
@@ -36,6 +41,10 @@ class Output:
         if not self.machine:
             print(text, flush=True)
 
+    def aside(self, text: str) -> None:
+        """A sentence about what is shown, which is no part of it: on standard error."""
+        sys.stderr.write(text + "\n")
+
     def failure(self, error: TunesmithError) -> None:
         """The error, on standard error."""
         status: int | None = getattr(error, "status", None)
@@ -43,6 +52,20 @@ class Output:
             fields = {"message": error.message, "param": error.param, "code": error.code, "status": status}
             sys.stderr.write(json.dumps({"error": fields}) + "\n")
             return
-        red, plain = ("\033[91m", "\033[0m") if sys.stderr.isatty() else ("", "")
+        red, plain = ("\033[91m", "\033[0m") if takes_colour(sys.stderr) else ("", "")
         known = "" if status is None else f" (HTTP status code: {status})"
         sys.stderr.write(f"{red}Error:{plain} {error.message}{known}\n")
+
+
+def output_for(*, json_asked: bool, asked: Format | None) -> Output:
+    """What the flags and the terminal of this process make of it. Raises UsageError for flags that contradict."""
+    if json_asked and asked not in (None, "json"):
+        raise UsageError(f"--json and -o {asked} contradict each other. Leave one of them out.")
+    machine = json_asked or asked == "json"
+    watched = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return Output(machine=machine, terminal=watched and not machine, format="json" if machine else asked)
+
+
+def takes_colour(stream: TextIO) -> bool:
+    """Whether escape sequences are welcome there. Source of NO_COLOR: https://no-color.org."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -1,0 +1,85 @@
+"""The flags of `models`."""
+
+from __future__ import annotations
+
+from tunesmith.cli.flags.common import EVERYWHERE, LISTING, Commands, add_name
+
+
+def add_models(commands: Commands) -> None:
+    """`models` and its verbs."""
+    models = commands.add_parser(
+        "models",
+        parents=[LISTING],
+        help="Models: list them, export and import weights, pull and check base models.",
+        description="Without a command: the same as list.",
+    )
+    models.set_defaults(run="tunesmith.cli.models:list_models")
+    verbs = models.add_subparsers(title="commands", metavar="COMMAND")
+    listing = verbs.add_parser(
+        "list",
+        parents=[LISTING],
+        help="List the models that can be called and tuned, and what stands behind each.",
+    )
+    listing.set_defaults(run="tunesmith.cli.models:list_models")
+
+    export = verbs.add_parser(
+        "export",
+        parents=[EVERYWHERE],
+        help="Write the weights of a model as a zip.",
+        description="By default what was trained: an adapter in PEFT's format, or a whole checkpoint where all weights "
+        "were. Both are safetensors that other engines load.",
+    )
+    add_name(export, "model", of="model", metavar="MODEL", help="Name of the model.")
+    export.add_argument(
+        "--format", choices=["adapter", "merged"], help="The adapter alone, or a checkpoint with the adapter in it."
+    )
+    export.add_argument("-o", "--output", metavar="FILE", help="File to write (default: the model's name, .zip).")
+    export.set_defaults(run="tunesmith.cli.models:export_model")
+
+    importing = verbs.add_parser(
+        "import",
+        parents=[EVERYWHERE],
+        help="Make a model of weights from elsewhere: a LoRA adapter of PEFT, or a checkpoint.",
+        description="Safetensors only. The engine loads the model before it is taken: one that does not fit its base "
+        "is refused with the reason.",
+    )
+    importing.add_argument("path", metavar="PATH", help="Folder or zip of the adapter or the checkpoint.")
+    importing.add_argument("--base", required=True, help="The base that the weights are for.")
+    importing.add_argument("--suffix", help="Up to 40 characters that go into the name of the model.")
+    importing.set_defaults(run="tunesmith.cli.models:import_model")
+
+    pull = verbs.add_parser(
+        "pull",
+        parents=[EVERYWHERE],
+        help="Make a model of the model hub a base: download, verify and pin it.",
+        description="Downloads safetensors, config and tokenizer, verifies every digest, and writes the base to "
+        "<home>/bases.toml with its commit pinned. Broken off, the same command goes on where it was. HF_TOKEN opens "
+        "gated and private models, HF_ENDPOINT names another hub. No other command downloads anything.",
+    )
+    pull.add_argument(
+        "repository",
+        nargs="?",
+        metavar="ORG/NAME",
+        help="The model on the hub; without it, every hub model of bases.toml that is not here yet.",
+    )
+    pull.add_argument("--revision", help="Commit, branch or tag (default: main); the commit it means now is pinned.")
+    pull.add_argument(
+        "--as",
+        dest="alias",
+        metavar="NAME",
+        help="What the base is called; ada, babbage, curie or davinci put it in place of the one in the box "
+        "(default: after the repository).",
+    )
+    pull.add_argument("--home", help="Folder for everything that is kept (default: TUNESMITH_HOME or ~/.tunesmith).")
+    pull.set_defaults(run="tunesmith.cli.pull:pull_models")
+
+    check = verbs.add_parser(
+        "check",
+        parents=[EVERYWHERE],
+        help="Check base models: files, digests, tokenizer, forward pass, memory.",
+        description="Looks at the base models of a home folder without a server and without loading weights. Exit code "
+        "1 if anything is wrong with one of them.",
+    )
+    check.add_argument("names", nargs="*", metavar="NAME", help="Bases to check (default: all).")
+    check.add_argument("--home", help="Folder for everything that is kept (default: TUNESMITH_HOME or ~/.tunesmith).")
+    check.set_defaults(run="tunesmith.cli.check:check")
