@@ -104,6 +104,13 @@ class Tokenizer:
         encoded = self.encode_many([self._with_space(text) for text in texts])
         return [[*opening, *ids] or [self.end_of_text_id] for ids in encoded]
 
+    def marked_ids(self, text: str) -> list[int]:
+        """The ids of a prompt that holds its own marks: what begins a text is in it, or is not wanted.
+
+        Raises UnicodeEncodeError as `encode`.
+        """
+        return self.encode(self._with_space(text)) or [self.end_of_text_id]
+
     def prompt_pieces(self, token_ids: Sequence[int]) -> list[bytes | None]:
         """What each token of a prompt shows: None for one that the tokenizer itself puts before texts.
 

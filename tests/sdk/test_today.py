@@ -37,6 +37,24 @@ def test_newest_python(python_newest: Path, environment: dict[str, str], data: P
     assert seen["wrong_model"] == ["model_not_found", "model", True]
 
 
+def test_newest_python_chats(python_newest: Path, environment: dict[str, str], data: Path, tuned: str) -> None:
+    seen = report([python_newest, HERE / "programs" / "chat.py", tuned], environment, data)
+    assert seen["streamed"] == seen["plain"]
+    assert seen["at_once"] == [seen["plain"][0]] * 9
+    assert seen["helped"] == seen["plain"][0]
+    assert seen["stream_finished"] == seen["finished"]
+    assert seen["stream_usage"] is True
+    assert seen["roles"] == ["assistant"] * 2
+    assert set(seen["logprobs"]) == {3}
+    assert seen["bytes"].removeprefix(" ") == seen["plain"][0]
+    assert seen["head"] == ["chat.completion", "chatcmpl-", tuned, "fp_", seen["head"][-1]]
+    assert seen["turn"] == ["assistant", True]
+    assert seen["tools"] == [400, "tools", None]
+    assert seen["schema"] == [400, "response_format", None]
+    assert seen["wrong_model"] == [404, "model", "model_not_found"]
+    assert seen["too_long"] == [400, "messages", "context_length_exceeded"]
+
+
 def test_npm_330(node_folder: Path, environment: dict[str, str], data: Path, tuned: str) -> None:
     program = node_folder / "programs" / "npm_330.js"
     seen = report(["node", program, tuned, "long.jsonl"], environment, data)

@@ -18,7 +18,6 @@ from tunesmith.engine.base import Capabilities, EngineOutput, GenerateRequest
 from tunesmith.engine.scripted import ScriptedEngine
 from tunesmith.errors import EngineUnavailable, InvalidRequest, NotFound, RateLimited
 from tunesmith.serving.completer import (
-    ENCODED_AT_ONCE,
     Choice,
     ChoiceDelta,
     Completer,
@@ -26,6 +25,7 @@ from tunesmith.serving.completer import (
     CompletionRequest,
     Usage,
 )
+from tunesmith.serving.encoding import ENCODED_AT_ONCE
 from tunesmith.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -254,7 +254,7 @@ async def test_a_prompt_cut_within_a_character_is_continued(answering: Answering
         ({"n": 129}, "n", "129"),
         ({"best_of": 21}, "best_of", "between 1 and 20"),
         ({"n": 3, "best_of": 2}, "best_of", "'n' (currently 3) to be at most 'best_of' (currently 2)"),
-        ({"logprobs": 6}, "logprobs", "between 0 and 5; 6"),
+        ({"logprobs": 21}, "logprobs", "between 0 and 20; 21"),
         ({"stop": ("a",) * 5}, "stop", "at most 4"),
         ({"stop": ("",)}, "stop", "empty string"),
         ({"presence_penalty": -2.5}, "presence_penalty", "between -2 and 2"),

@@ -14,10 +14,12 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Route
 
+from tunesmith.api.chat import ChatApi
 from tunesmith.api.completions import CompletionsApi
 from tunesmith.api.errors import EXCEPTION_HANDLERS
 from tunesmith.api.files import FilesApi
 from tunesmith.api.fine_tunes import FineTunesApi
+from tunesmith.api.fine_tuning_jobs import FineTuningJobsApi
 from tunesmith.api.health import Check, HealthApi
 from tunesmith.api.models import ModelsApi
 from tunesmith.api.organization import OrganizationApi
@@ -82,16 +84,20 @@ def routes(services: Services) -> list[BaseRoute]:
         max_upload_bytes=services.max_upload_bytes,
         spool=services.spool,
     )
-    completions = CompletionsApi(
-        services.completer,
-        services.models,
-        clock=services.clock,
-        new_id=services.new_id,
-        heartbeat_s=services.heartbeat_s,
+    completions, chat = (
+        verb(
+            services.completer,
+            services.models,
+            clock=services.clock,
+            new_id=services.new_id,
+            heartbeat_s=services.heartbeat_s,
+        )
+        for verb in (CompletionsApi, ChatApi)
     )
     fine_tunes = FineTunesApi(
         services.jobs, services.events, heartbeat_s=services.heartbeat_s, is_stopping=services.is_stopping
     )
+    fine_tuning_jobs = FineTuningJobsApi(services.jobs)
     return [
         Route("/healthz", health.alive),
         Route("/readyz", health.ready),
@@ -108,6 +114,8 @@ def routes(services: Services) -> list[BaseRoute]:
         at("/v1/fine-tunes/{id}/resume", POST=fine_tunes.resume),
         at("/v1/fine-tunes/{id}/events", GET=fine_tunes.list_events),
         at("/v1/fine-tunes/{id}/checkpoints", GET=fine_tunes.list_checkpoints),
+        at("/v1/fine_tuning/jobs", GET=fine_tuning_jobs.list),
+        at("/v1/fine_tuning/jobs/{id}", GET=fine_tuning_jobs.get),
         at("/v1/models", GET=models.list, POST=models.create),
         at("/v1/models/{id}", GET=models.get, DELETE=models.delete),
         at("/v1/models/{id}/weights", GET=models.download),
@@ -115,4 +123,6 @@ def routes(services: Services) -> list[BaseRoute]:
         at("/v1/engines/{id}", GET=models.get_engine),
         at("/v1/engines/{id}/completions", POST=completions.create_for_engine),
         at("/v1/completions", POST=completions.create),
+        at("/v1/engines/{id}/chat/completions", POST=chat.create_for_engine),
+        at("/v1/chat/completions", POST=chat.create),
     ]

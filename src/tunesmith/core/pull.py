@@ -36,6 +36,7 @@ DESCRIPTIONS = {
     "generation_config.json": MAX_CONFIG_BYTES,
     TOKENIZER: 256 << 20,
     "tokenizer_config.json": 16 << 20,
+    "chat_template.jinja": MAX_CONFIG_BYTES,
     "special_tokens_map.json": MAX_CONFIG_BYTES,
     INDEX: MAX_INDEX_BYTES,
 }

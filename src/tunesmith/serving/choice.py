@@ -10,32 +10,62 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tunesmith.engine.base import EngineOutput, FinishReason, PromptScored, TokenScore
-from tunesmith.serving.request import Prompt
+from tunesmith.serving.encoding import EncodedPrompt
 from tunesmith.serving.stops import StopScanner
 from tunesmith.tokenizer import IncrementalDecoder, Tokenizer, bytes_text
 
 
 @dataclass(frozen=True, slots=True)
-class Logprobs:
-    """Four parallel lists, one row a token. `text_offset` counts characters from the start of the prompt."""
+class Row:
+    """A token of a text, and what the model says of it."""
 
-    tokens: tuple[str, ...]
-    token_logprobs: tuple[float | None, ...]
-    """Natural logarithms; None for the first token of an echoed prompt."""
-    top_logprobs: tuple[dict[str, float] | None, ...]
-    """The most likely tokens, and the token itself if it is not among them; None where `token_logprobs` is."""
-    text_offset: tuple[int, ...]
+    content: bytes
+    logprob: float | None
+    """Natural logarithm; None for the first token of an echoed prompt."""
+    top: tuple[tuple[bytes, float], ...]
+    """The most likely tokens, best first; the token itself is here only if it is among them."""
+    offset: int
+    """Where it begins, in characters from the start of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """The table of a text, or the four parallel lists that completions show it as."""
+
+    rows: tuple[Row, ...]
 
     @classmethod
     def join(cls, parts: Iterable[Logprobs]) -> Logprobs:
         """One table after another."""
-        listed = list(parts)
-        return cls(
-            tokens=tuple(row for part in listed for row in part.tokens),
-            token_logprobs=tuple(row for part in listed for row in part.token_logprobs),
-            top_logprobs=tuple(row for part in listed for row in part.top_logprobs),
-            text_offset=tuple(row for part in listed for row in part.text_offset),
-        )
+        return cls(tuple(row for part in parts for row in part.rows))
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """As text, or spelt out where they are no whole characters."""
+        return tuple(bytes_text(row.content) for row in self.rows)
+
+    @property
+    def token_logprobs(self) -> tuple[float | None, ...]:
+        """See `Row.logprob`."""
+        return tuple(row.logprob for row in self.rows)
+
+    @property
+    def top_logprobs(self) -> tuple[dict[str, float] | None, ...]:
+        """The most likely tokens, and the token itself if it is not among them; None where `token_logprobs` is."""
+        return tuple(None if row.logprob is None else _by_text(row, row.logprob) for row in self.rows)
+
+    @property
+    def text_offset(self) -> tuple[int, ...]:
+        """See `Row.offset`."""
+        return tuple(row.offset for row in self.rows)
+
+
+def _by_text(row: Row, logprob: float) -> dict[str, float]:
+    likely: dict[str, float] = {}
+    for content, value in row.top:
+        likely.setdefault(bytes_text(content), value)
+    likely[bytes_text(row.content)] = logprob  # also where a likelier token reads the same
+    return likely
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +100,6 @@ class Choice:
         return cls(listed[0].index, text, Logprobs.join(tables) if tables else None, finish_reason)
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    token: str
-    logprob: float | None
-    top: dict[str, float] | None
-    offset: int
-
-
 class ChoiceWriter:
     """Writes one choice from the outputs of one sequence."""
 
@@ -86,8 +108,7 @@ class ChoiceWriter:
         tokenizer: Tokenizer,
         *,
         index: int,
-        prompt: Prompt,
-        prompt_ids: tuple[int, ...],
+        prompt: EncodedPrompt,
         echo: bool,
         with_table: bool,
         stop: tuple[str, ...],
@@ -97,15 +118,15 @@ class ChoiceWriter:
         self._total_logprob = 0.0
         self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder()
-        self._scanner = StopScanner(stop)
-        self._prompt_ids = prompt_ids
+        self._scanner = StopScanner((*stop, *prompt.stops))
+        self._unshown = prompt.unshown
+        self._prompt_ids = prompt.ids
         self._echo = echo
         self._with_table = with_table
-        self._waiting: list[_Row] = []
-        if echo:
-            self._decoded = self._released = 0
-        else:
-            text = prompt if isinstance(prompt, str) else tokenizer.prompt_text(prompt)
+        self._waiting: list[Row] = []
+        self._decoded = self._released = 0
+        if with_table and not echo:
+            text = tokenizer.prompt_text(prompt.ids) if prompt.text is None else prompt.text
             self._decoded = self._released = len(text)
 
     @property
@@ -140,7 +161,7 @@ class ChoiceWriter:
         text += self._scanner.finish()
         self._released += len(text)
         rows, self._waiting = self._waiting, []
-        return ChoiceDelta(self.index, text, self._table(rows), reason)
+        return ChoiceDelta(self.index, self._shown(text), self._table(rows), reason)
 
     def _prompt(self, scores: Sequence[TokenScore]) -> ChoiceDelta | None:
         pieces = self._tokenizer.prompt_pieces([score.token_id for score in scores])
@@ -157,14 +178,8 @@ class ChoiceWriter:
     def _decode(self, score: TokenScore, content: bytes) -> str:
         """The characters that a token completes; its row of the table waits until they are given out."""
         if self._with_table:
-            token = bytes_text(content)
-            top: dict[str, float] | None = None
-            if score.logprob is not None:
-                top = {}
-                for token_id, logprob in score.top:
-                    top.setdefault(self._tokenizer.token_text(token_id), logprob)
-                top[token] = score.logprob  # also where a likelier token reads the same
-            self._waiting.append(_Row(token, score.logprob, top, self._decoded))
+            top = tuple((self._tokenizer.token_bytes(token_id), logprob) for token_id, logprob in score.top)
+            self._waiting.append(Row(content, score.logprob, top, self._decoded))
         text = self._decoder.push(content)
         self._decoded += len(text)
         return text
@@ -175,14 +190,13 @@ class ChoiceWriter:
         rows, self._waiting = self._waiting[:count], self._waiting[count:]
         if not text and not rows and finish_reason is None:
             return None
-        return ChoiceDelta(self.index, text, self._table(rows), finish_reason)
+        return ChoiceDelta(self.index, self._shown(text), self._table(rows), finish_reason)
 
-    def _table(self, rows: list[_Row]) -> Logprobs | None:
-        if not self._with_table:
-            return None
-        return Logprobs(
-            tokens=tuple(row.token for row in rows),
-            token_logprobs=tuple(row.logprob for row in rows),
-            top_logprobs=tuple(row.top for row in rows),
-            text_offset=tuple(row.offset for row in rows),
-        )
+    def _shown(self, text: str) -> str:
+        """`text`, without what is not shown of the first of it."""
+        if text and self._unshown:
+            text, self._unshown = text.removeprefix(self._unshown), ""
+        return text
+
+    def _table(self, rows: list[Row]) -> Logprobs | None:
+        return Logprobs(tuple(rows)) if self._with_table else None

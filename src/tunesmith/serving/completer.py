@@ -8,18 +8,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 import weakref
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
+from tunesmith.chat_template import ChatTemplate, Conversation
 from tunesmith.core.models import ModelRef
 from tunesmith.engine.base import Engine, GenerateRequest, SamplingParams
 from tunesmith.engine.chance import derive
 from tunesmith.errors import InvalidRequest, NotFound, RateLimited, TunesmithError
 from tunesmith.serving.choice import Choice, ChoiceDelta, ChoiceWriter, Logprobs
+from tunesmith.serving.encoding import EncodedPrompt, encode
 from tunesmith.serving.request import CompletionRequest
 from tunesmith.serving.residency import Lease, Residency, State
 from tunesmith.tokenizer import Tokenizer
@@ -27,8 +32,7 @@ from tunesmith.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2
-ENCODED_AT_ONCE = 32
-"""Texts given to the tokenizer together: enough to keep its threads busy, with a bounded need of memory."""
+Read = TypeVar("Read")
 
 __all__ = [
     "Choice",
@@ -98,13 +102,19 @@ class Completer:
         max_resident_full_models: int = 4,
         max_sequences: float = math.inf,
         new_seed: Callable[[], int],
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`max_sequences` bounds those under way; `new_seed` is asked once for each request without a seed."""
+        """`max_sequences` bounds those under way; `new_seed` is asked once for each request without a seed.
+
+        `clock` gives seconds since 1970: chat templates may ask for the date.
+        """
         self._engine = engine
         self._room = max_sequences
         self._residency = Residency(engine, max_adapters=max_resident_adapters, max_full=max_resident_full_models)
         self._new_seed = new_seed
+        self._clock = clock
         self._tokenizers: dict[Path, Tokenizer] = {}
+        self._templates: dict[Path, ChatTemplate] = {}
 
     async def open(self, request: CompletionRequest) -> CompletionStream:
         """Checks everything and loads the model; what is wrong with a request is known when this returns.
@@ -114,8 +124,11 @@ class Completer:
         if the engine dies meanwhile.
         """
         model = request.model
+        template: ChatTemplate | None = None
         try:
-            tokenizer = await self._tokenizer(model.base_dir)
+            tokenizer = await _read_once(self._tokenizers, model.base_dir, Tokenizer.from_folder)
+            if any(isinstance(prompt, Conversation) for prompt in request.prompts):
+                template = await _read_once(self._templates, model.base_dir, ChatTemplate.from_folder)
         except (OSError, ValueError) as error:
             raise _cannot_run(model, error) from error
         request.check(self._engine.capabilities, tokenizer.vocabulary_size)
@@ -127,7 +140,7 @@ class Completer:
             )
         self._room -= n_sequences
         try:
-            return await self._open(request, tokenizer, lambda: self._leave(n_sequences))
+            return await self._open(request, tokenizer, template, lambda: self._leave(n_sequences))
         except BaseException:
             self._leave(n_sequences)
             raise
@@ -140,13 +153,17 @@ class Completer:
         self._room += n_sequences
 
     async def _open(
-        self, request: CompletionRequest, tokenizer: Tokenizer, leave: Callable[[], None]
+        self,
+        request: CompletionRequest,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        leave: Callable[[], None],
     ) -> CompletionStream:
         model = request.model
-        prompts = await asyncio.to_thread(_encode, tokenizer, request)
-        longest = max(map(len, prompts))
-        if longest + request.max_tokens > model.context_tokens:
-            raise _too_long(request, longest)
+        now = datetime.fromtimestamp(self._clock())
+        prompts = await asyncio.to_thread(encode, request, tokenizer, template, now)
+        if request.max_tokens is None:
+            request = replace(request, max_tokens=model.context_tokens - max(len(prompt.ids) for prompt in prompts))
         try:
             lease = await self._residency.acquire(model.base_dir, model.adapter_dir)
         except ValueError as error:
@@ -166,17 +183,13 @@ class Completer:
                     pieces[piece.index].append(piece)
         return Completion(tuple(Choice.join(pieces[index]) for index in sorted(pieces)), usage)
 
-    async def _tokenizer(self, base_dir: Path) -> Tokenizer:
-        if base_dir not in self._tokenizers:
-            self._tokenizers[base_dir] = await asyncio.to_thread(Tokenizer.from_folder, base_dir)
-        return self._tokenizers[base_dir]
-
     def _sequences(
-        self, request: CompletionRequest, tokenizer: Tokenizer, prompts: list[tuple[int, ...]], handle: str
+        self, request: CompletionRequest, tokenizer: Tokenizer, prompts: list[EncodedPrompt], handle: str
     ) -> Iterator[_Sequence]:
+        assert request.max_tokens is not None
         seed = self._new_seed() if request.seed is None else request.seed
         with_table = request.logprobs is not None
-        for p, (prompt, prompt_ids) in enumerate(zip(request.prompts, prompts, strict=True)):
+        for p, prompt in enumerate(prompts):
             for s in range(request.samples):
                 sampling = SamplingParams(
                     max_tokens=request.max_tokens,
@@ -193,14 +206,19 @@ class Completer:
                     tokenizer,
                     index=p * request.n + s,
                     prompt=prompt,
-                    prompt_ids=prompt_ids,
                     echo=request.echo,
                     with_table=with_table,
                     stop=request.stop,
                 )
                 score_prompt = request.echo and with_table
-                generate = GenerateRequest(handle, prompt_ids, sampling, top, score_prompt, request.payer)
+                generate = GenerateRequest(handle, prompt.ids, sampling, top, score_prompt, request.payer)
                 yield _Sequence(generate, writer, [])
+
+
+async def _read_once(known: dict[Path, Read], folder: Path, read: Callable[[Path], Read]) -> Read:
+    if folder not in known:
+        known[folder] = await asyncio.to_thread(read, folder)
+    return known[folder]
 
 
 def _give_back(lease: Lease, leave: Callable[[], None]) -> None:
@@ -227,62 +245,6 @@ def _cannot_run(model: ModelRef, error: Exception) -> TunesmithError:
     # Where it lies is not for users.
     reason = str(error).replace(str(model.adapter_dir), "its adapter").replace(str(model.base_dir), model.base_dir.name)
     return InvalidRequest(f"The model `{model.name}` cannot be run on this server: {reason}.", param="model")
-
-
-def _encode(tokenizer: Tokenizer, request: CompletionRequest) -> list[tuple[int, ...]]:
-    prompts = request.prompts
-    encoded = _encode_texts(tokenizer, request, [prompt for prompt in prompts if isinstance(prompt, str)])
-    return [
-        tuple(next(encoded))
-        if isinstance(prompt, str)
-        else _known(tokenizer, prompt) or tuple(tokenizer.prompt_ids(""))
-        for prompt in prompts
-    ]
-
-
-def _encode_texts(tokenizer: Tokenizer, request: CompletionRequest, texts: Sequence[str]) -> Iterator[list[int]]:
-    """The ids of each text.
-
-    The tokenizer takes hundreds of bytes for each byte of text: so texts that cannot fit are refused before it sees
-    them, and the others are encoded some at a time.
-    """
-    context_tokens = request.model.context_tokens
-    for start in range(0, len(texts), ENCODED_AT_ONCE):
-        some = texts[start : start + ENCODED_AT_ONCE]
-        try:
-            fewest = max(map(tokenizer.fewest_tokens, some))
-            if fewest > context_tokens:
-                raise _too_long(request, fewest, at_least=True)
-            encoded = tokenizer.prompt_ids_many(some)
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                f"'prompt' holds half of a surrogate pair ({error.object[error.start]!r}), no character. Remove it.",
-                param="prompt",
-            ) from error
-        longest = max(map(len, encoded))
-        if longest > context_tokens:
-            raise _too_long(request, longest)
-        yield from encoded
-
-
-def _too_long(request: CompletionRequest, prompt_tokens: int, *, at_least: bool = False) -> InvalidRequest:
-    """In the words of the published API: users' code looks for their beginning."""
-    return InvalidRequest(
-        f"This model's maximum context length is {request.model.context_tokens} tokens, however you requested "
-        f"{'at least ' if at_least else ''}{prompt_tokens + request.max_tokens} tokens ({prompt_tokens} in your "
-        f"prompt; {request.max_tokens} for the completion). Please reduce your prompt; or completion length."
-    )
-
-
-def _known(tokenizer: Tokenizer, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
-    for position, token_id in enumerate(prompt_ids):
-        if not 0 <= token_id < tokenizer.vocabulary_size:
-            raise InvalidRequest(
-                f"'prompt' holds token id {token_id} at position {position}; this model's ids are 0 to "
-                f"{tokenizer.vocabulary_size - 1}.",
-                param="prompt",
-            )
-    return prompt_ids
 
 
 async def _run(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tunesmith.chat_template import Conversation
 from tunesmith.core.models import ModelRef
 from tunesmith.engine.base import Capabilities
 from tunesmith.errors import InvalidRequest
 
 MAX_N = 128
 MAX_BEST_OF = 20
-MAX_LOGPROBS = 5
 MAX_STOPS = 4
 
-Prompt = str | tuple[int, ...]
-"""Text, or token ids."""
+Prompt = str | tuple[int, ...] | Conversation
+"""Text, token ids, or messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,8 @@ class CompletionRequest:
     model: ModelRef
     prompts: tuple[Prompt, ...]
     """At least one. An empty one is the start of a document."""
-    max_tokens: int = 16
+    max_tokens: int | None = 16
+    """None: as many as the context has room for after the longest prompt."""
     temperature: float = 1.0
     top_p: float = 1.0
     n: int = 1
@@ -57,7 +58,8 @@ class CompletionRequest:
             raise InvalidRequest(
                 "'prompt' must not be an empty list; leave it out to start a document.", param="prompt"
             )
-        _within("max_tokens", self.max_tokens, 0, None)
+        if self.max_tokens is not None:
+            _within("max_tokens", self.max_tokens, 0, None)
         _within("temperature", self.temperature, 0, 2)
         _within("top_p", self.top_p, 0, 1)
         _within("n", self.n, 1, MAX_N)
@@ -73,7 +75,7 @@ class CompletionRequest:
                     param="best_of",
                 )
         if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            _within("logprobs", self.logprobs, 0, capabilities.max_top_logprobs)
         if len(self.stop) > MAX_STOPS:
             raise InvalidRequest(
                 f"'stop' takes at most {MAX_STOPS} sequences; {len(self.stop)} were given. Leave some out.",
@@ -99,7 +101,6 @@ class CompletionRequest:
             penalties: bool(self.presence_penalty or self.frequency_penalty) and not capabilities.penalties,
             "seed": self.seed is not None and not capabilities.seed,
             "echo": self.echo and self.logprobs is not None and not capabilities.prompt_logprobs,
-            "logprobs": self.logprobs is not None and self.logprobs > capabilities.max_top_logprobs,
         }
         for param, unable in refused.items():
             if unable:
