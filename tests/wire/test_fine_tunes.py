@@ -16,6 +16,7 @@ from tunesmith.api.fine_tunes import CONCURRENT_ADMISSIONS
 from tunesmith.core.accounts import Caller
 from tunesmith.core.jobs import Claim, FineTuneRequest, Job
 from tunesmith.errors import InvalidRequest
+from tunesmith.rundir import ProgressLine
 from tunesmith.server import Parts
 
 pytestmark = pytest.mark.anyio
@@ -235,6 +236,24 @@ async def test_events(client: httpx.AsyncClient, parts: Parts) -> None:
             "Fine-tune enqueued. Queue number: 0",
         ]
         assert {tuple(event) for event in body["data"]} == {("object", "created_at", "level", "message")}
+
+
+async def test_events_with_the_numbers_of_steps(client: httpx.AsyncClient, parts: Parts) -> None:
+    job_id = await create_job(client)
+    claimed = claim(parts)
+    step = {"step": 1, "training_loss": 0.5}
+    parts.services.jobs.record(claimed, [ProgressLine(1, "info", "Step 1/9: training loss=0.50", step, "metrics")])
+    await client.post(f"/v1/fine-tunes/{job_id}/cancel")
+
+    messages = (await client.get(f"/v1/fine-tunes/{job_id}/events")).json()["data"]
+    whole = (await client.get(f"/v1/fine-tunes/{job_id}/events?metrics=true")).json()["data"]
+    (told,) = (event for event in whole if event["type"] == "metrics")
+    assert (told["message"], told["data"]) == ("Step 1/9: training loss=0.50", step)
+    assert [event["message"] for event in whole if event["type"] == "message"] == [one["message"] for one in messages]
+
+    streamed = await client.get(f"/v1/fine-tunes/{job_id}/events?metrics=true&stream=true")
+    lines = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line.startswith("data: {")]
+    assert [json.loads(line) for line in lines] == whole
 
 
 async def test_stream_of_an_ended_job(client: httpx.AsyncClient) -> None:

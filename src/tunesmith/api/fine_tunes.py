@@ -35,6 +35,8 @@ OUR_OWN = ("seed", "method", "lora_targets", "best_epoch", "early_stopping_patie
 POLL_S = 0.2
 """Between two looks at the events of a job that is being followed."""
 
+EventToWire = Callable[[Event], dict[str, Any] | None]
+
 
 class FineTunesApi:
     """The verbs of fine-tunes."""
@@ -79,24 +81,30 @@ class FineTunesApi:
         return JSONResponse(envelope([checkpoint_to_wire(model) for model in checkpoints]))
 
     async def list_events(self, request: Request, caller: Caller) -> Response:
-        """GET /v1/fine-tunes/{id}/events: those so far, or with `?stream=true` those to come as well."""
+        """GET /v1/fine-tunes/{id}/events: those so far, or with `?stream=true` those to come as well.
+
+        With our own `?metrics=true` the numbers of the steps are among them, and every event has its `type` and `data`.
+        """
         job_id = path_id(request)
         stream = _flag(request, "stream")
+        to_wire = whole_event_to_wire if _flag(request, "metrics") else event_to_wire
         await run_in_threadpool(self.jobs.get, caller, job_id)
         if stream:
-            frames = self._follow(caller, job_id, after=_last_event_id(request))
+            frames = self._follow(caller, job_id, to_wire, after=_last_event_id(request))
             return EventStream(frames, heartbeat_s=self.heartbeat_s)
         events = await run_in_threadpool(self.events.list, job_id)
-        return JSONResponse(envelope(events_to_wire(events)))
+        return JSONResponse(envelope(events_to_wire(events, to_wire)))
 
-    async def _follow(self, caller: Caller, job_id: str, after: int) -> AsyncGenerator[bytes, None]:
+    async def _follow(
+        self, caller: Caller, job_id: str, to_wire: EventToWire, after: int
+    ) -> AsyncGenerator[bytes, None]:
         """Every event after `after`, in order and once; `[DONE]` when the job has ended and all are sent."""
         while True:
             # The status is read first: of a job that has ended, the events read after it are all there will be.
             job = await run_in_threadpool(self.jobs.get, caller, job_id)
             for event in await run_in_threadpool(self.events.list, job_id, after):
-                if event.kind == "message":
-                    yield frame(event_to_wire(event), event_id=event.id)
+                if (value := to_wire(event)) is not None:
+                    yield frame(value, event_id=event.id)
                 after = event.id
             if not MOVES[job.status]:
                 yield DONE
@@ -182,19 +190,28 @@ def job_to_wire(job: Job) -> dict[str, Any]:
     } | {name: value for name, value in ours.items() if value}
 
 
-def event_to_wire(event: Event) -> dict[str, Any]:
-    """The fine-tune-event object."""
+def event_to_wire(event: Event) -> dict[str, Any] | None:
+    """The fine-tune-event object. None for numbers: the service of 2021-2023 had messages alone."""
+    return _event(event) if event.kind == "message" else None
+
+
+def whole_event_to_wire(event: Event) -> dict[str, Any]:
+    """The fine-tune-event object of any event, with what the service of late 2023 tells besides."""
+    return {**_event(event), "type": event.kind, "data": event.data}
+
+
+def events_to_wire(events: Iterable[Event], to_wire: EventToWire = event_to_wire) -> list[dict[str, Any]]:
+    """Those that `to_wire` has a shape for."""
+    return [value for event in events if (value := to_wire(event)) is not None]
+
+
+def _event(event: Event) -> dict[str, Any]:
     return {
         "object": "fine-tune-event",
         "created_at": event.created_unix,
         "level": event.level,
         "message": event.message,
     }
-
-
-def events_to_wire(events: Iterable[Event]) -> list[dict[str, Any]]:
-    """The messages among them; the service of 2021-2023 had no other events."""
-    return [event_to_wire(event) for event in events if event.kind == "message"]
 
 
 def checkpoint_to_wire(model: Model) -> dict[str, Any]:
