@@ -184,7 +184,7 @@ def test_good_data_is_checked_in_flat_memory(world: World) -> None:
     big.create(world.owner, filename="f", purpose="fine-tune", chunks=(chunk for _ in range(300)))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 3_000_000  # of 18 MB
+    assert peak < 7_000_000  # of 18 MB; the doctor looks at the first
 
 
 def test_the_sweep_takes_what_a_crash_left_and_nothing_else(world: World) -> None:

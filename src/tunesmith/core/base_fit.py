@@ -8,6 +8,7 @@ from pathlib import Path
 from tunesmith.core.architectures import OWN_MODEL_TYPES, OWN_TARGETS, ForwardPass, architecture_of
 from tunesmith.core.checkpoint_folder import read_config
 from tunesmith.core.requests import FineTuneRequest
+from tunesmith.data.doctor import Codec
 from tunesmith.data.formats import Example
 from tunesmith.errors import InvalidRequest
 from tunesmith.tokenizer import Tokenizer
@@ -30,6 +31,12 @@ def count_tokens(folder: Path, example: Example) -> int:
     """Tokens of prompt and completion, as they are trained on."""
     tokenizer = _tokenizer(folder)
     return len(tokenizer.prompt_ids(example.prompt)) + len(tokenizer.encode(example.completion))
+
+
+def codec(folder: Path) -> Codec:
+    """How a base reads and writes text, for the doctor."""
+    tokenizer = _tokenizer(folder)
+    return Codec(tokenizer.encode_many, tokenizer.decode, tuple(map(tokenizer.token_text, tokenizer.ending_ids)))
 
 
 def _check_modules(request: FineTuneRequest, base_name: str, folder: Path) -> None:

@@ -16,10 +16,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.accounts import Caller
 from tunesmith.core.blobs import Blobs
+from tunesmith.core.notices import about_upload
 from tunesmith.core.schema import files, jobs
 from tunesmith.core.statuses import LIVE
 from tunesmith.core.store import Store
 from tunesmith.data.formats import Example, ExampleParser, LineSplitter, read_examples, split_lines
+from tunesmith.data.sample import Sample
 from tunesmith.errors import InvalidRequest, NotFound
 
 FINE_TUNE = "fine-tune"
@@ -70,13 +72,16 @@ class Files:
     def create(self, caller: Caller, *, filename: str, purpose: str, chunks: Iterable[bytes]) -> File:
         """Keep what `chunks` yields. With purpose `fine-tune` every line must be an example.
 
+        What the doctor finds in the first of them is told in `status_details`; it refuses nothing.
         Raises InvalidRequest at the first chunk that breaks a rule and StorageFull when there is no room; then, and if
         `chunks` raises, nothing is left.
         """
         _check_purpose(purpose)
         _check_filename(filename)
-        file_id, size_bytes = self.keep(self._checked(purpose, chunks))
+        sample = Sample()
+        file_id, size_bytes = self.keep(self._checked(purpose, chunks, sample))
         try:
+            said = about_upload(sample) if purpose == FINE_TUNE else None
             with self._store.transaction() as connection:
                 return self.insert(
                     connection,
@@ -85,6 +90,7 @@ class Files:
                     filename=filename,
                     purpose=purpose,
                     size_bytes=size_bytes,
+                    status_details=said,
                 )
         except SQLAlchemyError:
             raise  # whether the commit took place is not known: `sweep` finds out
@@ -151,6 +157,7 @@ class Files:
         filename: str,
         purpose: str,
         size_bytes: int,
+        status_details: str | None = None,
     ) -> File:
         """Make a file of bytes that `keep` wrote, within a writing transaction."""
         file = File(
@@ -161,7 +168,7 @@ class Files:
             filename=filename,
             purpose=purpose,
             status=PROCESSED,
-            status_details=None,
+            status_details=status_details,
         )
         connection.execute(insert(files).values({name: getattr(file, name) for name in File.__slots__}))
         return file
@@ -195,8 +202,8 @@ class Files:
         except FileNotFoundError as error:
             raise _gone(file) from error
 
-    def _checked(self, purpose: str, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """Passes the chunks on; raises InvalidRequest at the first that breaks a rule."""
+    def _checked(self, purpose: str, chunks: Iterable[bytes], sample: Sample) -> Iterator[bytes]:
+        """Passes the chunks on, and examples to `sample`; raises InvalidRequest at the first that breaks a rule."""
         splitter, parser = LineSplitter(), ExampleParser()
         size_bytes = 0
         for chunk in chunks:
@@ -209,11 +216,11 @@ class Files:
                 )
             if purpose == FINE_TUNE:
                 for line in splitter.feed(chunk):
-                    parser.read(line)
+                    _take(parser.read(line), sample)
             yield chunk
         if purpose == FINE_TUNE:
             for line in splitter.end():
-                parser.read(line)
+                _take(parser.read(line), sample)
             parser.end()
         elif not size_bytes:
             raise InvalidRequest("The file is empty. Check what was sent as `file`.", param="file")
@@ -223,6 +230,11 @@ def file_from_row(row: RowMapping, table: FromClause = files) -> File:
     """The file in a row that selects all columns of `table`, an alias of `files`."""
     values: dict[str, Any] = {name: row[table.c[name]] for name in File.__slots__}
     return File(**values)
+
+
+def _take(example: Example | None, sample: Sample) -> None:
+    if example is not None:
+        sample.add(example)
 
 
 def _check_purpose(purpose: str) -> None:
