@@ -1,7 +1,8 @@
 """The composition root: settings -> store, engine, executor, dispatcher, app; one process, from its start to its end.
 
 Event loop: HTTP and the engine's client. Dispatcher thread: the loop over jobs, and the trainers it starts, which end
-with that thread. Everything that blocks goes through worker threads.
+with that thread. Trackers thread: the same for the processes that tell trackers of jobs. Everything that blocks goes
+through worker threads.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ from tunesmith.core.files import Files
 from tunesmith.core.jobs import Jobs
 from tunesmith.core.models import Models
 from tunesmith.core.store import Store
+from tunesmith.core.trackings import Trackings
 from tunesmith.engine.base import Engine
 from tunesmith.errors import EngineUnavailable, TunesmithError
 from tunesmith.rundir import RunDir, RunSpec
 from tunesmith.runs import parity
 from tunesmith.runs.dispatcher import Dispatcher, Parity
 from tunesmith.runs.local import LocalExecutor
+from tunesmith.runs.tracking import Trackers
 from tunesmith.serving.completer import Completer
 from tunesmith.serving.weights import Weights
 from tunesmith.settings import Settings
@@ -88,6 +91,7 @@ class Parts:
     store: Store
     engine: Engine
     dispatcher: Dispatcher
+    trackers: Trackers
     services: Services
     app: Starlette
     new_owner_key: str | None
@@ -129,6 +133,7 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
         checkpoint_interval_s=settings.checkpoint_interval_s,
         lease_s=settings.lease_s,
     )
+    trackers = Trackers(jobs, events, Trackings(store, events), home / "tracking")
     spool = home / "uploads"
     spool.mkdir(exist_ok=True)
     services = Services(
@@ -157,7 +162,7 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
         },
         is_stopping=is_stopping,
     )
-    return Parts(store, engine, dispatcher, services, create_app(services), new_owner_key)
+    return Parts(store, engine, dispatcher, trackers, services, create_app(services), new_owner_key)
 
 
 async def _serve(settings: Settings, listener: socket.socket, announce: Announce) -> None:
@@ -172,7 +177,10 @@ async def _serve(settings: Settings, listener: socket.socket, announce: Announce
     try:
         # Loaded ahead, so that the first user does not wait for it; if it fails, requests will try again and say why.
         warming = asyncio.ensure_future(parts.services.checks["engine"]())
-        async with _dispatching(parts.dispatcher) as stop_dispatching:
+        async with (
+            _working(parts.dispatcher.run, "dispatcher") as stop_dispatching,
+            _working(parts.trackers.run, "trackers") as stop_tracking,
+        ):
             answering = asyncio.create_task(http.serve(sockets=[listener]))
             asked = asyncio.create_task(stopping.wait())
             await asyncio.wait({answering, asked}, return_when=asyncio.FIRST_COMPLETED)
@@ -180,6 +188,7 @@ async def _serve(settings: Settings, listener: socket.socket, announce: Announce
             logger.info("stopping")
             stopping.set()
             stop_dispatching()
+            stop_tracking()
             http.should_exit = True
             await answering
         warming.cancel()
@@ -189,16 +198,16 @@ async def _serve(settings: Settings, listener: socket.socket, announce: Announce
 
 
 @asynccontextmanager
-async def _dispatching(dispatcher: Dispatcher) -> AsyncGenerator[Callable[[], None], None]:
-    """The dispatcher at work in a thread of its own; gives what asks it to stop. Ends when it has drained."""
+async def _working(run: Callable[[threading.Event], None], name: str) -> AsyncGenerator[Callable[[], None], None]:
+    """A loop at work in a thread of its own; gives what asks it to stop. Ends when it has drained."""
     stop = threading.Event()
-    thread = threading.Thread(target=dispatcher.run, args=(stop,), name="dispatcher")
+    thread = threading.Thread(target=run, args=(stop,), name=name)
     thread.start()
     try:
         yield stop.set
     finally:
         stop.set()
-        # The loop goes on turning meanwhile: the dispatcher may be waiting for the engine, which answers there.
+        # The event loop goes on turning meanwhile: the dispatcher may be waiting for the engine, which answers there.
         await asyncio.to_thread(thread.join)
 
 

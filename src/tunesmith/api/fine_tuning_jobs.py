@@ -1,4 +1,4 @@
-"""`/v1/fine_tuning/jobs`, read only: the same jobs as `/v1/fine-tunes`, in the shape that the clients of late 2023 read.
+"""`/v1/fine_tuning/jobs`, read only: the same jobs as `/v1/fine-tunes`, in the shape that clients of late 2023 read.
 
 The published `openai wandb sync` of 0.28.1 asks here whatever its flags say, for ids of either kind.
 """

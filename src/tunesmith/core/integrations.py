@@ -1,4 +1,4 @@
-"""Where else a job's numbers go while it trains: what a user asks for, and its bounds. Pure; knows no tracker's package."""
+"""Where else a job's numbers go while it trains: what users ask for, and its bounds. Pure; runs no tracker."""
 
 from __future__ import annotations
 

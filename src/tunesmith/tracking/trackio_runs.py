@@ -1,0 +1,71 @@
+"""Runs of Trackio, in its local database: `TRACKIO_DIR`, or its own default."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunesmith.tracking.base import AlreadyTracked, Attachment, Subject, TrackerUnusable
+
+
+def open_run(subject: Subject, *, folder: Path | None, force: bool, resume: bool) -> TrackioRun:
+    """See `tracking.base.open_run`. Trackio reads where it works when it is imported, once a process."""
+    if folder is not None:
+        os.environ["TRACKIO_DIR"] = str(folder.absolute())
+    return TrackioRun(subject, force=force, resume=resume)
+
+
+class TrackioRun:
+    """See `tracking.base.Tracker`. Always begun anew, so nothing is there twice."""
+
+    logged_step = 0
+
+    def __init__(self, subject: Subject, *, force: bool, resume: bool) -> None:
+        import trackio
+
+        name = subject.name or subject.job_id
+        with _quiet():
+            try:
+                there = [run for run in trackio.Api().runs(subject.project) if run.name == name]
+            except ValueError:  # there is no such project yet
+                there = []
+            if there and not (force or resume):
+                raise AlreadyTracked(f"{name} is in project {subject.project} already. Replace it with --force.")
+            for run in there:
+                run.delete()
+            try:
+                self._run = trackio.init(
+                    project=subject.project,
+                    name=name,
+                    config={**subject.config, "tags": list(subject.tags)},
+                    resume="never",
+                    embed=False,
+                    auto_log_gpu=False,
+                    auto_log_cpu=False,
+                )
+            except ValueError as error:
+                raise TrackerUnusable(f"Trackio does not take this run: {error}") from error
+        self.where = f"Trackio project {subject.project}, run {name}; to look at it: trackio show"
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Queued; written by a thread of Trackio's."""
+        self._run.log(dict(values), step=step)
+
+    def attach(self, attachment: Attachment) -> None:
+        """An artifact of Trackio's."""
+        with _quiet():
+            self._run.log_artifact(str(attachment.path), name=attachment.name, type=attachment.kind)
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """Waits for the thread. Trackio has no summary: it goes with the details."""
+        with _quiet():
+            self._run.finish()
+
+
+def _quiet() -> contextlib.AbstractContextManager[Any]:
+    """Trackio tells people about itself on standard output, which is ours."""
+    return contextlib.redirect_stdout(io.StringIO())
