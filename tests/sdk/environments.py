@@ -26,6 +26,12 @@ def python_with(*requirements: str) -> Path:
     return python
 
 
+def packages_of(python: Path) -> str:
+    """Where the packages of such an environment are, for another interpreter's PYTHONPATH."""
+    (folder,) = python.parent.parent.glob("lib/python*/site-packages")
+    return str(folder)
+
+
 def node_modules() -> Path:
     """The folder of tests/sdk, with what its package.json asks for installed; skips without node, npm or registry."""
     if shutil.which("node") is None or shutil.which("npm") is None:
