@@ -82,6 +82,15 @@ class ResolvedHyperparameters:
     """How many of the last epochs become models of their own."""
 
 
+def steps_of(n_rows: int, n_epochs: int, batch_size: int) -> int:
+    """Steps of a run. One epoch follows the other without a break, so that only the last step can be short.
+
+    >>> [steps_of(n_rows, n_epochs=4, batch_size=8) for n_rows in (1, 2, 3, 400)]
+    [1, 1, 2, 200]
+    """
+    return -(-n_rows * n_epochs // batch_size)
+
+
 def hyperparameters_from_json(values: dict[str, Any]) -> ResolvedHyperparameters:
     """The inverse of `asdict`, where JSON has made lists of tuples."""
     targets = values.get("lora_targets")

@@ -47,6 +47,7 @@ async def test_a_base(shared: httpx.AsyncClient, tiny_base: Path) -> None:
         "permission": [PERMISSION],
         "root": "ada",
         "parent": None,
+        "method": None,
     }
 
 

@@ -22,11 +22,10 @@ from tunesmith.core.events import Event, Events
 from tunesmith.core.integrations import Integration, check_kind, integration_to_wire
 from tunesmith.core.jobs import MOVES, Job, Jobs
 from tunesmith.core.models import Model
-from tunesmith.core.requests import DEFAULT_N_EPOCHS, DEFAULT_PROMPT_LOSS_WEIGHT, FineTuneRequest
+from tunesmith.core.requests import DEFAULT_MODEL, DEFAULT_N_EPOCHS, DEFAULT_PROMPT_LOSS_WEIGHT, FineTuneRequest
 from tunesmith.core.statuses import ENDED
 from tunesmith.errors import EngineUnavailable, InvalidRequest
 
-DEFAULT_MODEL = "curie"
 CONCURRENT_ADMISSIONS = 4
 """Requests for fine-tunes being checked at once; the others wait. Each reads whole files in a thread, and must not take
 all threads."""

@@ -117,7 +117,10 @@ class _Package(Response):
 
 
 def model_to_wire(model: Model) -> dict[str, Any]:
-    """The model object of the days of fine-tunes, with `permission`, `root` and `parent`; `description` is our own."""
+    """The model object of the days of fine-tunes, with `permission`, `root` and `parent`.
+
+    `description` and `method` (what was trained, null for a base) are our own.
+    """
     return {
         "id": model.name,
         "object": "model",
@@ -127,6 +130,7 @@ def model_to_wire(model: Model) -> dict[str, Any]:
         "root": model.base_name,
         "parent": model.parent_name,
         "description": model.note,
+        "method": model.method,
     }
 
 

@@ -16,6 +16,7 @@ import torch
 
 from tunesmith.data.formats import Example
 from tunesmith.errors import InvalidRequest
+from tunesmith.rundir import steps_of
 from tunesmith.tokenizer import Tokenizer
 
 _BLOCK = 1_000
@@ -93,7 +94,7 @@ class Schedule:
     @property
     def n_steps(self) -> int:
         """Steps of the whole run."""
-        return -(-self.n_rows * self.n_epochs // self.batch_size)
+        return steps_of(self.n_rows, self.n_epochs, self.batch_size)
 
     def batches(self, after_step: int) -> Iterator[list[int]]:
         """Indices of the rows of step `after_step + 1` and of each that follows."""
