@@ -146,20 +146,21 @@ class Client:
         metrics: bool = False,
         sleep: Callable[[float], None] = time.sleep,
         interrupted: Callable[[str], None] = lambda reason: None,
+        connected: Callable[[], None] = lambda: None,
     ) -> Iterator[dict[str, Any]]:
         """The events of a legacy fine-tune, past and to come, each once, until the job has ended.
 
         With `metrics` the numbers of its steps are among them; see `type` and `data` of an event.
 
         A connection that breaks (the server restarts, say) is opened again after the last event seen, by
-        `Last-Event-ID`. `interrupted` hears the reason of each break; after PATIENCE_S without an answer
-        ServerUnreachable is raised.
+        `Last-Event-ID`. `interrupted` hears the reason of each break, `connected` of each opening; after PATIENCE_S
+        without an answer ServerUnreachable is raised.
         """
         last_id: str | None = None
         pause_s, waited_s = FIRST_PAUSE_S, 0.0
         while True:
             try:
-                for event_id, data in self._events(job_id, last_id, metrics):
+                for event_id, data in self._events(job_id, last_id, metrics, connected):
                     if data == "[DONE]":
                         return
                     event = json.loads(data)
@@ -180,12 +181,15 @@ class Client:
             sleep(pause_s)
             pause_s, waited_s = min(2 * pause_s, LONGEST_PAUSE_S), waited_s + pause_s
 
-    def _events(self, job_id: str, last_id: str | None, metrics: bool) -> Iterator[tuple[str | None, str]]:
+    def _events(
+        self, job_id: str, last_id: str | None, metrics: bool, connected: Callable[[], None]
+    ) -> Iterator[tuple[str | None, str]]:
         """(event id, data) of one connection to the event stream."""
         headers = {} if last_id is None else {"Last-Event-ID": last_id}
         segments = ("fine-tunes", job_id, "events")
         query = {"stream": "true"} | ({"metrics": "true"} if metrics else {})
         with self._open("GET", segments, params=query, headers=headers, timeout=STREAM_TIMEOUT) as response:
+            connected()
             yield from _messages(response.iter_lines())
 
     def _url(self, segments: Iterable[str]) -> str:

@@ -10,9 +10,10 @@ import argparse
 from tunesmith import __version__
 from tunesmith.cli.flags.api import add_api
 from tunesmith.cli.flags.data import add_doctor, add_prepare
-from tunesmith.cli.flags.jobs import add_completion, add_jobs
+from tunesmith.cli.flags.jobs import add_complete, add_completion, add_jobs, add_plan
 from tunesmith.cli.flags.models import add_models
 from tunesmith.cli.flags.server import add_demo, add_keys, add_serve
+from tunesmith.cli.flags.tracking import add_export, add_wandb
 
 EXIT_CODES = "exit codes: 0 done, 1 the server refused or the job failed, 2 wrong usage, 130 interrupted"
 
@@ -61,8 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
         add_demo,
         add_prepare,
         add_doctor,
+        add_plan,
         add_jobs,
+        add_complete,
         add_models,
+        add_export,
+        add_wandb,
         add_keys,
         add_completion,
         add_api,

@@ -106,7 +106,8 @@ def _show_blocks(console: Console, columns: Sequence[str], rows: Sequence[Sequen
             console.print()
         for column, cell in zip(columns, row, strict=True):
             if cell:
-                console.print(Text.assemble((column.ljust(widest), "bold"), "  ", cell), soft_wrap=True)
+                line = Text.assemble((column.ljust(widest), "bold"), "  ", cell)
+                console.print(line, soft_wrap=" " not in cell)
 
 
 def _show_plain(output: Output, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[str]) -> None:

@@ -44,23 +44,19 @@ METHODS = ("lora", "full")
 DEFAULT_MODEL = "curie"
 """Source: the published API of 2021-2023."""
 RULES = {
-    "n_epochs": f"{DEFAULT_N_EPOCHS}",
     "batch_size": f"about {BATCH_SHARE:.1%} of the examples, as a power of two, at most {MAX_BATCH_SIZE}",
     "learning_rate_multiplier": ", ".join(
         f"{multiplier:g}" if least == 1 else f"from batches of {least} on {multiplier:g}"
         for least, multiplier in DEFAULT_LEARNING_RATE_MULTIPLIERS
     ),
-    "prompt_loss_weight": f"{DEFAULT_PROMPT_LOSS_WEIGHT:g}; a completion token weighs 1",
+    "prompt_loss_weight": f"{DEFAULT_PROMPT_LOSS_WEIGHT:g}, where a completion token weighs 1",
     "classification_n_classes": "2 with a positive class",
-    "classification_betas": "1",
-    "seed": f"{DEFAULT_SEED}, so that equal jobs give equal models",
+    "seed": "the same for all, so that equal jobs give equal models",
     "method": "an adapter, unless it goes on from a model of which all weights were trained",
-    "lora_rank": f"{DEFAULT_LORA_RANK}",
     "lora_alpha": f"{DEFAULT_LORA_SCALE:g} times the rank",
     "lora_targets": "every linear layer, and the embedding",
-    "epoch_checkpoints": "0",
 }
-"""Where a field comes from that is left out, for people."""
+"""The rule behind a default that is more than a number, for people."""
 LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets")
 
 
