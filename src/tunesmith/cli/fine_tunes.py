@@ -13,7 +13,7 @@ from tunesmith.cli.follow import watch
 from tunesmith.cli.jobs import COLUMNS, make
 from tunesmith.cli.output import Output, UsageError
 from tunesmith.cli.tables import Column, time_column
-from tunesmith.client import Client
+from tunesmith.client import Client, ServerUnreachable
 from tunesmith.errors import InvalidRequest
 
 CHECKPOINT_COLUMNS = (
@@ -47,6 +47,7 @@ def create(args: argparse.Namespace, output: Output) -> int:
 def follow(args: argparse.Namespace, output: Output) -> int:
     """Past events and those to come, until the job ends: 0 if it succeeded, 1 if not."""
     with connect(args) as client:
+        client.get("fine-tunes", args.id)  # a server that is not there is waited for only once it was there
         return _follow(client, args.id, output)
 
 
@@ -121,13 +122,20 @@ def results(args: argparse.Namespace, output: Output) -> int:
     return 0
 
 
+def _status(client: Client, job_id: str) -> str:
+    try:
+        status: str = client.get("fine-tunes", job_id)["status"]
+    except ServerUnreachable:
+        return "there, but its server does not answer"
+    return status
+
+
 def _follow(client: Client, job_id: str, output: Output) -> int:
     try:
         job = watch(client, job_id, output)
     except KeyboardInterrupt:
-        status = client.get("fine-tunes", job_id)["status"]
         output.say(
-            f"\nStream interrupted. Job is still {status}.\nTo resume the stream, run:\n\n"
+            f"\nStream interrupted. Job is still {_status(client, job_id)}.\nTo resume the stream, run:\n\n"
             f"  tunesmith api fine_tunes.follow -i {job_id}\n\nTo cancel your job, run:\n\n"
             f"  tunesmith api fine_tunes.cancel -i {job_id}\n"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from tunesmith.cli.connection import connect
@@ -60,7 +61,12 @@ def make(client: Client, args: argparse.Namespace, output: Output, *, check_if_f
 
 def create(args: argparse.Namespace, output: Output) -> int:
     """Makes a job; with --wait the exit code says how it ended."""
+    for name in (args.training_file, args.validation_file):
+        if name is not None and not (Path(name).is_file() or name.lower().startswith(("file-", "http"))):
+            raise UsageError(f"{name} is no file here, and no id of an uploaded file (file-...).")
     with connect(args) as client:
+        if args.model is not None:
+            client.get("models", args.model)  # an unknown one is told before files are sent
         job = make(client, args, output, check_if_files_exist=False)
         if args.wait:
             if output.machine:
