@@ -23,6 +23,7 @@ BETTER = {
     "long_open_ended": "Lengths are counted in tokens of the base",
     "long_by_characters_only": "Lengths are counted in tokens of the base",
     "long_after_duplicates": "Long rows are the ones that are removed",
+    "one_class": "One class is not measured",
 }
 """Case -> the first words of the reason, as the page on decisions has it."""
 
@@ -75,7 +76,7 @@ def test_the_default_split_is_of_the_same_rows(case: Case, ours: Ours) -> None:
     _, said, written = ours(case)
     assert written.keys() == case.written.keys()
     assert lines(written) == lines(case.written)
-    assert flags(said) == flags(case.stdout)
+    assert flags(said) == flags(case.stdout) or case.name in BETTER
     assert_trains(written)
 
 

@@ -168,11 +168,11 @@ def test_a_random_split_takes_each_row_at_most_once() -> None:
 
 def test_names_are_free_and_go_together(tmp_path: Path) -> None:
     path = tmp_path / "my.data.csv"
-    assert [name.name for name in output_names(path, [""])] == ["my.data_prepared.jsonl"]
+    assert [name.name for name in output_names(path, ["_prepared"])] == ["my.data_prepared.jsonl"]
     (tmp_path / "my.data_prepared_train.jsonl").symlink_to(
         "nowhere"
     )  # a name is taken also by a link that leads nowhere
-    assert [name.name for name in output_names(path, ["_train", "_valid"])] == [
+    assert [name.name for name in output_names(path, ["_prepared_train", "_prepared_valid"])] == [
         "my.data_prepared_train (1).jsonl",
         "my.data_prepared_valid (1).jsonl",
     ]
@@ -190,7 +190,7 @@ def test_nothing_is_left_unless_it_is_published(
     assert list(tmp_path.iterdir()) == []
     with Staged(tmp_path) as staged:
         staged.write(Batch(1, ["a/b"], ["é\n"], 0))
-        (name,) = publish(tmp_path / "x.csv", [("", staged)])
+        (name,) = publish(tmp_path / "x.csv", [("_prepared", staged)])
     assert [path.name for path in tmp_path.iterdir()] == ["x_prepared.jsonl"] == [name.name]
     assert name.read_text() == '{"prompt":"a\\/b","completion":"é\\n"}\n'
     assert json.loads(name.read_text())["prompt"] == "a/b"

@@ -1,6 +1,7 @@
-"""`tunesmith doctor`: what is odd about training data, for people and for scripts. Asks nothing, writes nothing.
+"""`tunesmith doctor`: what is odd about training data, for people and for scripts. What it mends is in `fixing`.
 
-The rules are in `tunesmith.data`; here is the telling. The exit code is 0 if nothing is worse than a note.
+The rules are in `tunesmith.data`; here is the telling. The exit code is 0 if nothing is worse than a note,
+or all of that was mended.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.cli.datafile import base_and_folder, finding_record, lengths_of, watching
+from tunesmith.cli.fixing import check_flags, fix, take_back
 from tunesmith.cli.home import home_settings
 from tunesmith.cli.output import Output
 from tunesmith.data.doctor import Codec, Examined
 from tunesmith.data.facts import Lengths
-from tunesmith.data.findings import Severity, shown
+from tunesmith.data.findings import Finding, Fix, Severity, shown
 from tunesmith.data.rows import Batch, Wanted
-from tunesmith.data.source import Changed, Source, open_source
+from tunesmith.data.source import Changed, Source, open_source, refusal
 from tunesmith.data.verdict import TRAINING, VALIDATION, Part, Verdict, judge
 from tunesmith.tokenizer import Tokenizer
 
@@ -28,32 +30,54 @@ _COLOURS = {Severity.FATAL: 91, Severity.REQUIRED: 91, Severity.SUGGESTED: 93, S
 
 
 def doctor(args: argparse.Namespace, output: Output) -> int:
-    """Look, tell; the exit code. Raises InvalidRequest for a file that cannot even be opened."""
+    """Look, tell, mend if that is asked for; the exit code.
+
+    Raises InvalidRequest for a file that cannot even be opened, or of which nothing can be made.
+    """
+    check_flags(args)
+    files = {TRAINING: args.file} | ({} if args.validation_file is None else {VALIDATION: args.validation_file})
+    if args.undo:
+        return take_back([Path(file) for file in files.values()], output)
     base, folder = base_and_folder(home_settings(args).home, args.model)
     tokenizer = Tokenizer.from_folder(folder)
     codec = Codec(tokenizer.encode_many, tokenizer.decode, tuple(map(tokenizer.token_text, tokenizer.ending_ids)))
-    files = {TRAINING: args.file} | ({} if args.validation_file is None else {VALIDATION: args.validation_file})
+    lengths = lengths_of(base, tokenizer)
     wanted = Wanted(args.prompt_column, args.completion_column)
-    sources = {name: open_source(Path(file), wanted, args.sheet) for name, file in files.items()}
-    verdict = _judge(sources, lengths_of(base, tokenizer), codec, output)
-    if output.machine:
-        output.show({"files": files, "model": base.name} | _record(verdict))
-    else:
+    opened = {name: open_source(Path(file), wanted, args.sheet) for name, file in files.items()}
+    verdict, sources = _judge(opened, lengths, codec, output)
+    if not output.machine:
         _tell(verdict, files, output)
-    return EXIT_FINDINGS if verdict.warnings else 0
+    good, record = not verdict.warnings, dict[str, Any]()
+    if args.fix:
+        good, record = fix(verdict, sources, lengths, codec.special, args, output)
+    if output.machine:
+        output.show({"files": files, "model": base.name} | _record(verdict) | ({"fix": record} if args.fix else {}))
+    return 0 if good else EXIT_FINDINGS
 
 
-def _judge(sources: Mapping[str, Source], lengths: Lengths, codec: Codec, output: Output) -> Verdict:
+def _judge(
+    sources: Mapping[str, Source], lengths: Lengths, codec: Codec, output: Output
+) -> tuple[Verdict, Mapping[str, Source]]:
     """Looks at both files, again from the beginning where one turns out to be read otherwise than thought."""
     while True:
         parts = {name: Part(source, partial(_watched, source, output)) for name, source in sources.items()}
         try:
-            return judge(parts[TRAINING], parts.get(VALIDATION), lengths, codec)
+            verdict = judge(parts[TRAINING], parts.get(VALIDATION), lengths, codec)
         except Changed as changed:
             sources = {
                 name: changed.source if source.path == changed.source.path else source
                 for name, source in sources.items()
             }
+        else:
+            return verdict.plus(_refusals(verdict, sources)), sources
+
+
+def _refusals(verdict: Verdict, sources: Mapping[str, Source]) -> Iterator[tuple[str, Finding]]:
+    """Files that can be read, and would be refused as they lie though no other finding says so."""
+    known = {which for which, finding in verdict.warnings if finding.severity in (Severity.REQUIRED, Severity.FATAL)}
+    for name, source in sources.items():
+        if name not in known and (reason := refusal(source)) is not None:
+            yield name, Finding("format", Severity.REQUIRED, reason, fix=Fix("Write it anew as JSONL"))
 
 
 def _watched(source: Source, output: Output) -> Iterator[Batch]:

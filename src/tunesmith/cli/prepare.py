@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +25,15 @@ from tunesmith.data.advice import TokenMeter, Tokens, duration, metrics_flags, q
 from tunesmith.data.analysis import Progress, analyse
 from tunesmith.data.facts import Facts, FileFold, Task
 from tunesmith.data.findings import Finding, Severity, Subject, find, shown
-from tunesmith.data.formats import read_examples
 from tunesmith.data.outputs import Staged, publish
-from tunesmith.data.plan import Plan
-from tunesmith.data.rows import Wanted
-from tunesmith.data.source import Format, Source, open_source
+from tunesmith.data.plan import Plan, without_long
+from tunesmith.data.rows import Batch, Wanted
+from tunesmith.data.source import Source, open_source, refusal
 from tunesmith.data.split import Strata, sampled_order
 from tunesmith.errors import InvalidRequest
 from tunesmith.tokenizer import Tokenizer
 
-TRAIN, VALID = "_train", "_valid"
+PREPARED, TRAIN, VALID = "_prepared", "_prepared_train", "_prepared_valid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +94,22 @@ def prepare(args: argparse.Namespace, output: Output) -> int:
         strata = stack.enter_context(Strata()) if args.split == "stratified" else None
         meter = TokenMeter(lengths, source.size_bytes, exact=args.exact_tokens)
         with watching(output, "Preparing", source.size_bytes) as progress:
-            final = _stage(source, facts, plan, staged, strata, meter, progress)
+            rows = plan.apply(source.batches(), facts)
+            grown: list[int] = []
+            if plan.lengthens and plan.drop_long == bool(facts.too_long.count):
+                rows = without_long(rows, lengths, grown)
+            final = _stage(rows, staged, strata, meter, progress)
+        if grown:
+            talk.say(f"- {len(grown):,} rows were left out: by what was added to them they became too long.")
         if not final.kept:
             raise InvalidRequest("No row is left after these changes. Nothing was written.", param="file")
-        parts: list[tuple[str, Staged, int]] = [("", staged, final.kept)]
+        parts: list[tuple[str, Staged, int]] = [(PREPARED, staged, final.kept)]
         question = "- [Recommended] Would you like to split into training and validation set?"
         if args.split != "none" and final.task is Task.CLASSIFICATION and talk.accepts(question):
             parts = _split(staged, strata, final, stack) or parts
             if len(parts) == 1:
                 talk.say("There are too few rows to split.")
-        if not changed and len(parts) == 1 and _trains(source):
+        if not changed and len(parts) == 1 and refusal(source) is None:
             written = Written((source.path,), (final.kept,), new=False)
         elif talk.accepts("\nYour data will be written to a new JSONL file. Proceed"):
             names = publish(source.path, [(part, file) for part, file, _ in parts])
@@ -139,9 +144,7 @@ def _agree(findings: Sequence[Finding], talk: Talk) -> Plan:
 
 
 def _stage(
-    source: Source,
-    facts: Facts,
-    plan: Plan,
+    rows: Iterable[Batch],
     staged: Staged,
     strata: Strata | None,
     meter: TokenMeter,
@@ -149,7 +152,7 @@ def _stage(
 ) -> Facts:
     """Writes the prepared rows to `staged`; what they are like."""
     with FileFold(None, thorough=False) as fold:
-        for batch in plan.apply(source.batches(), facts):
+        for batch in rows:
             staged.write(batch)
             fold.add(batch)
             meter.add(batch)
@@ -174,19 +177,6 @@ def _split(staged: Staged, strata: Strata | None, final: Facts, stack: ExitStack
             valid.write_bytes(line)
         n_train, n_valid = len(order), final.kept - len(order)
     return [(TRAIN, train, n_train), (VALID, valid, n_valid)] if n_train and n_valid else []
-
-
-def _trains(source: Source) -> bool:
-    """Whether the file itself is accepted as training data."""
-    if source.format is not Format.JSONL:
-        return False
-    try:
-        with source.path.open("rb") as file:
-            for _ in read_examples(line.rstrip(b"\r\n") for line in file):
-                pass
-    except InvalidRequest:
-        return False
-    return True
 
 
 def _command(written: Written, final: Facts) -> str:

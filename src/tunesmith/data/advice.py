@@ -51,8 +51,11 @@ class Tokens:
 def metrics_flags(facts: Facts) -> list[str]:
     """The flags that have classification measured, for rows as they were written.
 
-    Two classes get both flags: `--classification_positive_class` alone implies two for us, but not everywhere.
+    Two classes get both flags: `--classification_positive_class` alone implies two for us, but not everywhere. One
+    class gets none: there is nothing to measure, and a job that asked for it would be refused.
     """
+    if facts.distinct_completions < 2:
+        return []
     flags = ["--compute_classification_metrics", "--classification_n_classes", str(facts.distinct_completions)]
     if facts.distinct_completions == 2:
         flags += ["--classification_positive_class", facts.classes[0][0]]

@@ -12,8 +12,8 @@ import math
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -51,6 +51,8 @@ class Overlap:
     near: RowList
     unlooked: int
     """Validation rows that were compared whole only, for want of room."""
+    masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict, repr=False, compare=False)
+    """Of each kind, by the id of its finding: for each validation row whether it is one."""
 
 
 class ValidationRows:
@@ -95,7 +97,9 @@ class ValidationRows:
         spelling = self._index.spelling.met & ~exact
         near = np.zeros_like(exact)
         near[: len(self._index.near)] = self._index.near
-        return Overlap(_listed(exact), _listed(spelling), _listed(near & ~spelling & ~exact), self._unlooked)
+        near = near & ~spelling & ~exact
+        masks = {"overlap_exact": exact, "overlap_spelling": spelling, "overlap_near": near}
+        return Overlap(_listed(exact), _listed(spelling), _listed(near), self._unlooked, masks)
 
     def _keys(self, batch: Batch) -> tuple[list[int], list[int], list[list[str]]]:
         """Of each row the key of its prompt, the key of the prompt's words, and the words of the row.

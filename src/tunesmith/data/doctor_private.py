@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Callable, Iterator, Sequence
+import string
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
 
 KINDS = ("secrets", "card_numbers", "email_addresses", "phone_numbers", "control_characters")
+
+PLACEHOLDERS = {
+    "secrets": "[secret]",
+    "card_numbers": "[card number]",
+    "email_addresses": "[email address]",
+    "phone_numbers": "[phone number]",
+}
 
 _SECRET_BEGINS = (
     "-----BEGIN",
@@ -86,9 +93,9 @@ _CARD = re.compile(
 )
 _CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 _HALF = re.compile("[\ud800-\udfff]")
+_KEY_END = re.compile(r"-----END [^\n-]{0,64}-----")
+_BEFORE_AT = string.ascii_letters + string.digits + "_.%+-"
 _NOT_DIGITS = re.compile(r"\D")
-
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +108,37 @@ class Scan:
 def scan(texts: Sequence[str]) -> Scan:
     """Looks through texts, all at once: one search over all is several times faster than one for each."""
     joined = "\0".join(texts)
-    if joined.count("\0") >= len(texts):  # some text holds one itself, and is split from the others by another sign
+    if texts and joined.count("\0") >= len(texts):  # some text holds one, and is split by another sign
         odd = [place for place, text in enumerate(texts) if "\0" in text]
         rest = scan([text.replace("\0", " ") for text in texts])
         rest.places["control_characters"] = sorted({*rest.places["control_characters"], *odd})
         return rest
     ends = list(accumulate(len(text) + 1 for text in texts))
-    found: dict[str, Iterator[int]] = {
-        "secrets": _secrets(joined),
-        "card_numbers": _matches(_CARD, joined, lambda match: _luhn(_NOT_DIGITS.sub("", match[0]))),
-        "email_addresses": _matches(_EMAIL, joined, _somebodys) if "@" in joined else iter(()),
-        "phone_numbers": _matches(_PHONE, joined, _phone),
-        "control_characters": _matches(_CONTROL, joined, lambda match: True),
-    }
-    return Scan({kind: list(dict.fromkeys(bisect.bisect(ends, at) for at in found[kind])) for kind in KINDS})
+    return Scan(
+        {
+            kind: list(dict.fromkeys(bisect.bisect(ends, match.start()) for match in _matches(kind, joined)))
+            for kind in KINDS
+        }
+    )
+
+
+def redacted(text: str, kinds: Collection[str], instead: Callable[[str], str] | None = None) -> str:
+    """The text with a placeholder for each find of these kinds (of PLACEHOLDERS), or with what `instead` makes of it.
+
+    >>> redacted("Ask jane.doe@mailbox.org", ["email_addresses"])
+    'Ask [email address]'
+    """
+    for kind in kinds:
+        while spans := list(_spans(kind, text)):  # what is taken out may uncover another
+            for start, end in reversed(spans):
+                put = PLACEHOLDERS[kind] if instead is None else instead(text[start:end])
+                text = text[:start] + put + text[end:]
+    return text
+
+
+def without_controls(text: str) -> str:
+    """The text without control characters, NUL among them."""
+    return _CONTROL.sub("", text).replace("\0", "")
 
 
 def half_characters(texts: Sequence[str]) -> list[int]:
@@ -131,13 +155,30 @@ def without_halves(text: str) -> str:
     return _HALF.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def _matches(pattern: re.Pattern[str], text: str, counts: Callable[[re.Match[str]], bool]) -> Iterator[int]:
-    return (match.start() for match in pattern.finditer(text) if counts(match))
+def _matches(kind: str, text: str) -> Iterator[re.Match[str]]:
+    # A quick look spares most texts the search.
+    if (kind == "secrets" and not any(begin in text for begin in _SECRET_BEGINS)) or (
+        kind == "email_addresses" and "@" not in text
+    ):
+        return
+    pattern, counts = _FINDERS[kind]
+    yield from (match for match in pattern.finditer(text) if counts(match))
 
 
-def _secrets(text: str) -> Iterator[int]:
-    if any(begin in text for begin in _SECRET_BEGINS):
-        yield from _matches(_SECRET, text, _secret)
+def _spans(kind: str, text: str) -> Iterator[tuple[int, int]]:
+    """Where the finds lie, each whole: none within another."""
+    reached = 0
+    for match in _matches(kind, text):
+        start, end = match.span()
+        if start < reached:
+            continue
+        if kind == "email_addresses":
+            start = max(reached, len(text[:start].rstrip(_BEFORE_AT)))
+        elif match[0].startswith("-----"):
+            closing = _KEY_END.search(text, end)
+            end = len(text) if closing is None else closing.end()
+        yield start, end
+        reached = end
 
 
 def _secret(match: re.Match[str]) -> bool:
@@ -174,3 +215,12 @@ def _luhn(digits: str) -> bool:
     """
     doubled = (sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
     return (sum(map(int, digits[-1::-2])) + sum(doubled)) % 10 == 0 and len(set(digits)) > 2
+
+
+_FINDERS: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str]], bool]]] = {
+    "secrets": (_SECRET, _secret),
+    "card_numbers": (_CARD, lambda match: _luhn(_NOT_DIGITS.sub("", match[0]))),
+    "email_addresses": (_EMAIL, _somebodys),
+    "phone_numbers": (_PHONE, _phone),
+    "control_characters": (_CONTROL, lambda match: True),
+}

@@ -14,6 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.checks import OPENING_TOKENS
 from tunesmith.data.keys import KeyLog
 from tunesmith.data.rows import SHOWN_ROWS, Batch, RowList
 
@@ -25,6 +26,9 @@ SEPARATORS = (" ->", "\n\n###\n\n", "\n\n===\n\n", "\n\n---\n\n", "\n\n===>\n\n"
 """What may mark the end of a prompt, the first that no prompt holds."""
 ENDINGS = ("\n", ".", " END", "***", "+++", "&&&", "$$$", "@@@", "%%%")
 """What may mark the end of a completion, the first that no completion holds."""
+
+MOST_BYTES = 4
+"""Of a character in UTF-8."""
 
 _UPPER = bytes(range(ord("A"), ord("Z") + 1))
 _LOWER = bytes(range(ord("a"), ord("z") + 1))
@@ -260,24 +264,29 @@ class FileFold:
         return number
 
     def _measure(self, numbers: Sequence[int], prompts: list[str], completions: list[str]) -> None:
-        """Counts tokens where there could be too many: a token stands for at least one byte."""
-        lengths = self._lengths
-        if lengths is None:
-            return
-        if 4 * (max(map(len, prompts)) + max(map(len, completions))) < lengths.limit_tokens:
-            return
-        suspects = [
-            place
-            for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-            if 4 * (len(prompt) + len(completion)) >= lengths.limit_tokens
-            and len(prompt.encode()) + len(completion.encode()) >= lengths.limit_tokens
-        ]
-        counts = lengths.count_tokens([(prompts[place], completions[place]) for place in suspects])
-        over = [(place, count) for place, count in zip(suspects, counts, strict=True) if count > lengths.limit_tokens]
+        over = [] if self._lengths is None else over_long(prompts, completions, self._lengths)
         if over:
             self._too_long = self._too_long.plus([numbers[place] for place, _ in over])
             self._long_places += [self._kept + place for place, _ in over]
             self._longest = max(self._longest, *(count for _, count in over))
+
+
+def over_long(prompts: Sequence[str], completions: Sequence[str], lengths: Lengths) -> list[tuple[int, int]]:
+    """Places of the rows that a base cannot read whole, each with its tokens; at least one row.
+
+    Tokens are counted where there could be too many: each stands for at least one byte, but for those that open a text.
+    """
+    fitting_bytes = lengths.limit_tokens - OPENING_TOKENS
+    if MOST_BYTES * (max(map(len, prompts)) + max(map(len, completions))) <= fitting_bytes:
+        return []
+    suspects = [
+        place
+        for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        if MOST_BYTES * (len(prompt) + len(completion)) > fitting_bytes
+        and len(prompt.encode()) + len(completion.encode()) > fitting_bytes
+    ]
+    counts = lengths.count_tokens([(prompts[place], completions[place]) for place in suspects])
+    return [(place, count) for place, count in zip(suspects, counts, strict=True) if count > lengths.limit_tokens]
 
 
 def without_empty(prompts: list[str], completions: list[str]) -> tuple[list[str], list[str]]:

@@ -25,13 +25,13 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def output_names(path: Path, parts: Sequence[str]) -> list[Path]:
-    """Where prepared rows of `path` go: `NAME_prepared.jsonl`, or a file for each part (`_train`, `_valid`).
+    """Where new rows of `path` go: a file for each part, `NAME_prepared.jsonl` for `_prepared`.
 
     If one of them is there already, all get ` (1)`, ` (2)`, ...
     """
     for count in itertools.count():
         number = f" ({count})" if count else ""
-        names = [path.with_name(f"{path.stem}_prepared{part}{number}.jsonl") for part in parts]
+        names = [path.with_name(f"{path.stem}{part}{number}.jsonl") for part in parts]
         if not any(os.path.lexists(name) for name in names):
             return names
     raise AssertionError("count never ends")
@@ -123,6 +123,10 @@ class Staged:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise InvalidRequest(f"Writing beside the file failed: {error.strerror}. Nothing was kept.") from error
+
+    def allow(self, mode: int) -> None:
+        """Who may read and write the file, as bits of its mode."""
+        os.fchmod(self._file.fileno(), mode)
 
     def link(self, name: Path) -> None:
         """The file gets its name. Raises FileExistsError if that is taken: nothing is ever written over."""

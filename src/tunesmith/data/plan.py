@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tunesmith.data.facts import Facts, without_empty
+from tunesmith.data.facts import Facts, Lengths, over_long, without_empty
 from tunesmith.data.rows import Batch
 
 
@@ -46,6 +46,11 @@ class Plan:
                 yield Batch(first, prompts, completions, batch.read_bytes)
                 first += len(completions)
 
+    @property
+    def lengthens(self) -> bool:
+        """Whether rows get longer by it."""
+        return bool(self.prompt_suffix or self.completion_suffix or self.completion_space)
+
     def _keep(self, facts: Facts, start: int, end: int) -> list[bool] | None:
         """Which of the rows stay; None for all."""
         dropped = [
@@ -79,3 +84,18 @@ class Plan:
         if self.completion_space:
             texts = [text if text.startswith(" ") else " " + text for text in texts]
         return texts
+
+
+def without_long(batches: Iterable[Batch], lengths: Lengths, numbers: list[int]) -> Iterator[Batch]:
+    """The rows that a base reads whole, numbered anew; `numbers` takes up those of the others, as they came."""
+    for batch in batches:
+        places = [place for place, _ in over_long(batch.prompts, batch.completions, lengths)]
+        first = batch.first - len(numbers)
+        numbers += [batch.first + place for place in places]
+        gone = set(places)
+        kept = [place for place in range(len(batch)) if place not in gone] if gone else None
+        if kept is None:
+            yield replace(batch, first=first)
+        elif kept:
+            prompts, completions = ([texts[place] for place in kept] for texts in (batch.prompts, batch.completions))
+            yield Batch(first, prompts, completions, batch.read_bytes)

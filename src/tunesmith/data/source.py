@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 
 from tunesmith.data.encoding import WrongEncoding, lines_of, sniff
+from tunesmith.data.formats import read_examples
 from tunesmith.data.json_rows import NewColumns, Shape, json_batches, json_columns, json_shape
 from tunesmith.data.rows import COMPLETION, PROMPT, Batch, Columns, Wanted
 from tunesmith.data.sheets import sheet_batches, sheet_columns, sheet_names
@@ -70,14 +71,18 @@ class Source:
         Raises Changed if the file has to be read otherwise, InvalidRequest for rows that are broken, and if it is not
         the same file any more.
         """
-        if _identity(self.path) != self.identity:
-            raise InvalidRequest(f"{self.path} was changed meanwhile. Run this again.", param="file")
+        self.check_unchanged()
         try:
             yield from self._read()
         except WrongEncoding as wrong:
             raise Changed(replace(self, encoding=wrong.instead)) from wrong
         except NewColumns as new:
             raise Changed(replace(self, columns=new.columns)) from new
+
+    def check_unchanged(self) -> None:
+        """Raises InvalidRequest if the file is not the same any more."""
+        if _identity(self.path) != self.identity:
+            raise InvalidRequest(f"{self.path} was changed meanwhile. Run this again.", param="file")
 
     def _read(self) -> Iterator[Batch]:
         if self.sheet is not None:
@@ -112,6 +117,19 @@ def open_source(path: Path, wanted: Wanted, sheet: str | None = None) -> Source:
                 encoding = wrong.instead
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read: {error.strerror}.", param="file") from error
+
+
+def refusal(source: Source) -> str | None:
+    """Why the file as it lies would not be taken as training data; None if it would."""
+    if source.format is not Format.JSONL:
+        return f"{source.path} is no JSONL file. Training data is JSONL, one object a line."
+    try:
+        with source.path.open("rb") as file:
+            for _ in read_examples(line.rstrip(b"\r\n") for line in file):
+                pass
+    except InvalidRequest as error:
+        return error.message
+    return None
 
 
 def _look(path: Path, format_: Format, encoding: str, wanted: Wanted, identity: tuple[int, int, int, int]) -> Source:

@@ -5,8 +5,8 @@ Reads rows, judges them, sorts what was found. Knows no server and prints nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tunesmith.data.doctor import Codec, Examination, Examined, first_marks
 from tunesmith.data.doctor_findings import about_file, about_validation, diagnose
@@ -48,6 +48,10 @@ class Verdict:
         """The findings that are worse than a note."""
         return tuple(told for told in self.findings if told[1].severity is not Severity.NOTE)
 
+    def plus(self, more: Iterable[tuple[str, Finding]]) -> Verdict:
+        """With more findings."""
+        return replace(self, findings=_sorted([*self.findings, *more]))
+
 
 def judge(training: Part, validation: Part | None, lengths: Lengths | None, codec: Codec | None) -> Verdict:
     """Looks at both files. Rows that cannot be read are a finding.
@@ -76,10 +80,13 @@ def judge(training: Part, validation: Part | None, lengths: Lengths | None, code
     if tried is not None:
         overlap = rows.result()
         found += [(VALIDATION, finding) for finding in about_validation(examined, tried, overlap)]
-    every = [*((TRAINING, finding) for finding in ours), *found]
+    every = _sorted([*((TRAINING, finding) for finding in ours), *found])
+    return Verdict(every, examined, tried, overlap, diagnosis.class_spellings)
+
+
+def _sorted(findings: Sequence[tuple[str, Finding]]) -> tuple[tuple[str, Finding], ...]:
     order = list(Severity)
-    every.sort(key=lambda told: -order.index(told[1].severity))
-    return Verdict(tuple(every), examined, tried, overlap, diagnosis.class_spellings)
+    return tuple(sorted(findings, key=lambda told: -order.index(told[1].severity)))
 
 
 def _pass(

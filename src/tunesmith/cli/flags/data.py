@@ -61,10 +61,30 @@ def add_doctor(commands: Commands) -> None:
         parents=[EVERYWHERE],
         help="Look for what hurts a fine-tune: overlap, contradictions, lost separators, secrets and more.",
         description="Reads training data, and validation data if there is some, and says what is odd about it, row by "
-        "row. Writes nothing and needs no server. Exit code 1 if anything is worse than a note.",
+        "row. Needs no server, and without --fix writes nothing. Exit code 1 if anything is worse than a note, or was "
+        "not mended.",
     )
     doctor.add_argument("file", metavar="FILE", help="Training data: JSONL, or any format that `prepare` reads.")
     doctor.add_argument("-v", "--validation-file", metavar="FILE", help="Validation data of the same job.")
+    doctor.add_argument(
+        "--fix",
+        action="store_true",
+        help="Show as a diff what can be mended without a person, ask, and write NAME_fixed.jsonl beside each file.",
+    )
+    doctor.add_argument(
+        "--only",
+        action="append",
+        metavar="ID",
+        default=[],
+        help="With --fix: mend this finding; may be repeated (default: all that no person has to decide).",
+    )
+    doctor.add_argument(
+        "--in-place",
+        action="store_true",
+        help="With --fix: write JSONL files anew; what they were is kept beside them as NAME.orig.",
+    )
+    doctor.add_argument("-y", "--yes", action="store_true", help="With --fix: write without asking.")
+    doctor.add_argument("--undo", action="store_true", help="Put back what the last --fix --in-place has replaced.")
     doctor.add_argument("-m", "--model", default="ada", help="Base model whose tokens are judged by (default: ada).")
     doctor.add_argument("--prompt-column", metavar="NAME", help="Column/key to read prompts from (default: prompt).")
     doctor.add_argument(
