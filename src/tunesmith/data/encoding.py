@@ -75,13 +75,7 @@ def text_blocks(path: Path, encoding: str) -> Iterator[tuple[str, int]]:
         while block := file.read(BLOCK_BYTES):
             text = _decode(decoder, block, encoding, final=False)
             read_bytes += len(block)
-            if "\0" in text:
-                line = lines + text.count("\n", 0, text.index("\0")) + 1
-                raise InvalidRequest(
-                    f"Line {line} of the file holds a NUL byte, so this is no text file, or a damaged one. Export it "
-                    "again as UTF-8 text.",
-                    param="file",
-                )
+            _check_text(text, lines + 1)
             lines += text.count("\n")
             yield text, read_bytes
     yield _decode(decoder, b"", encoding, final=True), read_bytes
@@ -110,6 +104,53 @@ def lines_of(path: Path, encoding: str) -> Iterator[Lines]:
         yield Lines(number, io.StringIO(rest, newline="").readlines(), read_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class LineBlock:
+    """Whole lines of a UTF-8 file as they are, not yet decoded."""
+
+    first: int
+    """Number of the first of them, counted from 1."""
+    content: bytes
+    count: int
+    """How many lines it is."""
+    read_bytes: int
+
+    def lines(self) -> Lines:
+        """The lines as text. Raises as `lines_of`."""
+        try:
+            text = self.content.decode()
+        except UnicodeDecodeError as error:
+            raise WrongEncoding(_WESTERN[0]) from error
+        _check_text(text, self.first)
+        return Lines(self.first, io.StringIO(text, newline="").readlines(), self.read_bytes)
+
+
+def line_blocks(path: Path) -> Iterator[LineBlock]:
+    r"""The lines of a UTF-8 file by blocks, cut at `\n`. Raises InvalidRequest for a line longer than an upload's."""
+    first, read_bytes, rest = 1, 0, b""
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            read_bytes += len(block)
+            end = block.rfind(b"\n") + 1
+            if not end:
+                rest += block
+                _check_length(rest, first)
+                continue
+            content, rest = rest + block[:end], block[end:]
+            _check_length(content[: content.find(b"\n")], first)  # the others lie within one block
+            count = _count_lines(content)
+            yield LineBlock(first, content, count, read_bytes)
+            first += count
+    if rest:
+        yield LineBlock(first, rest, _count_lines(rest + b"\n"), read_bytes)
+
+
+def _count_lines(content: bytes) -> int:
+    if b"\r" not in content:
+        return content.count(b"\n")
+    return content.count(b"\n") + content.count(b"\r") - content.count(b"\r\n")
+
+
 def _decode(decoder: codecs.IncrementalDecoder, block: bytes, encoding: str, *, final: bool) -> str:
     try:
         return decoder.decode(block, final)
@@ -125,10 +166,21 @@ def _decode(decoder: codecs.IncrementalDecoder, block: bytes, encoding: str, *, 
         ) from error
 
 
-def _check_length(line: str, number: int) -> None:
-    if len(line) > MAX_LINE_CHARACTERS:
+def _check_text(text: str, first: int) -> None:
+    if "\0" in text:
+        line = first + text.count("\n", 0, text.index("\0"))
         raise InvalidRequest(
-            f"Line {number} of the file is longer than {MAX_LINE_CHARACTERS:,} characters, more than any model reads "
-            "as one example. Is it of the format that its name says, with one row a line?",
+            f"Line {line} of the file holds a NUL byte, so this is no text file, or a damaged one. Export it again as "
+            "UTF-8 text.",
+            param="file",
+        )
+
+
+def _check_length(line: str | bytes, number: int) -> None:
+    if len(line) > MAX_LINE_CHARACTERS:
+        units = "bytes" if isinstance(line, bytes) else "characters"
+        raise InvalidRequest(
+            f"Line {number} of the file is longer than {MAX_LINE_CHARACTERS:,} {units}, more than any model reads as "
+            "one example. Is it of the format that its name says, with one row a line?",
             param="file",
         )

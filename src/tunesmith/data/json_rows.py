@@ -6,11 +6,14 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
-from tunesmith.data.encoding import MAX_LINE_CHARACTERS, lines_of, text_blocks
+import msgspec
+
+from tunesmith.data.encoding import MAX_LINE_CHARACTERS, Lines, line_blocks, lines_of, text_blocks
 from tunesmith.data.rows import BATCH_ROWS, COMPLETION, MAX_COLUMNS, PROMPT, Batch, Broken, Columns, Wanted
 from tunesmith.errors import InvalidRequest
 
@@ -84,7 +87,16 @@ def json_batches(path: Path, encoding: str, shape: Shape, columns: Columns, want
     known = dict.fromkeys(columns.names)
     broken = Broken(_counted(shape))
     first = 1
-    for rows, _, read_bytes in _objects(path, encoding, shape, broken):
+    for found in (
+        _from_plain_lines(path, columns, broken)
+        if _plain(encoding, shape, columns)
+        else (_objects(path, encoding, shape, broken))
+    ):
+        if isinstance(found, Batch):
+            yield replace(found, first=first)
+            first += len(found)
+            continue
+        rows, _, read_bytes = found
         for row in rows if _other_keys(rows, known) else ():
             if not row.keys() <= known.keys():
                 known.update(dict.fromkeys(row))
@@ -168,35 +180,68 @@ def _objects(path: Path, encoding: str, shape: Shape, broken: Broken) -> Iterato
 
 def _from_lines(path: Path, encoding: str, broken: Broken) -> Iterator[Objects]:
     for lines in lines_of(path, encoding):
-        for start in range(0, len(lines.texts), BATCH_ROWS):
-            number, texts = lines.first + start, lines.texts[start : start + BATCH_ROWS]
-            rows = _plain_rows(texts)
-            if rows is not None:
-                yield rows, number, lines.read_bytes
-                continue
+        yield from _parsed(lines, broken)
+
+
+def _plain(encoding: str, shape: Shape, columns: Columns) -> bool:
+    """Whether rows may be no more than a prompt and a completion a line, in the encoding that JSON is written in."""
+    return shape is Shape.LINES and encoding == "utf-8" and len(columns.names) == 2
+
+
+def _from_plain_lines(path: Path, columns: Columns, broken: Broken) -> Iterator[Batch | Objects]:
+    """Lines as `_from_lines` reads them, ten times as fast where each is an object of two texts and nothing else.
+
+    Any doubt, and the lines of that block are parsed one by one.
+    """
+    row_type = msgspec.defstruct(
+        "Row",
+        [(PROMPT, str), (COMPLETION, str)],
+        rename={PROMPT: columns.prompt, COMPLETION: columns.completion},
+        forbid_unknown_fields=True,
+        gc=False,
+    )
+    decode = msgspec.json.Decoder(row_type).decode_lines
+    for block in line_blocks(path):
+        try:
+            rows: list[Any] = decode(block.content)
+        except (ValueError, msgspec.MsgspecError):
             rows = []
-            for place, text in enumerate(texts):
-                line = text.strip()
-                if not line:
-                    continue
-                try:
-                    row, end = _SCAN(line, 0)
-                except StopIteration:
-                    broken.add(number + place, "is not JSON")
-                except json.JSONDecodeError as error:
-                    broken.add(number + place, f"is not JSON: {error.msg} at character {error.pos + 1}")
-                except (ValueError, RecursionError):  # a number of thousands of digits; brackets nested thousands deep
-                    broken.add(number + place, "is not JSON that can be read")
-                else:
-                    if end != len(line):
-                        broken.add(number + place, f"holds more than one JSON value, from character {end + 1} on")
-                    elif type(row) is not dict:
-                        broken.add(number + place, 'is no object such as {"prompt": "...", "completion": "..."}')
-                    elif fault := _half_character(line, row):
-                        broken.add(number + place, fault)
-                    else:
-                        rows.append(row)
+        if len(rows) == block.count:
+            yield Batch(0, [row.prompt for row in rows], [row.completion for row in rows], block.read_bytes)
+            continue
+        yield from _parsed(block.lines(), broken)
+
+
+def _parsed(lines: Lines, broken: Broken) -> Iterator[Objects]:
+    for start in range(0, len(lines.texts), BATCH_ROWS):
+        number, texts = lines.first + start, lines.texts[start : start + BATCH_ROWS]
+        rows = _plain_rows(texts)
+        if rows is not None:
             yield rows, number, lines.read_bytes
+            continue
+        rows = []
+        for place, text in enumerate(texts):
+            line = text.strip()
+            if not line:
+                continue
+            try:
+                row, end = _SCAN(line, 0)
+            except StopIteration:
+                broken.add(number + place, "is not JSON")
+            except json.JSONDecodeError as error:
+                broken.add(number + place, f"is not JSON: {error.msg} at character {error.pos + 1}")
+            except (ValueError, RecursionError):  # a number of thousands of digits; brackets nested thousands deep
+                broken.add(number + place, "is not JSON that can be read")
+            else:
+                if end != len(line):
+                    broken.add(number + place, f"holds more than one JSON value, from character {end + 1} on")
+                elif type(row) is not dict:
+                    broken.add(number + place, 'is no object such as {"prompt": "...", "completion": "..."}')
+                elif fault := _half_character(line, row):
+                    broken.add(number + place, fault)
+                else:
+                    rows.append(row)
+        yield rows, number, lines.read_bytes
 
 
 def _plain_rows(texts: list[str]) -> list[dict[str, Any]] | None:
