@@ -11,7 +11,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tunesmith.api.files import file_to_wire
 from tunesmith.api.fine_tunes import hyperparams_to_wire
 from tunesmith.api.pages import page
 from tunesmith.api.routing import path_id
@@ -43,7 +42,7 @@ class FineTuningJobsApi:
 
 
 def job_to_wire(job: Job) -> dict[str, Any]:
-    """The fine_tuning.job object. Beyond the published fields it has the file objects, as `wandb sync` logs those."""
+    """The fine_tuning.job object."""
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -64,6 +63,4 @@ def job_to_wire(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "error": None if job.error is None else {"code": "job_failed", "message": job.error, "param": None},
         "integrations": [integration_to_wire(one) for one in job.asked.integrations],
-        "training_files": [file_to_wire(job.training_file)],
-        "validation_files": [] if job.validation_file is None else [file_to_wire(job.validation_file)],
     }

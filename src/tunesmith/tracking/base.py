@@ -7,12 +7,16 @@ may not be installed.
 from __future__ import annotations
 
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tunesmith.errors import TunesmithError
+
+PREFIXES = {"training_files": "train-", "validation_files": "valid-"}
+"""Before the names of data files, as the published `openai wandb sync` has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,12 @@ class Attachment:
     """What it is called there, with its ending."""
     kind: Literal["training_files", "validation_files", "result_files", "fine_tune_details", "model"]
     file_id: str
-    """Tells versions of the same name apart: the id of a file, of a job or of a model."""
+    """Tells versions of the same name apart: the id of a file or of a job."""
+
+    @property
+    def artifact_name(self) -> str:
+        """What trackers call it that version files by name, in the characters they take."""
+        return re.sub(r"[^\w.-]", "_", PREFIXES.get(self.kind, "") + self.name, flags=re.ASCII)
 
 
 class Tracker(Protocol):

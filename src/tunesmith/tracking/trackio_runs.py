@@ -7,16 +7,19 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tunesmith.tracking.base import AlreadyTracked, Attachment, Subject, TrackerUnusable
 
 
 def open_run(subject: Subject, *, folder: Path | None, force: bool, resume: bool) -> TrackioRun:
-    """See `tracking.base.open_run`. Trackio reads where it works when it is imported, once a process."""
+    """See `tracking.base.open_run`."""
     if folder is not None:
         os.environ["TRACKIO_DIR"] = str(folder.absolute())
-    return TrackioRun(subject, force=force, resume=resume)
+    import trackio  # now: it reads once, at its import, where it works
+
+    return TrackioRun(trackio, subject, replace=force or resume)
 
 
 class TrackioRun:
@@ -24,16 +27,15 @@ class TrackioRun:
 
     logged_step = 0
 
-    def __init__(self, subject: Subject, *, force: bool, resume: bool) -> None:
-        import trackio
-
+    def __init__(self, trackio: ModuleType, subject: Subject, *, replace: bool) -> None:
+        self._trackio = trackio
         name = subject.name or subject.job_id
         with _quiet():
             try:
                 there = [run for run in trackio.Api().runs(subject.project) if run.name == name]
             except ValueError:  # there is no such project yet
                 there = []
-            if there and not (force or resume):
+            if there and not replace:
                 raise AlreadyTracked(f"{name} is in project {subject.project} already. Replace it with --force.")
             for run in there:
                 run.delete()
@@ -57,13 +59,15 @@ class TrackioRun:
 
     def attach(self, attachment: Attachment) -> None:
         """An artifact of Trackio's."""
+        artifact = self._trackio.Artifact(attachment.artifact_name, attachment.kind)
+        artifact.add_file(attachment.path, name=attachment.name)
         with _quiet():
-            self._run.log_artifact(str(attachment.path), name=attachment.name, type=attachment.kind)
+            self._run.log_artifact(artifact, aliases=[attachment.file_id])
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Waits for the thread. Trackio has no summary: it goes with the details."""
         with _quiet():
-            self._run.finish()
+            self._trackio.finish()  # and not the run's own: Trackio would end it again at exit, and say so
 
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -13,15 +12,13 @@ from typing import Any
 
 import wandb
 
-from tunesmith.tracking.base import AlreadyTracked, Attachment, Subject, TrackerUnusable
+from tunesmith.tracking.base import PREFIXES, AlreadyTracked, Attachment, Subject, TrackerUnusable
 
 MAX_TABLE_ROWS = 10_000
 """Of a data file shown as a table; the file itself is there whole. W&B shows no more of a table."""
 INIT_TIMEOUT_S = 90
 WHOLE = "tunesmith.json"
 """Written into the folder of an offline run once all of the run is in it."""
-PREFIXES = {"training_files": "train-", "validation_files": "valid-"}
-"""Before the names of artifacts, as the published `openai wandb sync` has them."""
 
 
 def open_run(subject: Subject, *, folder: Path | None, force: bool, resume: bool) -> WandbRun:
@@ -90,8 +87,7 @@ class WandbRun:
 
     def attach(self, attachment: Attachment) -> None:
         """An artifact; of training data also a table of its rows."""
-        name = re.sub(r"[^\w.-]", "_", PREFIXES.get(attachment.kind, "") + attachment.name, flags=re.ASCII)
-        artifact = wandb.Artifact(name, type=attachment.kind, metadata={"id": attachment.file_id})
+        artifact = wandb.Artifact(attachment.artifact_name, type=attachment.kind, metadata={"id": attachment.file_id})
         artifact.add_file(str(attachment.path), name=attachment.name)
         if attachment.kind in PREFIXES:
             rows = list(islice(_rows(attachment.path), MAX_TABLE_ROWS))
