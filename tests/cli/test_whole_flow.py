@@ -130,28 +130,6 @@ def test_a_file_uploaded_before_can_be_used_again(cli: CommandLine) -> None:
     cli.finished("fine_tunes.cancel", "-i", job["id"])
 
 
-def test_follow_survives_a_restart_of_the_server(tiny_base: Path, tmp_path: Path) -> None:
-    put_base(tmp_path / "home", "ada", tiny_base)
-    write_rows(tmp_path / "long.jsonl", reviews(400, 3))
-    with Server(tmp_path / "home") as server:
-        cli = CommandLine(PROGRAM, client_environment(server.base_url, OWNER_KEY), tmp_path)
-        job_id = cli.create()
-        with cli.start("fine_tunes.follow", "-i", job_id) as following:
-            seen = flow.read_until(following, "Fine-tune started")
-            assert server.terminate() == 0
-            server.settings["TUNESMITH_PORT"] = server.base_url.split(":")[2].removesuffix("/v1")
-            server.start()
-            with server.client() as client:
-                client.post("fine-tunes", job_id, "cancel")
-            rest, errors = following.communicate(timeout=flow.COMMAND_WITHIN_S)
-        with server.client() as client:
-            messages = [event["message"] for event in client.get("fine-tunes", job_id)["events"]]
-    assert "Trying again" in errors
-    lines = [line.partition("] ")[2] for line in (seen + rest).splitlines() if line.startswith("[")]
-    assert lines == messages
-    assert following.returncode == 1  # the job was cancelled
-
-
 def test_weights_go_out_and_come_in(cli: CommandLine) -> None:
     flags = ["-t", "train.jsonl", "-m", "ada", "--n_epochs", "1", "--batch_size", "20", "--json"]
     name = json.loads(cli.run("fine_tunes.create", *flags).splitlines()[-1])["fine_tuned_model"]

@@ -14,6 +14,9 @@ from tunesmith.cli.course import Course, clock_time
 
 LEAST_CHART_ROWS, MOST_CHART_ROWS = 4, 16
 LAST_EVENTS = 4
+USUAL_ROWS = 24
+"""A terminal that is less high has fewer events, so that there is room for a chart."""
+LEAST_BAR_COLUMNS = 8
 AROUND_CHART = 13
 """Lines that are not the chart's: head, bar, axis, legend, figures, empty lines, and what is said at the end."""
 SMOOTHED_OVER = 5
@@ -59,7 +62,7 @@ class Dashboard:
         width, height = options.max_width, console.height
         yield self._head(signs, width)
         yield self._bar(signs, width)
-        shown_events = min(LAST_EVENTS, len(self.course.messages), max(1, height - 6))
+        shown_events = min(len(self.course.messages), LAST_EVENTS if height >= USUAL_ROWS else height // 8)
         rows = min(MOST_CHART_ROWS, height - AROUND_CHART - shown_events)
         if rows >= LEAST_CHART_ROWS and len(self.course.points) > 1:
             yield Text()
@@ -85,10 +88,10 @@ class Dashboard:
 
     def _bar(self, signs: Signs, width: int) -> Text:
         course = self.course
-        told = f" {course.share:4.0%}"
-        if course.n_steps:
-            told += f"  step {course.step:,}/{course.n_steps:,}"
-        room = max(8, width - len(told))
+        told, steps = f" {course.share:4.0%}", f"  step {course.step:,}/{course.n_steps or 0:,}"
+        if course.n_steps and width >= len(told + steps) + LEAST_BAR_COLUMNS:
+            told += steps
+        room = max(0, width - len(told))
         done = round(course.share * room)
         bar = Text(signs.done * done, STATE_STYLES.get(course.state, "cyan"), no_wrap=True)
         bar.append(signs.to_do * (room - done), "dim")
