@@ -18,6 +18,9 @@ from tunesmith.engine.chance import uniform
 GREEDY_BELOW = 1e-5
 """Temperatures under this are taken for 0: dividing by them would overflow."""
 
+NUCLEUS_TOKENS = 256
+"""So many of the best mostly come to any `top_p` below 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -42,15 +45,9 @@ def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> list[int]:
         for row, token_id in zip(whole, _pick(weights_BV, [draws[row] for row in whole]), strict=True):
             chosen[row] = token_id
     if nucleus:
-        picking = [draws[row] for row in nucleus]
-        weights_BV, order_BV = _weights(shaped_BV[nucleus], picking).sort(dim=-1, descending=True, stable=True)
-        above_BV = weights_BV.cumsum(-1) - weights_BV
-        top_p = torch.tensor([[draw.sampling.top_p] for draw in picking], dtype=torch.float64, device=logits_BV.device)
-        outside_BV = above_BV >= top_p  # the fewest tokens that reach top_p stay
-        outside_BV[:, 0] = False
-        ranks = _pick(weights_BV.masked_fill(outside_BV, 0), picking)
-        for index, (row, rank) in enumerate(zip(nucleus, ranks, strict=True)):
-            chosen[row] = int(order_BV[index, rank])
+        weights_BV = _weights(shaped_BV[nucleus], [draws[row] for row in nucleus])
+        for row, token_id in zip(nucleus, _pick_nucleus(weights_BV, [draws[row] for row in nucleus]), strict=True):
+            chosen[row] = token_id
     return chosen
 
 
@@ -91,6 +88,32 @@ def _weights(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Probabilities in double precision, so that their running sums are exact to the last token."""
     temperatures = [[draw.sampling.temperature] for draw in draws]
     return (logits_BV.double() / torch.tensor(temperatures, dtype=torch.float64, device=logits_BV.device)).softmax(-1)
+
+
+def _pick_nucleus(weights_BV: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """As `_pick`, among the fewest of the best that come to `top_p`."""
+    shares = [[draw.sampling.top_p] for draw in draws]
+    top_p_B1 = torch.tensor(shares, dtype=torch.float64, device=weights_BV.device)
+    # Sorting a whole vocabulary takes longer than a step of a small model, and is needed for flat distributions only.
+    best = weights_BV.topk(min(NUCLEUS_TOKENS, weights_BV.shape[1]), dim=-1)
+    picked = _pick_among(best.values, best.indices, top_p_B1, draws)
+    flat = (best.values.sum(-1) < top_p_B1[:, 0]).nonzero()[:, 0].tolist()
+    if flat:
+        values_BV, order_BV = weights_BV[flat].sort(dim=-1, descending=True, stable=True)
+        among_all = _pick_among(values_BV, order_BV, top_p_B1[flat], [draws[row] for row in flat])
+        for row, token_id in zip(flat, among_all, strict=True):
+            picked[row] = token_id
+    return picked
+
+
+def _pick_among(values_BK: Tensor, token_ids_BK: Tensor, top_p_B1: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """As `_pick_nucleus`, where the K best come to `top_p`."""
+    above_BK = values_BK.cumsum(-1) - values_BK
+    outside_BK = above_BK >= top_p_B1
+    outside_BK[:, 0] = False
+    ranks = _pick(values_BK.masked_fill(outside_BK, 0), draws)
+    picked: list[int] = token_ids_BK.gather(1, torch.tensor(ranks, device=token_ids_BK.device)[:, None])[:, 0].tolist()
+    return picked
 
 
 def _pick(weights_BV: Tensor, draws: Sequence[Draw]) -> list[int]:
