@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -30,8 +31,10 @@ COMPILE_WITHIN_S = 120
 
 
 @cache
-def load(source: Path) -> ctypes.CDLL | None:
+def load(source: Path, *included: Path) -> ctypes.CDLL | None:
     """The library of one source file, compiled if need be; None without a compiler, or where it fails, which is logged.
+
+    `included` are the files of ours that it includes.
 
     Calls of its functions let other threads run.
     """
@@ -40,17 +43,18 @@ def load(source: Path) -> ctypes.CDLL | None:
         logger.info("no C++ compiler: what %s does is done by torch's operators, and takes longer", source.name)
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler, source)))
+        return ctypes.CDLL(str(_built(compiler, source, included)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("%s did not compile %s: %s", compiler, source.name, said)
         return None
 
 
-def _built(compiler: str, source: Path) -> Path:
+def _built(compiler: str, source: Path, included: Sequence[Path]) -> Path:
     flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_WITHIN_S).stdout
-    known_by = b"\0".join([source.read_bytes(), version, " ".join(flags).encode(), _processor().encode()])
+    sources = [path.read_bytes() for path in (source, *included)]
+    known_by = b"\0".join([*sources, version, " ".join(flags).encode(), _processor().encode()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
     library = folder / f"{source.stem}-{hashlib.sha256(known_by).hexdigest()[:16]}.so"
     if not library.exists():

@@ -149,7 +149,7 @@ def test_a_run_does_not_go_on_with_other_kernels(tmp_path: Path, monkeypatch: py
     native.confirm(with_native)
     native.confirm(with_native)
     with monkeypatch.context() as patch:
-        patch.setattr(native, "load", lambda: None)
+        patch.setattr(native, "library", lambda: None)
         native.confirm(without)
         native.confirm(without)
         with pytest.raises(native.KernelsChanged, match="compiler"):

@@ -10,9 +10,10 @@ import torch
 
 from pretraining.shapes import SHAPES, random_llama
 from tests.training.rows import random_lora, random_rows
-from tunesmith.training import gradients
+from tunesmith.training import folded, gradients, native
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.gradients import Learner, Lesson
+from tunesmith.training.kernels import Eager, Kernels
 from tunesmith.training.metrics import Tally
 from tunesmith.training.workers import Workers
 
@@ -36,21 +37,28 @@ def _lessons(n_jobs: int, *, longest_prompt: int = 60) -> list[Lesson]:
     ]
 
 
-def _learn(lessons: Sequence[Lesson], dtype: torch.dtype, threads: int) -> list[tuple[Tally, torch.Tensor]]:
+def _learn(
+    lessons: Sequence[Lesson], dtype: torch.dtype, threads: int, kernels: Kernels | None = None
+) -> list[tuple[Tally, torch.Tensor]]:
     with Workers(threads) as workers:
-        learner = Learner(MODEL, lessons[0].factors.site_outputs, workers, beat=lambda: None, dtype=dtype)
+        outputs = lessons[0].factors.site_outputs
+        learner = Learner(MODEL, outputs, workers, beat=lambda: None, dtype=dtype, kernels=kernels)
         tallies = learner.learn(lessons)
     return [(tally, lesson.factors.flat_gradient.clone()) for tally, lesson in zip(tallies, lessons, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "kernels"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, native.available())]
+)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_job_among_others_gets_the_bytes_that_it_gets_alone(dtype: torch.dtype, threads: int) -> None:
+def test_a_job_among_others_gets_the_bytes_that_it_gets_alone(
+    dtype: torch.dtype, kernels: Kernels | None, threads: int
+) -> None:
     lessons = _lessons(8)
-    alone = [_learn([lesson], dtype, threads)[0] for lesson in lessons]
+    alone = [_learn([lesson], dtype, threads, kernels)[0] for lesson in lessons]
 
-    together = _learn(lessons, dtype, threads)
-    others = _learn(lessons[6:2:-1], dtype, threads)
+    together = _learn(lessons, dtype, threads, kernels)
+    others = _learn(lessons[6:2:-1], dtype, threads, kernels)
 
     for (tally, gradient), (expected_tally, expected) in zip(together + others, alone + alone[6:2:-1], strict=True):
         assert tally == expected_tally
@@ -85,11 +93,11 @@ def test_a_job_that_is_no_longer_a_number_spoils_no_other() -> None:
 def test_in_a_large_model_every_job_is_computed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     lessons = _lessons(3, longest_prompt=12)
     monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 0)
-    expected = _learn(lessons, torch.bfloat16, 1)
+    expected = _learn(lessons, torch.bfloat16, 1, Eager())
     monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 10_000)
-    monkeypatch.setattr(gradients, "MOST_SHARED_WEIGHTS", 1_000)
+    monkeypatch.setattr(folded, "MOST_SHARED_WEIGHTS", 1_000)
 
-    found = _learn(lessons, torch.bfloat16, 1)
+    found = _learn(lessons, torch.bfloat16, 1, Eager())
 
     assert all(torch.equal(gradient, other) for (_, gradient), (_, other) in zip(found, expected, strict=True))
 

@@ -89,26 +89,20 @@ class FactorView:
 
     def __init__(self, keys: list[tuple[int, Site]], factors: TrainableLora, flat_gradient: Tensor) -> None:
         """`flat_gradient` is laid out as `TrainableLora.flat`."""
+        self.owner = factors
         self.flat_gradient = flat_gradient
         self.factors, self.embedding = factors.pairs(factors.flat)
         self.gradients, self.embedding_gradient = factors.pairs(flat_gradient)
         self.scale = factors.lora.scale
-        self.kept = 0
-        """1 where gradients are to be added to, 0 where what stands there is of the step before."""
         parts = zip(keys, self.factors, self.gradients, factors.site_outputs, strict=True)
         self._sites = {key: (*_leaves(pair, of_pair), rows) for key, pair, of_pair, rows in parts}
         self._embedding: Pair | None = None
         if self.embedding is not None and self.embedding_gradient is not None:
             self._embedding = _leaves(self.embedding, self.embedding_gradient)
 
-    def begin(self, *, overwriting: bool = False) -> None:
-        """Forgets the gradients of the step before; with `overwriting` the first that come will replace them."""
-        self.kept = 0 if overwriting else 1
-        if not overwriting:
-            self.flat_gradient.zero_()
-        elif self.embedding_gradient is not None:
-            for gradient in self.embedding_gradient:
-                gradient.zero_()
+    def begin(self) -> None:
+        """Forgets the gradients of the step before."""
+        self.flat_gradient.zero_()
 
     def delta(self, layer: int, site: Site, x_NI: Tensor) -> Tensor:
         """See `Adapters`."""

@@ -11,7 +11,7 @@ d = head width, M = weighed positions, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -24,13 +24,14 @@ from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama, rotation
 from tunesmith.training.attention import Attended, attend
 from tunesmith.training.factors import TrainableLora
-from tunesmith.training.kernels import Heads, Kernels, Turn
-from tunesmith.training.loss import Scores
-from tunesmith.training.passes import Pass
+from tunesmith.training.kernels import Heads, Kernels, RowGroup, Turn
+from tunesmith.training.loss import Scores, score, score_frozen
+from tunesmith.training.passes import Pass, Piece
 from tunesmith.training.sites import Part, SharedSite, SingleSite, Site
 
-Score = Callable[[Tensor, Tensor], Scores]
-"""(normed states of the weighed positions [M, D], where to put the gradient of the loss there) -> scores."""
+MOST_SHARED_WEIGHTS = 64_000_000
+"""Larger models compute every job alone: there one thread would be too slow for a pass, and with several the last
+digits of a job would depend on the jobs beside it."""
 
 
 def product_dtype(precision: str) -> torch.dtype:
@@ -75,6 +76,9 @@ class FoldedLlama:
         `site_outputs` are the outputs of each linear layer of each site (`TrainableLora.site_outputs`).
         """
         self._model, self._dtype, self._kernels = model, dtype, kernels
+        self._head_VD = model.head_VD.to(dtype)
+        self.shares = sum(weight.numel() for weight in model.parameters()) <= MOST_SHARED_WEIGHTS
+        """Whether a pass may hold pieces of several jobs."""
         self._heads = Heads(model.config.heads, model.config.kv_heads, model.config.head_width)
         outputs = iter(site_outputs)
         self._shared: list[dict[SiteName, SharedSite]] = []
@@ -91,25 +95,27 @@ class FoldedLlama:
             {name: SingleSite(site) for name, site in layer.items()} for layer in self._shared
         ]
 
-    def take(self, factors: TrainableLora) -> None:
-        """The factors of a job as they are now, for passes of that job alone."""
+    def take(self, factors: TrainableLora, *, single: bool) -> None:
+        """The factors of a job as they are now, for the passes of a step: with `single` passes of that job alone."""
+        if not single:
+            return
         pairs, _ = factors.pairs(factors.flat)
         sites = [site for layer in self._single for site in layer.values()]
         for site, pair in zip(sites, pairs, strict=True):
             site.take(pair, factors.lora.scale)
 
-    def learn(self, work: Pass, score: Score, *, single: bool) -> Scores:
-        """Scores of a pass; adds the gradient of its loss to the views of its pieces.
-
-        With `single` all its pieces are of the job whose factors were taken last.
-        """
+    @torch.no_grad()
+    def learn(self, pieces: Sequence[Piece], *, single: bool) -> tuple[Pass, Scores]:
+        """A pass over `pieces`: adds its gradient to their views. With `single` all are of the job taken last."""
+        work = Pass.of(pieces)
         layers: Sequence[_Sites] = self._single if single else self._shared  # type: ignore[assignment]
-        kernels, turn = self._kernels, self._turn(max(group.cells for group in work.groups))
+        kernels, groups = self._kernels, work.groups()
+        turn = self._turn(max(group.cells for group in groups))
         x_ND, low = self._embed(work)
         added_ND: Tensor | None = None
         saved: list[_Saved] = []
         for index, layer in enumerate(layers):
-            added_ND, kept = self._forward(layer, index, x_ND, added_ND, work, turn)
+            added_ND, kept = self._forward(layer, index, x_ND, added_ND, work, groups, turn)
             saved.append(kept)
         if added_ND is not None:
             x_ND.add_(added_ND)
@@ -117,15 +123,21 @@ class FoldedLlama:
 
         states_MD = hidden_ND[work.predicting_M] * self._model.norm_D
         grad_MD = torch.empty_like(states_MD)
-        scores = score(states_MD, grad_MD)
+        scores = self._score(work, states_MD, grad_MD, single=single)
 
         grad_ND = torch.zeros_like(x_ND).index_copy_(0, work.predicting_M, grad_MD.mul_(self._model.norm_D))
         of_hidden_ND, grad_ND = grad_ND, torch.zeros_like(x_ND)
         rounded_ND = kernels.norm_backward(of_hidden_ND, hidden_ND, inverse_N, grad_ND).to(self._dtype)
         for index in reversed(range(len(layers))):
-            rounded_ND = self._backward(layers[index], index, saved.pop(), grad_ND, rounded_ND, work, turn)
+            rounded_ND = self._backward(layers[index], index, saved.pop(), grad_ND, rounded_ND, work)
         self._embed_backward(work, low, grad_ND)
-        return scores
+        return work, scores
+
+    def _score(self, work: Pass, states_MD: Tensor, grad_MD: Tensor, *, single: bool) -> Scores:
+        if single:
+            return score_frozen(self._kernels, self._head_VD, states_MD, work, grad_MD)
+        coarse_VD = None if self._dtype == torch.float32 else self._head_VD
+        return score(self._model, states_MD, work, grad_MD, prompt_head_VD=coarse_VD)
 
     def _embed(self, work: Pass) -> tuple[Tensor, list[Tensor | None]]:
         """And the low-rank inputs of each piece."""
@@ -157,7 +169,14 @@ class FoldedLlama:
         return Turn(cos[:, 0, :half].contiguous(), sin[:, 0, :half].contiguous())
 
     def _forward(
-        self, layer: _Sites, index: int, x_ND: Tensor, added_ND: Tensor | None, work: Pass, turn: Turn
+        self,
+        layer: _Sites,
+        index: int,
+        x_ND: Tensor,
+        added_ND: Tensor | None,
+        work: Pass,
+        groups: list[RowGroup],
+        turn: Turn,
     ) -> tuple[Tensor, _Saved]:
         """Adds `added_ND` to `x_ND`; returns what is to be added next."""
         kernels, heads, epsilon = self._kernels, self._heads, self._model.config.norm_epsilon
@@ -168,7 +187,7 @@ class FoldedLlama:
         if bias is not None:
             qkv.add_(bias)
         attention_N = qkv.new_zeros(len(qkv), heads.queries * heads.width)
-        attended = [attend(kernels, qkv, group, turn, heads, attention_N) for group in work.groups]
+        attended = [attend(kernels, qkv, group, turn, heads, attention_N) for group in groups]
         out_ND, kept["o"] = layer["o"].forward(attention_N, parts["o"])
 
         feed_normed_ND, feed_inverse_N = kernels.norm(x_ND, out_ND, epsilon, self._dtype)
@@ -178,7 +197,7 @@ class FoldedLlama:
         return out_ND, saved
 
     def _backward(
-        self, layer: _Sites, index: int, saved: _Saved, grad_ND: Tensor, rounded_ND: Tensor, work: Pass, turn: Turn
+        self, layer: _Sites, index: int, saved: _Saved, grad_ND: Tensor, rounded_ND: Tensor, work: Pass
     ) -> Tensor:
         """Turns `grad_ND` from the gradient of the layer's output into that of its input.
 

@@ -13,26 +13,24 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from tunesmith.decoder.base import Decoder
+from tunesmith.training import step
 from tunesmith.training.batches import Row
 from tunesmith.training.factors import FactorView, TrainableLora
 from tunesmith.training.folded import FoldedLlama, covers
 from tunesmith.training.kernels import Kernels
-from tunesmith.training.loss import Scores, Weighed, score, score_frozen
+from tunesmith.training.loss import Scores, score
 from tunesmith.training.metrics import Tally
 from tunesmith.training.native import available
 from tunesmith.training.packing import MICRO_BATCH_TOKENS, MicroBatch, micro_batches
 from tunesmith.training.passes import Pass, Piece
+from tunesmith.training.step import CompiledLlama
 from tunesmith.training.workers import Workers, deal
 
 ALONE_FROM_TOKENS = 192
 """From so many tokens in a step on, a job is computed alone, with its factors in the dtype of the products: they fill
 products by themselves (docs/design/decisions/training-step.md)."""
-MOST_SHARED_WEIGHTS = 64_000_000
-"""In larger models every job is computed alone: there one thread would be too slow for a pass, and with several the
-last digits of a job would depend on the jobs beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +81,13 @@ class Learner:
         `site_outputs` are those of every job's `TrainableLora`: they follow from the model.
         """
         self._model = model
-        self._kernels = kernels or available()
-        self._folded = FoldedLlama(model, site_outputs, dtype, self._kernels) if covers(model) else None
-        weights = sum(weight.numel() for weight in model.parameters()) if covers(model) else 0
-        self._shares_passes = weights <= MOST_SHARED_WEIGHTS
-        self._head_VD = model.head_VD.to(dtype)
+        self._by_hand: CompiledLlama | FoldedLlama | None = None
+        if covers(model):
+            if kernels is None and dtype == torch.bfloat16 and step.covers(model):
+                self._by_hand = CompiledLlama(model, site_outputs)
+            else:
+                self._by_hand = FoldedLlama(model, site_outputs, dtype, kernels or available())
+        self._prompt_head_VD = None if dtype == torch.float32 else model.head_VD.to(dtype)
         self._workers = workers
         self._beat = beat
 
@@ -96,10 +96,12 @@ class Learner:
         shares = [self._shares(index, lesson) for index, lesson in enumerate(lessons)]
         together: list[_Share] = []
         for lesson, mine in zip(lessons, shares, strict=True):
-            if self._folded is None:
+            if self._by_hand is None:
                 self._workers.each(self._by_autograd, mine)
-            elif lesson.n_tokens >= ALONE_FROM_TOKENS or not self._shares_passes:
-                self._folded.take(lesson.factors)
+                continue
+            alone = lesson.n_tokens >= ALONE_FROM_TOKENS or not self._by_hand.shares
+            self._by_hand.take(lesson.factors, single=alone)
+            if alone:
                 self._workers.each(self._alone, mine)
             else:
                 together += mine
@@ -131,34 +133,22 @@ class Learner:
     def _together(self, shares: Sequence[_Share], max_tokens: int) -> None:
         tallies = {id(piece): share.tally for share in shares for piece in share.pieces}
         for share in shares:
-            share.pieces[0].view.begin(overwriting=True)
+            share.pieces[0].view.begin()
         for pieces in _passes(shares, max_tokens):
-            work = Pass.of(pieces)
-            scores = self._scored(work, single=False)
+            work, scores = self._scored(pieces, single=False)
             for piece, weighed in zip(work.pieces, work.weighed(), strict=True):
                 tallies[id(piece)].add(piece.batch, Scores(scores.nll_M[weighed], scores.right_M[weighed]))
-                piece.view.kept = 1
 
     def _alone(self, share: _Share) -> None:
         share.pieces[0].view.begin()
         for piece in share.pieces:
-            share.tally.add(piece.batch, self._scored(Pass.of([piece]), single=True))
+            _, scores = self._scored([piece], single=True)
+            share.tally.add(piece.batch, scores)
 
-    @torch.no_grad()
-    def _scored(self, work: Pass, *, single: bool) -> Scores:
-        assert self._folded is not None
+    def _scored(self, pieces: Sequence[Piece], *, single: bool) -> tuple[Pass, Scores]:
+        assert self._by_hand is not None
         self._beat()
-
-        def scored(hidden_MD: Tensor, gradient_MD: Tensor) -> Scores:
-            if single:
-                return score_frozen(self._kernels, self._head_VD, hidden_MD, work, gradient_MD)
-            return self._score(hidden_MD, work, gradient_MD)
-
-        return self._folded.learn(work, scored, single=single)
-
-    def _score(self, hidden_MD: Tensor, weighed: Weighed, gradient_MD: Tensor) -> Scores:
-        coarse_VD = None if self._head_VD.dtype == torch.float32 else self._head_VD
-        return score(self._model, hidden_MD, weighed, gradient_MD, prompt_head_VD=coarse_VD)
+        return self._by_hand.learn(pieces, single=single)
 
     def _by_autograd(self, share: _Share) -> None:
         share.pieces[0].view.begin()
@@ -171,7 +161,7 @@ class Learner:
         with torch.no_grad():
             hidden_MD = hidden_ND.detach()[batch.predicting_M]
             gradient_MD = torch.empty_like(hidden_MD)
-            scores = self._score(hidden_MD, batch, gradient_MD)
+            scores = score(self._model, hidden_MD, batch, gradient_MD, prompt_head_VD=self._prompt_head_VD)
             gradient_ND = torch.zeros_like(hidden_ND).index_copy_(0, batch.predicting_M, gradient_MD.mul_(share))
         hidden_ND.backward(gradient_ND)
         return scores

@@ -14,7 +14,10 @@ from tunesmith import compiled
 from tunesmith.rundir import write_bytes
 from tunesmith.training.kernels import Eager, Heads, Kernels, RowGroup, Spread, Turn
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE, *INCLUDED = (
+    Path(__file__).with_name(name) for name in ("step.cpp", "attention.h", "model.h", "tiles.h", "kernels.cpp")
+)
+"""Whole steps (`training.step`), and what they are made of."""
 
 _SIZE, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
@@ -45,21 +48,34 @@ def available() -> Kernels:
 
 def confirm(record: Path) -> None:
     """Writes to `record` which kernels a run begins with. Raises KernelsChanged where it began with others."""
-    kind = "eager" if load() is None else "native"
+    found = library()
+    kind = "eager" if found is None else "tiles" if has_tiles(found) else "native"
     if not record.exists():
         write_bytes(record, kind.encode())
     elif (known := record.read_text()) != kind:
         raise KernelsChanged(
-            f"{record}: this run began with {known} kernels, and now there are only {kind} ones: a C++ compiler was "
-            "removed or added; put that back, or fine-tune again"
+            f"{record}: this run began with {known} kernels, and here are {kind} ones: a C++ compiler was removed or "
+            "added, or this is another processor; put that back, or fine-tune again"
         )
 
 
 @cache
 def load() -> Native | None:
-    """None without a compiler (see `compiled.load`)."""
-    library = compiled.load(SOURCE)
-    return None if library is None else Native(library)
+    """None without a compiler."""
+    compiled_here = library()
+    return None if compiled_here is None else Native(compiled_here)
+
+
+def library() -> ctypes.CDLL | None:
+    """What is compiled here; None without a compiler (see `compiled.load`)."""
+    return compiled.load(SOURCE, *INCLUDED)
+
+
+@cache
+def has_tiles(library: ctypes.CDLL) -> bool:
+    """Whether processor and system let this process multiply tiles of bf16; asks the system for it."""
+    library.tunesmith_tiles.restype = ctypes.c_bool
+    return bool(library.tunesmith_tiles())
 
 
 class Native:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,6 @@ class Pass:
     spans: list[slice]
     """Which tokens are those of each piece, the added ones included."""
     token_ids_N: Tensor
-    positions_N: Tensor
-    groups: list[RowGroup]
     predicting_M: Tensor
     target_M: Tensor
     weight_M: Tensor
@@ -59,27 +57,30 @@ class Pass:
     completion_C: Tensor
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece]) -> Pass:
-        """All tokens of each, one after another."""
-        starts, end = [], 0
-        for piece in pieces:
-            starts.append(end)
-            end += len(piece.batch.token_ids_N) + _missing(piece.batch)
-        spans = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], end], strict=True)]
-        more = -end % next((rounding for most, rounding in PASS_ROUNDING if end <= most), LARGEST_ROUNDING)
+    def of(cls, pieces: Sequence[Piece], *, grid: int | None = None) -> Pass:
+        """All tokens of each, one after another, rounded up to a multiple of `grid`, or as torch's products like it."""
         batches = [piece.batch for piece in pieces]
-        counts = [0, *accumulate(len(batch.predicting_M) for batch in batches)]
+        missing = [-len(batch.token_ids_N) % (grid or PIECE_ROUNDING) for batch in batches]
+        padded = [F.pad(batch.token_ids_N, (0, more)) for batch, more in zip(batches, missing, strict=True)]
+        *starts, end = accumulate(map(len, padded), initial=0)
+        if grid is None:
+            more = -end % next((rounding for most, rounding in PASS_ROUNDING if end <= most), LARGEST_ROUNDING)
+            padded.append(torch.zeros(more, dtype=torch.int64))
+        counts = accumulate((len(batch.predicting_M) for batch in batches), initial=0)
         return cls(
             list(pieces),
-            spans,
-            F.pad(torch.cat([F.pad(batch.token_ids_N, (0, _missing(batch))) for batch in batches]), (0, more)),
-            F.pad(torch.cat([F.pad(batch.positions_N, (0, _missing(batch))) for batch in batches]), (0, more)),
-            _row_groups(batches, starts),
+            [slice(start, stop) for start, stop in pairwise([*starts, end])],
+            torch.cat(padded),
             predicting_M=torch.cat([batch.predicting_M + start for batch, start in zip(batches, starts, strict=True)]),
             target_M=torch.cat([batch.target_M for batch in batches]),
             weight_M=torch.cat([piece.batch.weight_M * piece.share for piece in pieces]),
             completion_C=torch.cat([batch.completion_C + at for batch, at in zip(batches, counts, strict=False)]),
         )
+
+    def groups(self) -> list[RowGroup]:
+        """Rows whose attention is computed at once."""
+        batches = [piece.batch for piece in self.pieces]
+        return _row_groups(batches, [span.start for span in self.spans])
 
     def weighed(self) -> Iterator[slice]:
         """Which of M are those of each piece."""
@@ -101,8 +102,3 @@ def _row_groups(batches: Sequence[MicroBatch], starts: Sequence[int]) -> list[Ro
             by_cells[key][1].extend(batch.row_lengths[first:end])
     groups = by_cells.values()
     return [RowGroup(torch.tensor(at), torch.tensor(n), max(n) + -max(n) % CELL_ROUNDING) for at, n in groups]
-
-
-def _missing(batch: MicroBatch) -> int:
-    """How many tokens are added to round up."""
-    return -len(batch.token_ids_N) % PIECE_ROUNDING

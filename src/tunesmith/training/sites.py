@@ -91,9 +91,9 @@ class SharedSite:
             x, grad, grad_h = self._input(x_NI[part.span]), grad_NO[part.span].float(), torch.empty_like(h)
             linears = zip(self._linears(grad, b_OR, h), self._linears(grad, of_b, grad_h), strict=True)
             for (grad_part, b, h_NR), (_, of_b_part, of_h) in linears:
-                of_b_part.addmm_(grad_part.T, h_NR, beta=view.kept)
+                of_b_part.addmm_(grad_part.T, h_NR)
                 of_h.addmm_(grad_part, b, beta=0, alpha=view.scale)
-            of_a.addmm_(grad_h.T, x, beta=view.kept)
+            of_a.addmm_(grad_h.T, x)
             own = grad_h @ a
             _add(grad_NI[part.span], own if self.gain_I is None else own.mul_(self.gain_I))
         return grad_NI

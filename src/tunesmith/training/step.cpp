@@ -1,0 +1,551 @@
+// A training step of a Llama on processors that multiply tiles of bf16 (AMX): forward and backward in one call.
+//
+// What training/folded.py does with products of torch, for one or more pieces of one or more jobs. Frozen weights lie in
+// memory as tiles from the start, factors of adapters from the start of a step; products of a token's state with weights
+// and with its job's factors add up in the same tiles; layers are walked in chunks of tokens that stay in the cache. What
+// comes of a token depends on its own row alone, and the gradient of a piece on its own rows, whatever lies beside it.
+//
+// Legend: N = tokens, D = model width, F = feed-forward width, H, K = query and key/value heads, d = head width,
+// W = (H + 2K) d, R = rank, S = rank rounded up to a block, P = linear layers stacked in a site, I, O = inputs and
+// outputs of a site, M = weighed positions, V = vocabulary, T = tokens of a row.
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "attention.h"
+
+namespace {
+
+constexpr int64_t CHUNK = 256;       // tokens that go through products together: their states stay in the cache
+constexpr int64_t HEAD_CHUNK = 128;  // positions whose logits are held at once
+
+// What the way back of a layer needs.
+struct Saved {
+    Panels normed, qkv, attention, feed_normed, gate_up;  // [N, D], [N, W] turned, [N, H d], [N, D], [N, 2F]
+    Panels low[4];                                        // [P S, N]: what A gave, by sites
+    float *inverse, *feed_inverse, *log_sum;              // [N], [N], [H, N]
+};
+
+struct Step {
+    const Model &m;
+    const Pass &p;
+    const int64_t n, wide, mixed;
+    int64_t longest = 0, deep = 0, embedded = 0, used = 0;  // deep, embedded: of all pieces the most
+    std::vector<Places> places;     // by pieces
+    std::vector<int32_t> piece_of;  // by blocks of 32 tokens
+    std::vector<int32_t> turn_of;   // by tokens: its place in its row, or -1
+    std::vector<Saved> saved;
+    std::optional<Attention> attention;
+    float *x, *grad, *inverse, *grad_states, *low_in;        // x: [N, D], grad: of x
+    Panels out, states, logits;                              // out: what is to be added to x, then grad in bf16
+    Panels low, grad_low, grad_low_turned, product, grad_fed, grad_wide, grad_normed;  // of a chunk
+    Panels grad_mixed;
+    alignas(64) float c[BLOCK];
+
+    Step(const Model &model, const Pass &pass)
+        : m(model), p(pass), n(pass.tokens), wide((m.heads + 2 * m.kv_heads) * m.head_width),
+          mixed(m.heads * m.head_width), piece_of(n / SIDE, 0), turn_of(n, -1) {
+        for (int64_t row = 0; row < p.rows; ++row) {
+            longest = p.row_length[row] > longest ? p.row_length[row] : longest;
+            for (int64_t t = 0; t < p.row_length[row]; ++t) turn_of[p.row_start[row] + t] = t;
+        }
+        for (int64_t i = 0; i < p.pieces; ++i) {
+            const Piece &piece = p.piece[i];
+            places.emplace_back(m, piece.rank);
+            deep = rounded_up(piece.rank) > deep ? rounded_up(piece.rank) : deep;
+            embedded = piece.embedding_rank > embedded ? piece.embedding_rank : embedded;
+            for (int64_t at = piece.start; at < piece.start + piece.tokens; at += SIDE) piece_of[at / SIDE] = i;
+        }
+        lay_out();
+    }
+
+    void lay_out() {
+        Arena arena{p.memory};
+        const int64_t slack = n + SIDE;  // attention reads beyond a row
+        for (int64_t i = 0; i < m.layers; ++i) {
+            Saved s{};
+            s.normed = arena.panels(n, m.width);
+            s.qkv = arena.panels(slack, wide);
+            s.attention = arena.panels(n, mixed);
+            s.feed_normed = arena.panels(n, m.width);
+            s.gate_up = arena.panels(n, 2 * m.feed_width);
+            for (int site = 0; site < 4; ++site) s.low[site] = arena.panels(m.layer[i].sites[site].parts * deep, n);
+            s.inverse = arena.take<float>(n);
+            s.feed_inverse = arena.take<float>(n);
+            s.log_sum = arena.take<float>(n * m.heads);
+            saved.push_back(s);
+        }
+        x = arena.take<float>(n * m.width);
+        grad = arena.take<float>(n * m.width);
+        inverse = arena.take<float>(n);
+        grad_states = arena.take<float>(HEAD_CHUNK * m.width);
+        low_in = arena.take<float>(n * embedded);
+        out = arena.panels(n, m.width);
+        states = arena.panels(HEAD_CHUNK, m.width);
+        logits = arena.panels(HEAD_CHUNK, rounded_up(m.vocabulary));
+        low = arena.panels(CHUNK, 3 * deep);
+        grad_low = arena.panels(CHUNK, 3 * deep);
+        grad_low_turned = arena.panels(3 * deep, CHUNK);
+        product = arena.panels(CHUNK, m.feed_width);
+        grad_fed = arena.panels(CHUNK, m.feed_width);
+        grad_wide = arena.panels(CHUNK, 2 * m.feed_width);
+        grad_normed = arena.panels(CHUNK, m.width);
+        grad_mixed = arena.panels(slack, mixed);
+        attention.emplace(m, longest, arena);
+        used = arena.used;
+    }
+
+    // -- products of a site, for `tokens` from token `first` on; panels given begin there
+
+    const Site &site_at(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
+
+    // A panel of frozen weights with each block of 32 tokens; then(block) adds what its job's factors give, and takes.
+    template <typename Then>
+    void by_panels(Panels in, const bf16 *weight, int64_t steps, int64_t panels, int64_t tokens, Then then) {
+        const int64_t blocks = tokens / SIDE, lines = (SIDE + blocks - 1) / blocks;
+        for (int64_t panel = 0; panel < panels; ++panel, weight += steps * BLOCK)
+            for (int64_t at = 0; at < tokens; at += SIDE) {
+                const bf16 *next = weight + steps * BLOCK + at / SIDE * lines * steps * SIDE;
+                clear();
+                accumulate(in.block(0, at), in.step(), weight, steps, next, panel + 1 < panels ? lines : 0);
+                then(panel, at);
+            }
+    }
+
+    // y = x W^T + (x A^T) B^T; keeps x A^T in `kept`.
+    void forward(int64_t index, Panels in, Panels y, Panels kept, int64_t first, int64_t tokens) {
+        const Site &site = site_at(index);
+        for (int part = 0; part < site.parts; ++part)
+            for (int64_t at = 0; at < tokens; at += SIDE) {
+                const int32_t which = piece_of[(first + at) / SIDE];
+                const int64_t own = rounded_up(p.piece[which].rank);
+                const bf16 *a = p.piece[which].packed + places[which].sites[index].a_forward + part * own * site.inputs;
+                for (int64_t r = 0; r < own; r += SIDE) {
+                    clear();
+                    accumulate(in.block(0, at), in.step(), a + r * site.inputs, site.inputs / SIDE);
+                    take_sums(c);
+                    round_block(c, low.block((part * deep + r) / SIDE, at));
+                    round_turned(c, kept.block((first + at) / SIDE, part * deep + r));
+                }
+            }
+        int64_t panel = 0;
+        for (int part = 0; part < site.parts; panel += site.outputs[part++] / SIDE) {
+            const Panels low_part = low.panels(part * deep / SIDE);
+            by_panels(in, site.forward + panel * SIDE * site.inputs, site.inputs / SIDE, site.outputs[part] / SIDE,
+                      tokens, [&](int64_t within, int64_t at) {
+                          const int32_t which = piece_of[(first + at) / SIDE];
+                          const int64_t own = rounded_up(p.piece[which].rank);
+                          const bf16 *b = p.piece[which].packed + places[which].sites[index].b_forward[part];
+                          accumulate(low_part.block(0, at), low.step(), b + within * SIDE * own, own / SIDE);
+                          take_sums(c);
+                          round_block(c, y.block(panel + within, at));
+                      });
+        }
+    }
+
+    // The gradient of the inputs, from that of the outputs; leaves that of x A^T in grad_low_turned, for `learn`.
+    void backward(int64_t index, Panels gy, Panels gx, int64_t first, int64_t tokens) {
+        const Site &site = site_at(index);
+        const int64_t outputs = outputs_of(site);
+        Panels of_part = gy;
+        for (int part = 0; part < site.parts; of_part = of_part.panels(site.outputs[part++] / SIDE))
+            for (int64_t at = 0; at < tokens; at += SIDE) {
+                const int32_t which = piece_of[(first + at) / SIDE];
+                const int64_t own = rounded_up(p.piece[which].rank);
+                const bf16 *b = p.piece[which].packed + places[which].sites[index].b_backward[part];
+                for (int64_t r = 0; r < own; r += SIDE) {
+                    clear();
+                    accumulate(of_part.block(0, at), gy.step(), b + r * site.outputs[part], site.outputs[part] / SIDE);
+                    take_sums(c);
+                    round_block(c, grad_low.block((part * own + r) / SIDE, at));  // as deep as the piece has them
+                    round_turned(c, grad_low_turned.block(at / SIDE, part * deep + r));
+                }
+            }
+        by_panels(gy, site.backward, outputs / SIDE, site.inputs / SIDE, tokens, [&](int64_t panel, int64_t at) {
+            const int32_t which = piece_of[(first + at) / SIDE];
+            const int64_t all = site.parts * rounded_up(p.piece[which].rank);
+            const bf16 *a = p.piece[which].packed + places[which].sites[index].a_backward;
+            accumulate(grad_low.block(0, at), grad_low.step(), a + panel * SIDE * all, all / SIDE);
+            take_sums(c);
+            round_block(c, gx.block(panel, at));
+        });
+    }
+
+    // Adds to the gradients of the factors, from that of the outputs and what `forward` and `backward` left.
+    void learn(int64_t index, Panels gy, Panels in, Panels kept, int64_t first, int64_t tokens) {
+        for (int64_t from = 0, to; from < tokens; from = to) {
+            const int32_t which = piece_of[(first + from) / SIDE];
+            for (to = from; to < tokens && piece_of[(first + to) / SIDE] == which;) to += SIDE;
+            learn_piece(index, which, gy.from(from), in.from(from), kept.panels((first + from) / SIDE),
+                        grad_low_turned.panels(from / SIDE), (to - from) / SIDE);
+        }
+    }
+
+    void learn_piece(int64_t index, int32_t which, Panels gy, Panels in, Panels kept, Panels back, int64_t steps) {
+        const Site &site = site_at(index);
+        const Piece &piece = p.piece[which];
+        const Place &place = places[which].sites[index];
+        const int64_t rank = piece.rank;
+        alignas(64) bf16 panel[CHUNK * SIDE];
+        float *of_a = piece.gradient + place.a, *of_b = piece.gradient + place.b;
+        int64_t column = 0;
+        for (int part = 0; part < site.parts; ++part)
+            for (int64_t end = column + site.outputs[part]; column < end; column += SIDE) {
+                for (int64_t s = 0; s < steps; ++s) pack_rows(gy.block(column / SIDE, s * SIDE), SIDE, panel + s * BLOCK);
+                for (int64_t r = 0; r < rank; r += SIDE) {
+                    clear();
+                    accumulate(kept.block(0, part * deep + r), kept.step(), panel, steps);
+                    take_sums(c);
+                    add_turned(of_b + column * rank + r, rank, rank - r, piece.scale);
+                }
+            }
+        for (int64_t i = 0; i < site.inputs; i += SIDE) {
+            for (int64_t s = 0; s < steps; ++s) pack_rows(in.block(i / SIDE, s * SIDE), SIDE, panel + s * BLOCK);
+            for (int part = 0; part < site.parts; ++part)
+                for (int64_t r = 0; r < rank; r += SIDE) {
+                    clear();
+                    accumulate(back.block(0, part * deep + r), back.step(), panel, steps);
+                    take_sums(c);
+                    const int64_t real = rank - r < SIDE ? rank - r : SIDE;
+                    for (int64_t k = 0; k < real; ++k)
+                        add_row(of_a + (part * rank + r + k) * site.inputs + i, c + k * SIDE,
+                                site.gain ? site.gain + i : nullptr);
+                }
+        }
+    }
+
+    static void add_row(float *to, const float *more, const float *gain) {
+        for (int64_t half = 0; half < SIDE; half += 16) {
+            const __m512 factor = gain ? _mm512_loadu_ps(gain + half) : _mm512_set1_ps(1.0f);
+            _mm512_storeu_ps(to + half, _mm512_fmadd_ps(_mm512_load_ps(more + half), factor, _mm512_loadu_ps(to + half)));
+        }
+    }
+
+    // Adds the sums to 32 rows of `to`, rows and columns exchanged, in the first `real` columns.
+    void add_turned(float *to, int64_t stride, int64_t real, float scale) {
+        for (int64_t top = 0; top < SIDE && top < real; top += 16)
+            for (int64_t left = 0; left < SIDE; left += 16) {
+                __m512i words[16];
+                turned_quarter(c, top, left, words);
+                const __mmask16 there = first_of_16(real - top);
+                for (int64_t i = 0; i < 16; ++i) {
+                    float *at = to + (left + i) * stride + top;
+                    const __m512 before = _mm512_maskz_loadu_ps(there, at);
+                    _mm512_mask_storeu_ps(
+                        at, there, _mm512_fmadd_ps(_mm512_castsi512_ps(words[i]), _mm512_set1_ps(scale), before));
+                }
+            }
+    }
+
+    // -- what stands between products
+
+    // x += added, where given; `to` = x over the root of its mean square, and one over that root.
+    void normalise(const Panels *added, Panels to, float *inverses, int64_t first, int64_t tokens) {
+        const int64_t d = m.width;
+        for (int64_t i = 0; i < tokens; ++i) {
+            float *row = x + (first + i) * d;
+            __m512 squares = _mm512_setzero_ps();
+            for (int64_t j = 0; j < d; j += 16) {
+                __m512 value = _mm512_loadu_ps(row + j);
+                if (added) {
+                    value = _mm512_add_ps(value, load_low(added->block(j / SIDE, i) + j % SIDE));
+                    _mm512_storeu_ps(row + j, value);
+                }
+                squares = _mm512_fmadd_ps(value, value, squares);
+            }
+            const float factor = root_of_inverse(sum(squares) / static_cast<float>(d) + m.epsilon);
+            const __m512 f = _mm512_set1_ps(factor);
+            inverses[first + i] = factor;
+            for (int64_t j = 0; j < d; j += SIDE)
+                store_32(to.block(j / SIDE, i), _mm512_mul_ps(_mm512_loadu_ps(row + j), f),
+                         _mm512_mul_ps(_mm512_loadu_ps(row + j + 16), f));
+        }
+    }
+
+    // Through `normalise`, grad += (dy - y mean(dy y)) * inverse; the sum in bf16 comes into `out`.
+    void leave_norm(Panels dy, Panels y, const float *inverses, int64_t first, int64_t tokens) {
+        const int64_t d = m.width;
+        for (int64_t i = 0; i < tokens; ++i) {
+            float *row = grad + (first + i) * d;
+            __m512 along = _mm512_setzero_ps();
+            for (int64_t j = 0; j < d; j += 16)
+                along = _mm512_fmadd_ps(load_low(dy.block(j / SIDE, i) + j % SIDE),
+                                        load_low(y.block(j / SIDE, i) + j % SIDE), along);
+            const __m512 mean = _mm512_set1_ps(sum(along) / static_cast<float>(d));
+            const __m512 factor = _mm512_set1_ps(inverses[first + i]);
+            for (int64_t j = 0; j < d; j += 16) {
+                const __m512 g = load_low(dy.block(j / SIDE, i) + j % SIDE), v = load_low(y.block(j / SIDE, i) + j % SIDE);
+                const __m512 through = _mm512_fnmadd_ps(v, mean, g);
+                const __m512 value = _mm512_fmadd_ps(through, factor, _mm512_loadu_ps(row + j));
+                _mm512_storeu_ps(row + j, value);
+                store_16(out.block(j / SIDE, first + i) + j % SIDE, value);
+            }
+        }
+    }
+
+    // product = silu(gate) * up
+    void gate(Panels gate_up, int64_t tokens) {
+        for (int64_t panel = 0; panel < m.feed_width / SIDE; ++panel) {
+            const bf16 *g = gate_up.block(panel, 0), *up = gate_up.block(panel + m.feed_width / SIDE, 0);
+            bf16 *to = product.block(panel, 0);
+            for (int64_t i = 0; i < tokens * SIDE; i += 16) {
+                const __m512 value = load_low(g + i);
+                store_16(to + i, _mm512_mul_ps(_mm512_mul_ps(value, sigmoid(value)), load_low(up + i)));
+            }
+        }
+    }
+
+    // The product again, and from its gradient that of gate and up.
+    void leave_gate(Panels gate_up, int64_t tokens) {
+        const __m512 one = _mm512_set1_ps(1.0f);
+        for (int64_t panel = 0; panel < m.feed_width / SIDE; ++panel) {
+            const int64_t up_panel = panel + m.feed_width / SIDE;
+            const bf16 *g = gate_up.block(panel, 0), *up = gate_up.block(up_panel, 0), *dy = grad_fed.block(panel, 0);
+            bf16 *to = product.block(panel, 0), *of_gate = grad_wide.block(panel, 0), *of_up = grad_wide.block(up_panel, 0);
+            for (int64_t i = 0; i < tokens * SIDE; i += 16) {
+                const __m512 value = load_low(g + i), other = load_low(up + i), given = load_low(dy + i);
+                const __m512 share = sigmoid(value), swish = _mm512_mul_ps(value, share);
+                store_16(to + i, _mm512_mul_ps(swish, other));
+                store_16(of_up + i, _mm512_mul_ps(given, swish));
+                const __m512 slope = _mm512_fmadd_ps(swish, _mm512_sub_ps(one, share), share);
+                store_16(of_gate + i, _mm512_mul_ps(_mm512_mul_ps(given, other), slope));
+            }
+        }
+    }
+
+    // -- layers
+
+    template <typename Work>
+    void by_chunks(Work work) {
+        for (int64_t first = 0; first < n; first += CHUNK) work(first, first + CHUNK < n ? CHUNK : n - first);
+    }
+
+    void forward_layer(int64_t layer) {
+        Saved &s = saved[layer];
+        by_chunks([&](int64_t first, int64_t tokens) {
+            const Panels added = out.from(first);
+            normalise(layer ? &added : nullptr, s.normed.from(first), s.inverse, first, tokens);
+            forward(4 * layer, s.normed.from(first), s.qkv.from(first), s.low[0], first, tokens);
+            attention->turn(s.qkv.from(first), m.layer[layer].bias, turn_of.data() + first, tokens);
+        });
+        std::memset(s.attention.data, 0, sizeof(bf16) * n * mixed);
+        for (int64_t row = 0; row < p.rows; ++row) {
+            const int64_t start = p.row_start[row];
+            attention->forward(s.qkv.from(start), s.attention.from(start), s.log_sum + start, n, p.row_length[row]);
+        }
+        by_chunks([&](int64_t first, int64_t tokens) {
+            const Panels added = out.from(first), normed = s.feed_normed.from(first);
+            forward(4 * layer + 1, s.attention.from(first), added, s.low[1], first, tokens);
+            normalise(&added, normed, s.feed_inverse, first, tokens);
+            forward(4 * layer + 2, normed, s.gate_up.from(first), s.low[2], first, tokens);
+            gate(s.gate_up.from(first), tokens);
+            forward(4 * layer + 3, product, added, s.low[3], first, tokens);
+        });
+    }
+
+    // grad, and `out`, the same in bf16: the gradient of the layer's output becomes that of its input.
+    void backward_layer(int64_t layer) {
+        Saved &s = saved[layer];
+        by_chunks([&](int64_t first, int64_t tokens) {
+            const Panels of_out = out.from(first), normed = s.feed_normed.from(first);
+            backward(4 * layer + 3, of_out, grad_fed, first, tokens);
+            leave_gate(s.gate_up.from(first), tokens);
+            learn(4 * layer + 3, of_out, product, s.low[3], first, tokens);
+            backward(4 * layer + 2, grad_wide, grad_normed, first, tokens);
+            learn(4 * layer + 2, grad_wide, normed, s.low[2], first, tokens);
+            leave_norm(grad_normed, normed, s.feed_inverse, first, tokens);
+            backward(4 * layer + 1, of_out, grad_mixed.from(first), first, tokens);
+            learn(4 * layer + 1, of_out, s.attention.from(first), s.low[1], first, tokens);
+        });
+        const Panels grad_qkv{s.gate_up.data, n};  // no longer needed, and large enough: see covers() in step.py
+        std::memset(grad_qkv.data, 0, sizeof(bf16) * n * wide);
+        for (int64_t row = 0; row < p.rows; ++row) {
+            const int64_t start = p.row_start[row];
+            attention->backward(s.qkv.from(start), s.attention.from(start), grad_mixed.from(start), s.log_sum + start, n,
+                                p.row_length[row], grad_qkv.from(start));
+        }
+        by_chunks([&](int64_t first, int64_t tokens) {
+            const Panels of_qkv = grad_qkv.from(first), normed = s.normed.from(first);
+            backward(4 * layer, of_qkv, grad_normed, first, tokens);
+            learn(4 * layer, of_qkv, normed, s.low[0], first, tokens);
+            leave_norm(grad_normed, normed, s.inverse, first, tokens);
+        });
+    }
+
+    // -- both ends
+
+    void embed() {
+        for (int64_t which = 0; which < p.pieces; ++which) {
+            const Piece &piece = p.piece[which];
+            const int64_t rank = piece.embedding_rank;
+            const float *a = piece.flat + places[which].flat, *b = a + m.vocabulary * rank;
+            for (int64_t at = piece.start; at < piece.start + piece.tokens; ++at) {
+                const int64_t id = p.token_ids[at];
+                float *to = x + at * m.width, *in = low_in + at * embedded;
+                std::memcpy(to, m.embedding + id * m.width, sizeof(float) * m.width);
+                for (int64_t r = 0; r < rank; ++r) in[r] = a[id * rank + r] * piece.scale;
+                for (int64_t j = 0; j < m.width && rank; ++j) {
+                    float sum = 0.0f;
+                    for (int64_t r = 0; r < rank; ++r) sum += in[r] * b[j * rank + r];
+                    to[j] += sum;
+                }
+            }
+        }
+    }
+
+    void embed_backward() {
+        for (int64_t which = 0; which < p.pieces; ++which) {
+            const Piece &piece = p.piece[which];
+            const int64_t rank = piece.embedding_rank;
+            const float *b = piece.flat + places[which].flat + m.vocabulary * rank;
+            float *of_a = piece.gradient + places[which].flat, *of_b = of_a + m.vocabulary * rank;
+            for (int64_t at = piece.start; at < piece.start + piece.tokens && rank; ++at) {
+                const float *g = grad + at * m.width, *in = low_in + at * embedded;
+                float *to = of_a + p.token_ids[at] * rank;
+                for (int64_t j = 0; j < m.width; ++j) {
+                    const float value = g[j], scaled = value * piece.scale;
+                    for (int64_t r = 0; r < rank; ++r) of_b[j * rank + r] += value * in[r];
+                    for (int64_t r = 0; r < rank; ++r) to[r] += scaled * b[j * rank + r];
+                }
+            }
+        }
+    }
+
+    // The loss of all positions, and its gradient up to the input of the last norm.
+    void score() {
+        const int64_t d = m.width, panels = rounded_up(m.vocabulary) / SIDE;
+        for (int64_t i = 0; i < n; ++i) finish(i);
+        std::memset(grad, 0, sizeof(float) * n * d);
+        for (int64_t first = 0; first < p.positions; first += HEAD_CHUNK) {
+            const int64_t real = p.positions - first < HEAD_CHUNK ? p.positions - first : HEAD_CHUNK;
+            const int64_t rows = rounded_up(real);
+            float factor[HEAD_CHUNK];
+            for (int64_t i = 0; i < rows; ++i)
+                for (int64_t j = 0; j < d; j += 16) {
+                    __m512 value = _mm512_setzero_ps();
+                    if (i < real)
+                        value = _mm512_mul_ps(_mm512_loadu_ps(x + p.predicting[first + i] * d + j),
+                                              _mm512_loadu_ps(m.norm + j));
+                    store_16(states.block(j / SIDE, i) + j % SIDE, value);
+                }
+            by_panels(states, m.head_forward, d / SIDE, panels, rows, [&](int64_t panel, int64_t at) {
+                take_sums(c);
+                round_block(c, logits.block(panel, at));
+            });
+            for (int64_t i = 0; i < real; ++i) factor[i] = weigh_tokens(i, first + i);
+            by_panels(logits, m.head_backward, panels, d / SIDE, rows, [&](int64_t panel, int64_t at) {
+                take_sums(grad_states + (panel * HEAD_CHUNK + at) * SIDE);
+            });
+            for (int64_t i = 0; i < real; ++i) leave_head(i, first + i, factor[i]);
+        }
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < d; j += 16)
+                store_16(out.block(j / SIDE, i) + j % SIDE, _mm512_loadu_ps(grad + i * d + j));
+    }
+
+    // x of a token after the last layer and the last norm, but for its gain.
+    void finish(int64_t token) {
+        float *row = x + token * m.width;
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t j = 0; j < m.width; j += 16) {
+            const __m512 more = load_low(out.block(j / SIDE, token) + j % SIDE);
+            const __m512 value = _mm512_add_ps(_mm512_loadu_ps(row + j), more);
+            _mm512_storeu_ps(row + j, value);
+            squares = _mm512_fmadd_ps(value, value, squares);
+        }
+        inverse[token] = root_of_inverse(sum(squares) / static_cast<float>(m.width) + m.epsilon);
+        for (int64_t j = 0; j < m.width; ++j) row[j] *= inverse[token];
+    }
+
+    // Logits of a position become e^(logit - largest); returns the weight of the position over their sum.
+    float weigh_tokens(int64_t row, int64_t position) {
+        const int64_t v = m.vocabulary, target = p.target[position];
+        const __m512 lowest = _mm512_set1_ps(-__builtin_huge_valf());
+        __m512 most = lowest, total = _mm512_setzero_ps();
+        for (int64_t j = 0; j < v; j += 16)
+            most = _mm512_max_ps(most, _mm512_mask_mov_ps(lowest, first_of_16(v - j),
+                                                          load_low(logits.block(j / SIDE, row) + j % SIDE)));
+        const float largest = _mm512_reduce_max_ps(most), wanted = load(logits.block(target / SIDE, row)[target % SIDE]);
+        for (int64_t j = 0; j < rounded_up(v); j += 16) {
+            bf16 *at = logits.block(j / SIDE, row) + j % SIDE;
+            const __m512 value = exponential(_mm512_sub_ps(load_low(at), _mm512_set1_ps(largest)));
+            const __m512 there = _mm512_maskz_mov_ps(first_of_16(v - j), value);
+            total = _mm512_add_ps(total, there);
+            store_16(at, there);
+        }
+        const float all = sum(total);
+        p.nll[position] = std::log(all) + largest - wanted;
+        p.right[position] = wanted == largest;
+        return p.weight[position] / all;
+    }
+
+    // From what the head gave back for one position, weight (p W - W_target) through the last norm, into grad.
+    void leave_head(int64_t row, int64_t position, float factor) {
+        const int64_t d = m.width, token = p.predicting[position];
+        const float *head = m.head + p.target[position] * d, *y = x + token * d, weight = p.weight[position];
+        float *to = grad + token * d, dot = 0.0f;
+        for (int64_t j = 0; j < d; ++j) {
+            const float g = grad_states[(j / SIDE * HEAD_CHUNK + row) * SIDE + j % SIDE];
+            to[j] = (g * factor - head[j] * weight) * m.norm[j];
+            dot += to[j] * y[j];
+        }
+        const float mean = dot / static_cast<float>(d), over = inverse[token];
+        for (int64_t j = 0; j < d; ++j) to[j] = (to[j] - y[j] * mean) * over;
+    }
+
+    void run() {
+        configure_tiles();
+        embed();
+        for (int64_t layer = 0; layer < m.layers; ++layer) forward_layer(layer);
+        score();
+        for (int64_t layer = m.layers; layer-- > 0;) backward_layer(layer);
+        embed_backward();
+        _tile_release();
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Whether the system lets this process use tiles.
+bool tunesmith_tiles() {
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+int64_t tunesmith_packed_size(int64_t rows, int64_t columns) { return packed_size(rows, columns); }
+
+// A matrix [O, I], times `gain` [I] where given, as what forward and backward products read.
+void tunesmith_pack(const float *from, int64_t outputs, int64_t inputs, const float *gain, bf16 *forward,
+                    bf16 *backward) {
+    pack_forward(from, outputs, inputs, gain, 1.0f, forward);
+    pack_backward(from, outputs, inputs, gain, 1.0f, backward, rounded_up(outputs) * SIDE);
+}
+
+int64_t tunesmith_packed_factors_size(const Model *model, int64_t rank) { return Places(*model, rank).packed; }
+
+void tunesmith_pack_factors(const Model *model, const float *flat, int64_t rank, float scale, bf16 *packed) {
+    pack_factors(*model, flat, rank, scale, packed);
+}
+
+// How many bytes of memory a pass needs; its `memory` is null.
+int64_t tunesmith_step_memory(const Model *model, const Pass *pass) { return Step(*model, *pass).used; }
+
+void tunesmith_step(const Model *model, const Pass *pass) { Step(*model, *pass).run(); }
+
+}  // extern "C"
+
+#else
+
+#include "kernels.cpp"
+
+extern "C" bool tunesmith_tiles() { return false; }
+
+#endif

@@ -1,0 +1,242 @@
+// Blocks of 32 x 32 in the shapes in which a processor with tiles of bf16 (AMX) multiplies them, and what is done to
+// vectors between products. For step.cpp.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.cpp"
+
+namespace {
+
+constexpr int64_t SIDE = 32;            // rows and columns of a block of a product: two tiles each way
+constexpr int64_t BLOCK = SIDE * SIDE;  // elements of a block of an operand
+
+inline int64_t rounded_up(int64_t n) { return (n + SIDE - 1) / SIDE * SIDE; }
+inline int64_t packed_size(int64_t depth, int64_t wide) { return rounded_up(depth) * rounded_up(wide); }
+
+// ---- layouts ---------------------------------------------------------------------------------------------------------
+
+// A matrix [rows, columns] of bf16 as panels of 32 columns, one after another: its blocks lie in one piece.
+struct Panels {
+    bf16 *data;
+    int64_t rows;
+
+    bf16 *block(int64_t panel, int64_t row) const { return data + (panel * rows + row) * SIDE; }
+    Panels from(int64_t row) const { return {data + row * SIDE, rows}; }
+    Panels panels(int64_t first) const { return {block(first, 0), rows}; }
+    int64_t step() const { return rows * SIDE; }  // from a block to that beside it
+};
+
+inline __m512 load_low(const bf16 *from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))), 16));
+}
+inline __m512i both(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
+inline void store_16(bf16 *to, __m512 x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+inline void store_32(bf16 *to, __m512 low, __m512 high) { _mm512_storeu_si512(to, both(low, high)); }
+inline __mmask16 first_of_16(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+
+inline void transpose(__m512i r[16]) {  // 16 x 16 words of 32 bits
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; ++j) {
+            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0x88);
+            t[i + 4 + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0xdd);
+        }
+    for (int j = 0; j < 8; ++j) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+        r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+    }
+}
+
+// Two rows, 32 wide, as a row of pairs of either tile.
+inline void interleave(__m512i first, __m512i second, bf16 *left, bf16 *right) {
+    alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(left, _mm512_permutex2var_epi16(first, low, second));
+    _mm512_storeu_si512(right, _mm512_permutex2var_epi16(first, high, second));
+}
+
+// A packed block (32 deep, 32 wide: two tiles) of a block in memory whose rows are its depth; `deep` of them are real.
+inline void pack_rows(const bf16 *from, int64_t deep, bf16 *to) {
+    const __m512i zero = _mm512_setzero_si512();
+    for (int64_t i = 0; i < 16; ++i, from += 2 * SIDE) {
+        __m512i first = 2 * i < deep ? _mm512_loadu_si512(from) : zero;
+        __m512i second = 2 * i + 1 < deep ? _mm512_loadu_si512(from + SIDE) : zero;
+        interleave(first, second, to + i * SIDE, to + BLOCK / 2 + i * SIDE);
+    }
+}
+
+// The same of one whose rows are its columns; `wide` of them are real.
+inline void pack_columns(const bf16 *from, int64_t wide, bf16 *to) {
+    for (int64_t half = 0; half < SIDE; half += 16, to += BLOCK / 2) {
+        __m512i rows[16];
+        for (int64_t i = 0; i < 16; ++i)
+            rows[i] = half + i < wide ? _mm512_loadu_si512(from + (half + i) * SIDE) : _mm512_setzero_si512();
+        transpose(rows);
+        for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * SIDE, rows[i]);
+    }
+}
+
+// 32 floats of a row, of which `real` are there, times `gain` and `scale`.
+inline __m512i halves(const float *from, int64_t real, const float *gain, float scale) {
+    __m512 part[2];
+    for (int64_t half = 0; half < 2; ++half, real -= 16) {
+        const __mmask16 there = first_of_16(real);
+        part[half] = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, from + 16 * half), _mm512_set1_ps(scale));
+        if (gain) part[half] = _mm512_mul_ps(part[half], _mm512_maskz_loadu_ps(there, gain + 16 * half));
+    }
+    return both(part[0], part[1]);
+}
+
+// Packs a matrix [rows, columns] of fp32, times `gain` [columns] and `scale`, for products columns -> rows ...
+void pack_forward(const float *from, int64_t rows, int64_t columns, const float *gain, float scale, bf16 *to) {
+    for (int64_t o = 0; o < rows; o += SIDE)
+        for (int64_t i = 0; i < columns; i += SIDE)
+            for (int64_t half = o; half < o + SIDE; half += 16, to += BLOCK / 2) {
+                __m512i words[16];
+                for (int64_t j = 0; j < 16; ++j)
+                    words[j] = half + j < rows
+                                   ? halves(from + (half + j) * columns + i, columns - i, gain ? gain + i : gain, scale)
+                                   : _mm512_setzero_si512();
+                transpose(words);
+                for (int64_t j = 0; j < 16; ++j) _mm512_storeu_si512(to + j * SIDE, words[j]);
+            }
+}
+
+// ... and for products rows -> columns. Its panels lie `stride` apart.
+void pack_backward(const float *from, int64_t rows, int64_t columns, const float *gain, float scale, bf16 *to,
+                   int64_t stride) {
+    for (int64_t i = 0; i < columns; i += SIDE, to += stride)
+        for (int64_t o = 0; o < rows; o += SIDE)
+            for (int64_t j = 0; j < 16; ++j) {
+                __m512i pair[2];
+                for (int64_t k = 0; k < 2; ++k) {
+                    const int64_t row = o + 2 * j + k;
+                    pair[k] = row < rows ? halves(from + row * columns + i, columns - i, gain ? gain + i : gain, scale)
+                                         : _mm512_setzero_si512();
+                }
+                bf16 *left = to + o * SIDE + j * SIDE;
+                interleave(pair[0], pair[1], left, left + BLOCK / 2);
+            }
+}
+
+// ---- tiles: the sums of a block of a product are in tiles 0 to 3 ------------------------------------------------------
+
+// Tile instructions read memory behind the compiler's back.
+inline void settle() { __asm__ volatile("" ::: "memory"); }
+
+void configure_tiles() {
+    struct alignas(64) {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+    settle();
+    _tile_loadconfig(&config);
+}
+
+inline void clear() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Adds 32 rows of `a`, `steps` blocks that lie `stride` apart, times packed blocks `b`. Meanwhile `lines` cache lines a
+// step are asked for from `next` on.
+inline void accumulate(const bf16 *a, int64_t stride, const bf16 *b, int64_t steps, const bf16 *next = nullptr,
+                       int64_t lines = 0) {
+    settle();
+    for (int64_t s = 0; s < steps; ++s, a += stride, b += BLOCK) {
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + BLOCK / 2, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + BLOCK / 2, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        for (int64_t i = 0; i < lines; ++i, next += SIDE) _mm_prefetch(next, _MM_HINT_T1);
+    }
+}
+
+inline void take_sums(float *c) {  // [32, 32]
+    _tile_stored(0, c, 128);
+    _tile_stored(1, c + 16, 128);
+    _tile_stored(2, c + BLOCK / 2, 128);
+    _tile_stored(3, c + BLOCK / 2 + 16, 128);
+}
+
+inline void give_sums(const float *c) {
+    settle();
+    _tile_loadd(0, c, 128);
+    _tile_loadd(1, c + 16, 128);
+    _tile_loadd(2, c + BLOCK / 2, 128);
+    _tile_loadd(3, c + BLOCK / 2 + 16, 128);
+}
+
+// A block of sums as a block of bf16.
+inline void round_block(const float *c, bf16 *to) {
+    for (int64_t i = 0; i < BLOCK; i += SIDE) store_32(to + i, _mm512_load_ps(c + i), _mm512_load_ps(c + i + 16));
+}
+
+// Rows `top` to `top` + 16 and columns `left` to `left` + 16 of a block, exchanged.
+inline void turned_quarter(const float *c, int64_t top, int64_t left, __m512i words[16]) {
+    for (int64_t i = 0; i < 16; ++i) words[i] = _mm512_load_si512(c + (top + i) * SIDE + left);
+    transpose(words);
+}
+
+inline void round_turned(const float *c, bf16 *to) {
+    for (int64_t left = 0; left < SIDE; left += 16) {
+        __m512i low[16], high[16];
+        turned_quarter(c, 0, left, low);
+        turned_quarter(c, 16, left, high);
+        for (int64_t i = 0; i < 16; ++i)
+            store_32(to + (left + i) * SIDE, _mm512_castsi512_ps(low[i]), _mm512_castsi512_ps(high[i]));
+    }
+}
+
+// ---- functions -------------------------------------------------------------------------------------------------------
+
+// e^x to about 1e-7 relative; for x under -87 e^-87. NaN stays NaN.
+inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
+    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(whole, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    for (float term : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(term));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, whole);
+}
+
+inline __m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)));
+    const __m512 guess = _mm512_rcp14_ps(below);  // and a step of Newton's; where it is 1 / inf, 0 as it is
+    const __m512 better = _mm512_mul_ps(guess, _mm512_fnmadd_ps(below, guess, _mm512_set1_ps(2.0f)));
+    return _mm512_mask_mov_ps(better, _mm512_cmp_ps_mask(below, _mm512_set1_ps(1e38f), _CMP_GT_OQ), guess);
+}
+
+inline float sum(__m512 x) { return _mm512_reduce_add_ps(x); }
+
+}  // namespace

@@ -1,0 +1,148 @@
+"""The compiled step against autograd over the decoder, which the tests of the decoder hold against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretraining.shapes import SHAPES, random_llama
+from tests.training.rows import random_lora, random_rows
+from tunesmith.decoder.llama import Llama
+from tunesmith.training import gradients, native, step
+from tunesmith.training.batches import Row
+from tunesmith.training.factors import TrainableLora
+from tunesmith.training.gradients import Learner, Lesson
+from tunesmith.training.kernels import Eager
+from tunesmith.training.metrics import Tally
+from tunesmith.training.workers import Workers
+
+pytestmark = pytest.mark.skipif(not step.available(), reason="this processor has no tiles of bf16")
+
+FEW = random_rows([(5, 1), (31, 1), (1, 4), (60, 2), (33, 32)])
+MANY = random_rows([(300, 3), (150, 40), (64, 1), (256, 1), (20, 20), (1, 200)])
+
+
+def _model(
+    *, head_width: int = 32, heads: int = 4, kv_heads: int = 2, bias: bool = False, vocabulary: int = 16_384
+) -> Llama:
+    chance = torch.Generator().manual_seed(5)
+    shape = replace(
+        SHAPES["tiny"],
+        width=96,
+        layers=3,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=head_width,
+        feed_forward_width=288,
+        vocabulary_size=vocabulary,
+    )
+    model = random_llama(shape, chance)
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=chance)
+    if bias:
+        for layer in model.layers:
+            layer.qkv_bias = torch.randn(len(layer.qkv), generator=chance) * 0.1
+    return model
+
+
+def _factors(model: Llama, rank: int, *, seed: int = 3, embedding: bool = True) -> TrainableLora:
+    layout = model.config.layout
+    if not embedding:
+        layout = replace(layout, embedding=None)
+    return TrainableLora(random_lora(layout, rank=rank, alpha=2.0 * rank, seed=seed))
+
+
+def _learn(model: Llama, lessons: Sequence[Lesson], *, compiled: bool) -> list[tuple[Tally, torch.Tensor]]:
+    dtype, kernels = (torch.bfloat16, None) if compiled else (torch.float32, Eager())
+    with Workers(1) as workers:
+        outputs = lessons[0].factors.site_outputs
+        learner = Learner(model, outputs, workers, beat=lambda: None, dtype=dtype, kernels=kernels)
+        tallies = learner.learn(lessons)
+    return [(tally, lesson.factors.flat_gradient.clone()) for tally, lesson in zip(tallies, lessons, strict=True)]
+
+
+def _assert_alike(factors: TrainableLora, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Each factor's gradient by itself: small ones would hide in the whole."""
+    pairs = [factors.pairs(gradient) for gradient in (found, expected)]
+    ours, theirs = ([tensor for pair in (*sites, *filter(None, [last])) for tensor in pair] for sites, last in pairs)
+    for index, (mine, exact) in enumerate(zip(ours, theirs, strict=True)):
+        likeness = torch.cosine_similarity(mine.flatten().double(), exact.flatten().double(), dim=0)
+        assert likeness > 0.995, (index, likeness)
+        assert mine.norm() == pytest.approx(float(exact.norm()), rel=0.03), index
+
+
+@pytest.mark.parametrize("rows", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize(
+    ("model", "rank"),
+    [
+        (_model(), 4),
+        (_model(heads=3, kv_heads=3, bias=True), 32),
+        (_model(head_width=64, heads=4, kv_heads=1), 48),
+        (_model(vocabulary=1_003), 16),
+    ],
+    ids=["grouped", "bias", "wide heads", "odd vocabulary"],
+)
+def test_loss_and_gradients_are_those_of_autograd(model: Llama, rank: int, rows: list[Row]) -> None:
+    size = model.config.vocabulary_size
+    for row in rows if size < 16_384 else []:
+        for index, token in enumerate(row.token_ids):
+            row.token_ids[index] = token % size
+    factors = _factors(model, rank)
+    lesson = Lesson(factors, rows, prompt_loss_weight=0.1, max_tokens=600)
+    ((theirs, expected),) = _learn(model, [lesson], compiled=False)
+
+    ((ours, gradient),) = _learn(model, [lesson], compiled=True)
+
+    assert ours.loss == pytest.approx(theirs.loss, abs=0.01)
+    assert ours.sequence_accuracy == theirs.sequence_accuracy
+    _assert_alike(factors, gradient, expected)
+
+
+def test_jobs_of_any_rank_go_together_and_what_is_not_covered_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 10_000)
+    model = _model()
+    lessons = [
+        Lesson(_factors(model, rank, seed=rank, embedding=rank != 8), random_rows(lengths, seed=rank), plw)
+        for rank, lengths, plw in ((4, [(9, 2), (40, 1)], 0.0), (8, [(70, 5)], 0.5), (40, [(3, 3), (30, 2)], 0.01))
+    ]
+    expected = [_learn(model, [lesson], compiled=False)[0] for lesson in lessons]
+
+    found = _learn(model, lessons, compiled=True)
+
+    for lesson, (ours, gradient), (theirs, exact) in zip(lessons, found, expected, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, abs=0.01)
+        _assert_alike(lesson.factors, gradient, exact)
+
+
+def test_a_step_adds_nothing_to_the_next() -> None:
+    model = _model()
+    factors = _factors(model, 16)
+    large, small = Lesson(factors, MANY, 0.1, max_tokens=600), Lesson(factors, FEW, 0.1)
+    with Workers(1) as workers:
+        learner = Learner(model, factors.site_outputs, workers, beat=lambda: None, dtype=torch.bfloat16)
+        learner.learn([small])
+        first = factors.flat_gradient.clone()
+        learner.learn([large])
+        learner.learn([small])
+
+    assert torch.equal(factors.flat_gradient, first)
+
+
+def test_widths_that_are_not_whole_blocks_are_left_to_others() -> None:
+    model = _model()
+    assert step.covers(model)
+    for config in (
+        replace(model.config, width=80),
+        replace(model.config, head_width=16),
+        replace(model.config, feed_forward_width=100),
+    ):
+        assert not step.covers(replace(model, config=config))
+
+
+def test_a_run_says_that_it_began_with_tiles(tmp_path: Path) -> None:
+    native.confirm(tmp_path / "kernels")
+    assert (tmp_path / "kernels").read_text() == "tiles"
