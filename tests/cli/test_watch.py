@@ -53,14 +53,14 @@ def test_signs_that_the_encoding_has(live: Live, tuned: dict[str, Any]) -> None:
 
 
 def test_lines_in_a_log_and_events_for_machines(live: Live, tuned: dict[str, Any]) -> None:
-    plain = live.run("jobs", "watch", tuned["id"])
+    plain = live.quick("jobs", "watch", tuned["id"])
     assert plain.returncode == 0
     lines = [line.partition("] ")[2] for line in plain.stdout.splitlines() if line.startswith("[")]
     assert [line for line in lines if not line.startswith("Step ")] == [one["message"] for one in tuned["events"]]
     last = next(line for line in reversed(lines) if line.startswith("Step "))
     assert re.match(r"Step 10/10: training loss=\d\.\d\d, validation loss=\d\.\d\d", last)
 
-    *events, job = map(json.loads, live.run("jobs", "watch", tuned["id"], "--json").stdout.splitlines())
+    *events, job = map(json.loads, live.quick("jobs", "watch", tuned["id"], "--json").stdout.splitlines())
     assert job["status"] == "succeeded"
     steps = [event["data"]["step"] for event in events if event["type"] == "metrics"]
     assert steps == list(range(1, 11))
@@ -130,6 +130,6 @@ def test_a_restart_of_the_server_costs_no_event(tiny_base: Path, tmp_path: Path)
 
 def test_a_job_that_is_unknown_is_told_at_once(live: Live) -> None:
     for words in (["jobs", "watch"], ["jobs", "show"], ["api", "fine_tunes.follow", "-i"]):
-        done = live.run(*words, "ft-nope")
+        done = live.quick(*words, "ft-nope")
         assert (done.returncode, done.stdout) == (1, "")
         assert "No such fine-tune: ft-nope" in done.stderr

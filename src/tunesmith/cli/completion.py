@@ -10,6 +10,7 @@ import argcomplete
 from argcomplete.shell_integration import shellcode
 
 from tunesmith.cli.connection import connect
+from tunesmith.cli.flags.api import REFUSED
 from tunesmith.cli.output import Output
 from tunesmith.errors import TunesmithError
 
@@ -36,7 +37,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
         for action in one._actions:
             if (what := getattr(action, "names", None)) is not None:
                 action.completer = _names(NAMED_BY[what])  # type: ignore[attr-defined]
-    argcomplete.autocomplete(parser, always_complete_options=False)
+    argcomplete.autocomplete(parser, always_complete_options=False, exclude=REFUSED)
 
 
 def _names(collection: str) -> Callable[..., list[str]]:

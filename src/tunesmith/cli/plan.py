@@ -22,6 +22,7 @@ from tunesmith.cli.jobs import fields_of
 from tunesmith.cli.output import Output, UsageError
 from tunesmith.cli.pace import tokens_per_s
 from tunesmith.cli.tables import show_table
+from tunesmith.client import ServerUnreachable
 from tunesmith.core import requests
 from tunesmith.core.admission import admit
 from tunesmith.core.base_check import check_base as report_on
@@ -129,10 +130,8 @@ def _model(args: argparse.Namespace, home: Path, name: str) -> tuple[str, Start 
     try:
         with connect(args) as client:
             model = client.get("models", name)
-    except UsageError as error:
-        raise UsageError(
-            f"{name} is no base model here, and the server cannot be asked for it: {error.message}"
-        ) from error
+    except (UsageError, ServerUnreachable) as error:
+        raise UsageError(f"{name} is no base model here, and no server can be asked for it: {error.message}") from error
     if model["parent"] is None:
         raise UsageError(
             f"{name} is a base of the server and none of {home}. Give the server's home folder with --home."
