@@ -19,6 +19,7 @@ from tunesmith.api.multipart import receive_upload
 from tunesmith.api.pages import envelope
 from tunesmith.api.routing import path_id
 from tunesmith.core.accounts import Caller
+from tunesmith.core.aliases import Alias
 from tunesmith.core.blobs import READ_CHUNK_BYTES
 from tunesmith.core.models import Model, Models
 from tunesmith.core.names import slug
@@ -119,7 +120,8 @@ class _Package(Response):
 def model_to_wire(model: Model) -> dict[str, Any]:
     """The model object of the days of fine-tunes, with `permission`, `root` and `parent`.
 
-    `description` and `method` (what was trained, null for a base) are our own.
+    `description` and `method` (what was trained, null for a base) are our own, and so is `alias`, which only other
+    names of models have.
     """
     return {
         "id": model.name,
@@ -131,7 +133,11 @@ def model_to_wire(model: Model) -> dict[str, Any]:
         "parent": model.parent_name,
         "description": model.note,
         "method": model.method,
-    }
+    } | ({} if model.alias is None else {"alias": _meaning(model.alias)})
+
+
+def _meaning(alias: Alias) -> dict[str, Any]:
+    return {"fine_tune": alias.job_id, "status": alias.job_status, "model": alias.model_name}
 
 
 def _permission(model: Model) -> dict[str, Any]:

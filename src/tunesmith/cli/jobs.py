@@ -32,6 +32,7 @@ FIELDS = (
     "best_epoch",
     "early_stopping_patience",
     "epoch_checkpoints",
+    "alias",
 )
 """The fields of a job that flags are named after: `flags/fine_tunes.py`."""
 

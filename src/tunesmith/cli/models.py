@@ -82,6 +82,6 @@ def _packed(folder: Path) -> Iterator[BinaryIO]:
 
 
 def _story(model: dict[str, Any]) -> str:
-    if model["parent"] is not None:
+    if model["parent"] is not None and "alias" not in model:
         return f"fine-tuned from {model['parent']}"
     return model["description"] or "base"

@@ -10,6 +10,7 @@ import argparse
 from tunesmith import __version__
 from tunesmith.cli.flags.api import add_api
 from tunesmith.cli.flags.data import add_doctor, add_prepare
+from tunesmith.cli.flags.importing import add_import
 from tunesmith.cli.flags.jobs import add_complete, add_completion, add_jobs, add_plan
 from tunesmith.cli.flags.models import add_models
 from tunesmith.cli.flags.server import add_demo, add_keys, add_serve
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_complete,
         add_models,
         add_export,
+        add_import,
         add_wandb,
         add_keys,
         add_completion,

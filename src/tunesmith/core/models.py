@@ -55,6 +55,8 @@ class Model:
     """Of the epoch that a checkpoint is; None for what a job gave in the end, and for a base."""
     metrics: Mapping[str, float] | None = None
     """Numbers of that epoch."""
+    alias: Alias | None = None
+    """What the name stands for, where it is another name of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +337,7 @@ def _alias_model(alias: Alias) -> Model:
         organization_id=alias.organization_id,
         adapter_dir=None,
         note=alias.note,
+        alias=alias,
     )
 
 

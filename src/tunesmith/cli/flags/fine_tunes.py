@@ -37,6 +37,9 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
     )
     _add_method(parser)
     _add_epochs(parser)
+    parser.add_argument(
+        "--alias", metavar="NAME", help="Another name for the model, such as the one that it had elsewhere."
+    )
 
 
 def _add_classification(parser: argparse.ArgumentParser) -> None:
