@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from tunesmith.engine import sampling
 from tunesmith.engine.base import SamplingParams
 from tunesmith.engine.chance import derive, uniform
 from tunesmith.engine.sampling import Draw, choose, score
@@ -77,3 +78,17 @@ def test_chance_depends_on_seed_and_step_alone() -> None:
     assert uniform(3, 4) == 0.10435084488140922  # the same on every machine and in every release
     assert derive(1, 2, 3) != derive(1, 3, 2)
     assert 0 <= derive(7) < 2**63
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 8.0])  # flat: the best few do not come to the share; and peaked
+def test_a_nucleus_is_the_same_however_it_is_found(monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
+    logits_BV = torch.randn(20, 3_000, generator=torch.Generator().manual_seed(5)) * spread
+    shares = [0.0, 0.2, 0.5, 0.9, 0.999]
+    draws = [Draw(SamplingParams(seed=row, top_p=shares[row % 5]), step=row, counts=Counter()) for row in range(20)]
+    among_the_best = choose(logits_BV, draws)
+    monkeypatch.setattr(sampling, "NUCLEUS_TOKENS", 3_000)
+    assert choose(logits_BV, draws) == among_the_best
+    weights_BV = logits_BV.double().softmax(-1)
+    for row, token_id in enumerate(among_the_best):
+        likelier = weights_BV[row][weights_BV[row] > weights_BV[row, token_id]].sum()
+        assert likelier == 0 or likelier < shares[row % 5]

@@ -116,10 +116,8 @@ def shaped(logprobs: Floats, request: CompletionRequest, generated: list[int]) -
 
 
 def draw(logprobs: Floats, request: CompletionRequest, generated: list[int], share: float) -> int:
-    """The token where the running sum of probabilities passes `share`: by id, or with a nucleus the likeliest first."""
-    weights = shaped(logprobs, request, generated)
-    order = np.argsort(-weights, kind="stable") if request.top_p < 1 else np.arange(len(weights))
-    return int(order[np.searchsorted(np.cumsum(weights[order]), share, side="right")])
+    """The token where the running sum of probabilities, by token id, passes `share`."""
+    return int(np.searchsorted(np.cumsum(shaped(logprobs, request, generated)), share, side="right"))
 
 
 def finish(tokenizer: Tokenizer, request: CompletionRequest, sample: Sample) -> None:

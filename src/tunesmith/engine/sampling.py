@@ -111,9 +111,10 @@ def _pick_among(values_BK: Tensor, token_ids_BK: Tensor, top_p_B1: Tensor, draws
     above_BK = values_BK.cumsum(-1) - values_BK
     outside_BK = above_BK >= top_p_B1
     outside_BK[:, 0] = False
-    ranks = _pick(values_BK.masked_fill(outside_BK, 0), draws)
-    picked: list[int] = token_ids_BK.gather(1, torch.tensor(ranks, device=token_ids_BK.device)[:, None])[:, 0].tolist()
-    return picked
+    # Chance goes by token id, not by rank: which of two equally likely tokens comes first is a matter of rounding.
+    token_ids_BK, place_BK = token_ids_BK.sort(-1)
+    places = _pick(values_BK.masked_fill(outside_BK, 0).gather(1, place_BK), draws)
+    return [int(token_ids_BK[row, place]) for row, place in enumerate(places)]
 
 
 def _pick(weights_BV: Tensor, draws: Sequence[Draw]) -> list[int]:
