@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Server
+from tests.e2e.harness import Server, reviews, upload, wait_for
 from tests.sdk import flow
-from tests.sdk.conftest import N_TRAINING
+from tests.sdk.conftest import N_TRAINING, write_rows
 from tests.sdk.environments import HERE, client_environment
 from tests.sdk.flow import CommandLine
+from tunesmith.cli.flags.api import REFUSED
 
 pytestmark = pytest.mark.sdk
 
@@ -76,7 +78,107 @@ def test_our_command_line_has_every_flag_of_theirs(python_028: Path, environment
     done = subprocess.run([python_028, program], env=environment, capture_output=True, text=True, check=True)
     theirs = json.loads(done.stdout)
     ours = flow.flags_of_our_api()
-    shared = ours.keys() & theirs.keys()  # ours has verbs of its own
-    assert len(shared) >= 18
-    for verb in shared:
+    assert len(theirs) > 30
+    assert theirs.keys() >= REFUSED.keys()
+    for verb in theirs.keys() - REFUSED.keys():
         assert set(theirs[verb]) <= set(ours[verb]), verb
+
+
+OURS = [sys.executable, "-m", "tunesmith"]
+SAME_OUTPUT = [
+    ["files.list"],
+    ["files.get", "-i", "FILE"],
+    ["models.list"],
+    ["models.get", "-i", "ada"],
+    ["engines.list"],
+    ["engines.get", "-i", "ada"],
+    ["fine_tunes.list"],
+    ["fine_tunes.get", "-i", "JOB"],
+    ["fine_tunes.events", "-i", "JOB"],
+    ["fine_tunes.follow", "-i", "JOB"],
+    ["fine_tunes.results", "-i", "JOB"],
+    ["fine_tuning.job.list"],
+    ["fine_tuning.job.get", "-i", "JOB"],
+    ["fine_tuning.job.results", "-i", "JOB"],
+    ["completions.create", "-m", "ada", "-p", "Once upon", "-M", "3", "-t", "0"],
+    ["completions.create", "-m", "ada", "-p", "Once upon", "-M", "3", "-t", "0", "-n", "2"],
+    ["completions.create", "-e", "ada", "-p", "Once upon", "-M", "3", "-t", "0", "--stop", "q", "--stream"],
+    ["chat_completions.create", "-m", "ada", "-g", "user", "Hello!", "-M", "3", "-t", "0"],
+    [
+        "chat_completions.create",
+        "-m",
+        "ada",
+        "-g",
+        "system",
+        "Be brief.",
+        "-g",
+        "user",
+        "Hi",
+        "-M",
+        "3",
+        "-t",
+        "0",
+        "-n",
+        "2",
+    ],
+    ["chat_completions.create", "-m", "ada", "-g", "user", "Hello!", "-M", "3", "-t", "0", "--stream"],
+    ["models.get", "-i", "no-such-model"],
+    ["files.get", "-i", "file-nope"],
+    ["files.get", "-i", "a/path.jsonl"],
+    ["fine_tunes.get", "-i", "ft-nope"],
+    ["fine_tunes.cancel", "-i", "JOB"],
+    ["fine_tunes.delete", "-i", "JOB"],
+    ["fine_tunes.create", "-t", "not-there.jsonl"],
+]
+"""FILE and JOB stand for a training file and a job that has succeeded."""
+
+
+@pytest.mark.parametrize("words", SAME_OUTPUT, ids=" ".join)
+def test_both_command_lines_show_the_same(cli: CommandLine, finished: dict[str, str], words: list[str]) -> None:
+    ours = CommandLine(OURS, cli.environment, cli.folder)
+    words = [finished.get(word, word) for word in words]
+    them, us = cli.finished(*words), ours.finished(*words)
+    assert us.returncode == them.returncode, us.stderr + them.stderr
+    # Theirs prints one more line end after results, and names its own program.
+    shown = them.stdout.replace("openai api", "tunesmith api")
+    assert _lines(us.stdout) == _lines(shown)
+    if them.returncode:
+        told, known = us.stderr.removeprefix("Error: ").rstrip().rsplit(" (HTTP", 1)
+        assert f"(HTTP{known}" in them.stderr
+        assert told in " ".join(them.stderr.split())
+
+
+def test_both_ask_the_same_of_a_file_that_was_uploaded_before(cli: CommandLine, data: Path) -> None:
+    write_rows(data / "once.jsonl", reviews(8, 7))
+    uploaded = cli.run("files.create", "-f", "once.jsonl", "-p", "fine-tune")
+    file_id = json.loads(uploaded[uploaded.index("{") :])["id"]
+    asked = []
+    for program in (cli.program, OURS):
+        done = subprocess.run(
+            [*program, "api", "fine_tunes.create", "-t", "once.jsonl", "-m", "ada", "--no_follow"],
+            env=dict(cli.environment),
+            cwd=data,
+            input=f"file-wrong\n{file_id}\n",
+            capture_output=True,
+            text=True,
+            timeout=flow.COMMAND_WITHIN_S,
+        )
+        assert done.returncode == 0, done.stderr
+        questions, _, job = done.stdout.partition("{")
+        asked.append(questions.split())
+        assert json.loads("{" + job)["training_files"][0]["id"] == file_id
+        cli.run("fine_tunes.cancel", "-i", json.loads("{" + job)["id"])
+    assert asked[0] == asked[1]
+
+
+@pytest.fixture(scope="module")
+def finished(server: Server) -> dict[str, str]:
+    with server.client() as client:
+        file_id = upload(client, reviews(8, 5))
+        job = client.post("fine-tunes", body={"training_file": file_id, "model": "ada"})
+        assert wait_for(client, job["id"])["status"] == "succeeded"
+    return {"FILE": file_id, "JOB": job["id"]}
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
