@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
 from tunesmith.errors import TunesmithError
+
+COPIED = ("tunesmith ", "> ", "export ")
+"""How lines begin that are to be pasted into a shell."""
 
 Format = Literal["table", "csv", "json"]
 
@@ -39,11 +44,11 @@ class Output:
     def say(self, text: str = "") -> None:
         """A sentence for people; machines do not hear it."""
         if not self.machine:
-            print(text, flush=True)
+            print(wrapped(text, sys.stdout) if self.terminal else text, flush=True)
 
     def aside(self, text: str) -> None:
         """A sentence about what is shown, which is no part of it: on standard error."""
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(wrapped(text, sys.stderr) + "\n")
 
     def failure(self, error: TunesmithError) -> None:
         """The error, on standard error."""
@@ -54,7 +59,8 @@ class Output:
             return
         red, plain = ("\033[91m", "\033[0m") if takes_colour(sys.stderr) else ("", "")
         known = "" if status is None else f" (HTTP status code: {status})"
-        sys.stderr.write(f"{red}Error:{plain} {error.message}{known}\n")
+        sentence = wrapped(f"Error: {error.message}{known}", sys.stderr)
+        sys.stderr.write(f"{red}Error:{plain}{sentence.removeprefix('Error:')}\n")
 
 
 def output_for(*, json_asked: bool, asked: Format | None) -> Output:
@@ -64,6 +70,24 @@ def output_for(*, json_asked: bool, asked: Format | None) -> Output:
     machine = json_asked or asked == "json"
     watched = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     return Output(machine=machine, terminal=watched and not machine, format="json" if machine else asked)
+
+
+def wrapped(text: str, stream: TextIO) -> str:
+    """Lines that end between words, where a terminal would break them anywhere. What is for copying stays as it is."""
+    if not stream.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    return "\n".join(_filled(line, columns) for line in text.split("\n"))
+
+
+def _filled(line: str, columns: int) -> str:
+    begun = line.lstrip()
+    if len(line) <= columns or begun.startswith(COPIED):
+        return line
+    indent = " " * (len(line) - len(begun) + 2 * begun.startswith("- "))
+    return textwrap.fill(
+        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, tabsize=1
+    )
 
 
 def takes_colour(stream: TextIO) -> bool:
