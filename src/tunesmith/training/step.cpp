@@ -24,6 +24,7 @@ namespace {
 
 constexpr int64_t CHUNK = 256;       // tokens that go through products together: their states stay in the cache
 constexpr int64_t HEAD_CHUNK = 128;  // positions whose logits are held at once
+constexpr int64_t DEEPEST = 12;      // blocks of weights, 24 KiB, that are multiplied with all tokens of a chunk in turn
 
 // What the way back of a layer needs.
 struct Saved {
@@ -42,7 +43,7 @@ struct Step {
     std::vector<int32_t> turn_of;   // by tokens: its place in its row, or -1
     std::vector<Saved> saved;
     std::optional<Attention> attention;
-    float *x, *grad, *inverse, *grad_states, *low_in;        // x: [N, D], grad: of x
+    float *x, *grad, *inverse, *grad_states, *low_in, *partial;  // x: [N, D], grad: of x
     Panels out, states, logits;                              // out: what is to be added to x, then grad in bf16
     Panels low, grad_low, grad_low_turned, product, grad_fed, grad_wide, grad_normed;  // of a chunk
     Panels grad_mixed;
@@ -86,6 +87,7 @@ struct Step {
         inverse = arena.take<float>(n);
         grad_states = arena.take<float>(HEAD_CHUNK * m.width);
         low_in = arena.take<float>(n * embedded);
+        partial = arena.take<float>(CHUNK * SIDE);
         out = arena.panels(n, m.width);
         states = arena.panels(HEAD_CHUNK, m.width);
         logits = arena.panels(HEAD_CHUNK, rounded_up(m.vocabulary));
@@ -105,16 +107,28 @@ struct Step {
 
     const Site &site_at(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
 
-    // A panel of frozen weights with each block of 32 tokens; then(block) adds what its job's factors give, and takes.
+    // A panel of frozen weights with each block of 32 tokens, a part of its depth at a time that stays in the cache next
+    // to the core; then(panel, token) adds what its job's factors give, and takes the sums.
     template <typename Then>
     void by_panels(Panels in, const bf16 *weight, int64_t steps, int64_t panels, int64_t tokens, Then then) {
         const int64_t blocks = tokens / SIDE, lines = (SIDE + blocks - 1) / blocks;
+        const int64_t parts = (steps + DEEPEST - 1) / DEEPEST, size = (steps + parts - 1) / parts;
         for (int64_t panel = 0; panel < panels; ++panel, weight += steps * BLOCK)
-            for (int64_t at = 0; at < tokens; at += SIDE) {
-                const bf16 *next = weight + steps * BLOCK + at / SIDE * lines * steps * SIDE;
-                clear();
-                accumulate(in.block(0, at), in.step(), weight, steps, next, panel + 1 < panels ? lines : 0);
-                then(panel, at);
+            for (int64_t first = 0; first < steps; first += size) {
+                const int64_t deep_now = steps - first < size ? steps - first : size;
+                for (int64_t at = 0; at < tokens; at += SIDE) {
+                    const bf16 *part = weight + first * BLOCK, *next = part + steps * BLOCK;
+                    if (first)
+                        give_sums(partial + at * SIDE);
+                    else
+                        clear();
+                    accumulate(in.block(first, at), in.step(), part, deep_now,
+                               next + at / SIDE * lines * deep_now * SIDE, panel + 1 < panels ? lines : 0);
+                    if (first + deep_now < steps)
+                        take_sums(partial + at * SIDE);
+                    else
+                        then(panel, at);
+                }
             }
     }
 
