@@ -1,0 +1,1 @@
+"""Serving, measured: every number of the page beside this."""
