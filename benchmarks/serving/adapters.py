@@ -84,12 +84,12 @@ def plant(server: Server, planter: Planter, folder: Path, count: int, first_seed
     return answers
 
 
-def bring(server: Server, content: bytes, number: int) -> str:
+def bring(server: Server, content: bytes, number: int, *, base_name: str = "ada") -> str:
     """Imports a package; the name of the model."""
     response = httpx.post(
         f"{server.base_url}/models",
         headers={"Authorization": f"Bearer {OWNER_KEY}"},
-        data={"model": "ada", "suffix": f"planted {number}"},
+        data={"model": base_name, "suffix": f"model {number}"},
         files={"file": ("model.zip", content)},
         timeout=60,
         trust_env=False,

@@ -38,6 +38,7 @@ from tunesmith.core.models import Models
 from tunesmith.core.store import Store
 from tunesmith.core.trackings import Trackings
 from tunesmith.engine.base import Engine
+from tunesmith.engine.process import EngineProcess
 from tunesmith.errors import EngineUnavailable, TunesmithError
 from tunesmith.rundir import RunDir, RunSpec
 from tunesmith.runs import parity
@@ -72,8 +73,10 @@ class CannotStart(TunesmithError):
     """The server was asked for something it refuses or is unable to do; the message says how to go on."""
 
 
-def run(settings: Settings, *, announce: Announce) -> None:
+def run(settings: Settings, *, announce: Announce, engine_process: EngineProcess | None = None) -> None:
     """Serves until SIGTERM or SIGINT, then drains and returns. To be called from the main thread.
+
+    `engine_process` is the engine's, if it was begun already.
 
     Raises CannotStart, or another error of the tree, if it cannot begin.
     """
@@ -81,7 +84,7 @@ def run(settings: Settings, *, announce: Announce) -> None:
     os.umask(0o077)  # what this process and its children write is the user's alone, also in a home that was there
     _make_home(settings.home)
     with _only_server_of(settings.home), listen(settings.host, settings.port) as listener:
-        asyncio.run(_serve(settings, listener, announce))
+        asyncio.run(_serve(settings, listener, announce, engine_process))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,13 @@ class Parts:
     """Only at the start that made it."""
 
 
-def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.AbstractEventLoop) -> Parts:
+def build(
+    settings: Settings,
+    *,
+    is_stopping: Callable[[], bool],
+    loop: asyncio.AbstractEventLoop,
+    engine_process: EngineProcess | None = None,
+) -> Parts:
     """All parts, connected, none of them running yet, and the home folder. The engine is spoken to on `loop`."""
     home = settings.home
     _make_home(home)
@@ -117,7 +126,7 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
     events = Events(store)
     jobs = Jobs(store, files, models, bases, events, settings.max_concurrent_runs)
     logger.info("swept files=%d adapters=%d", files.sweep(), models.sweep())
-    engine = _make_engine(settings, bases)
+    engine = _make_engine(settings, bases, engine_process)
     dispatcher = Dispatcher(
         jobs=jobs,
         files=files,
@@ -165,13 +174,15 @@ def build(settings: Settings, *, is_stopping: Callable[[], bool], loop: asyncio.
     return Parts(store, engine, dispatcher, trackers, services, create_app(services), new_owner_key)
 
 
-async def _serve(settings: Settings, listener: socket.socket, announce: Announce) -> None:
+async def _serve(
+    settings: Settings, listener: socket.socket, announce: Announce, engine_process: EngineProcess | None
+) -> None:
     """From the start to the end of everything that lives on the event loop."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    parts = build(settings, is_stopping=stopping.is_set, loop=loop)
+    parts = build(settings, is_stopping=stopping.is_set, loop=loop, engine_process=engine_process)
     base_url = _base_url(settings.host, listener.getsockname()[1])
     http = _Http(http_config(parts.app), on_started=lambda: announce(base_url, parts.new_owner_key))
     try:
@@ -244,12 +255,12 @@ def http_config(app: Starlette) -> uvicorn.Config:
     )
 
 
-def _make_engine(settings: Settings, bases: Bases) -> Engine:
+def _make_engine(settings: Settings, bases: Bases, begun: EngineProcess | None) -> Engine:
     match settings.engine:
         case "embedded":
             from tunesmith.engine.remote import RemoteEngine
 
-            return RemoteEngine(threads=settings.engine_threads)
+            return RemoteEngine(threads=settings.engine_threads, begun=begun)
         case "scripted":
             from tunesmith.engine.scripted import ScriptedEngine
 

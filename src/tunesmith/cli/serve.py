@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tunesmith import __version__
 from tunesmith.cli.output import Output, UsageError
-from tunesmith.server import run
+from tunesmith.engine.process import EngineProcess
 from tunesmith.settings import Settings, read_settings
 
 FLAGS = {
@@ -34,6 +34,8 @@ def serve(args: argparse.Namespace, output: Output) -> int:
     for name in SECRETS:
         os.environ.pop(name, None)  # engine and trainers inherit the environment, and need none of these
     os.environ.update(NO_HUB)
+    engine_process = EngineProcess(threads=settings.engine_threads) if settings.engine == "embedded" else None
+    from tunesmith.server import run  # now, not before: the engine imports torch meanwhile
 
     def announce(base_url: str, new_owner_key: str | None) -> None:
         if output.machine:
@@ -41,7 +43,7 @@ def serve(args: argparse.Namespace, output: Output) -> int:
         else:
             output.say(greeting(base_url, settings, new_owner_key))
 
-    run(settings, announce=announce)
+    run(settings, announce=announce, engine_process=engine_process)
     return 0
 
 

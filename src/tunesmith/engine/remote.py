@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack
 from pathlib import Path
 
 from tunesmith.engine.base import Capabilities, EngineOutput, GenerateRequest
 from tunesmith.engine.handles import handle_of
 from tunesmith.engine.mailbox import Mailbox
 from tunesmith.engine.messages import Command, command_to_line, events_from_line
+from tunesmith.engine.process import EngineProcess
 from tunesmith.errors import EngineUnavailable
 
 logger = logging.getLogger(__name__)
@@ -42,10 +39,14 @@ Models = dict[str, tuple[Path, Path | None]]
 class RemoteEngine:
     """Starts and supervises `python -m tunesmith.engine`. For one event loop."""
 
-    def __init__(self, *, threads: int, start_timeout_s: float = 60.0) -> None:
-        """`threads` are the engine's; a request waits at most `start_timeout_s` for a process that is starting."""
+    def __init__(self, *, threads: int, start_timeout_s: float = 60.0, begun: EngineProcess | None = None) -> None:
+        """`threads` are the engine's; a request waits at most `start_timeout_s` for a process that is starting.
+
+        `begun` is the first process, if there is one already.
+        """
         self._threads = threads
         self._start_timeout_s = start_timeout_s
+        self._begun = begun
         self._models: Models = {}
         self._child: _Child | None = None
         self._up = asyncio.Event()
@@ -142,7 +143,8 @@ class RemoteEngine:
 
     async def _live(self) -> None:
         """One process, from its start to its end. Raises OSError if none can be started."""
-        child = _Child(self._threads)
+        begun, self._begun = self._begun, None
+        child = _Child(begun or EngineProcess(threads=self._threads))
         try:
             if await child.answers():
                 self._child = child
@@ -158,18 +160,9 @@ class RemoteEngine:
 class _Child:
     """One engine process and what is loaded in it."""
 
-    def __init__(self, threads: int) -> None:
-        self._socket, theirs = socket.socketpair()
-        arguments = (theirs.fileno(), threads, os.getpid(), logger.getEffectiveLevel())
-        with theirs, ExitStack() as undo:
-            undo.callback(self._socket.close)
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tunesmith.engine", *map(str, arguments)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | _thread_environment(threads),
-            )
-            undo.pop_all()
+    def __init__(self, begun: EngineProcess) -> None:
+        self.process = begun.process
+        self._socket = begun.connection
         self.mailbox = Mailbox(self._send)
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._writer: asyncio.StreamWriter | None = None
@@ -221,8 +214,3 @@ class _Child:
     def _forget_failure(self, handle: str, task: asyncio.Task[None]) -> None:
         if (task.cancelled() or task.exception()) and self._loading.get(handle) is task:
             del self._loading[handle]
-
-
-def _thread_environment(threads: int) -> dict[str, str]:
-    """Read by the libraries when they are loaded. Waiting threads sleep: spinning ones starve the trainer beside us."""
-    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "0"}
