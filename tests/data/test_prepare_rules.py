@@ -47,7 +47,7 @@ def batches(rows: list[tuple[str, str]], size: int) -> list[Batch]:
 
 @given(pairs, st.integers(1, 7), plans)
 def test_what_is_written_is_a_training_file_of_these_rows(rows: list[tuple[str, str]], size: int, plan: Plan) -> None:
-    with FileFold(None, thorough=True) as fold:
+    with FileFold(None) as fold:
         for batch in batches(rows, size):
             fold.add(batch)
         facts = fold.result()
@@ -122,7 +122,7 @@ def test_more_keys_than_fit_are_compared_in_shares(monkeypatch: pytest.MonkeyPat
 
 def test_the_task_is_told_by_rows_per_completion() -> None:
     def task(rows: list[tuple[str, str]]) -> Task:
-        with FileFold(None, thorough=False) as fold:
+        with FileFold(None) as fold:
             for batch in batches(rows, 5):
                 fold.add(batch)
             return fold.result().task

@@ -29,7 +29,8 @@ AS_NAMED = Wanted()
 
 
 def read(path: Path, wanted: Wanted = AS_NAMED, sheet: str | None = None) -> tuple[Source, list[tuple[str, str]]]:
-    source, _ = analyse(open_source(path, wanted, sheet), None, lambda read_bytes: None)
+    rows, _ = analyse(open_source(path, wanted, sheet), None, lambda read_bytes: None)
+    source = rows.source
     pairs = [pair for batch in source.batches() for pair in zip(batch.prompts, batch.completions, strict=True)]
     return source, pairs
 

@@ -80,7 +80,8 @@ def prepare(args: argparse.Namespace, output: Output) -> int:
     talk.say("Analyzing...\n")
     source = open_source(Path(args.file), Wanted(args.prompt_column, args.completion_column), args.sheet)
     with watching(output, "Reading", source.size_bytes) as progress:
-        source, facts = analyse(source, lengths, progress)
+        read, facts = analyse(source, lengths, progress)
+    source = read.source
     findings = find(Subject(source, facts, lengths))
     for finding in findings:
         talk.say(f"- {finding.explanation}")
@@ -94,11 +95,11 @@ def prepare(args: argparse.Namespace, output: Output) -> int:
         strata = stack.enter_context(Strata()) if args.split == "stratified" else None
         meter = TokenMeter(lengths, source.size_bytes, exact=args.exact_tokens)
         with watching(output, "Preparing", source.size_bytes) as progress:
-            rows = plan.apply(source.batches(), facts)
+            rows = plan.apply(read.batches(), facts)
             grown: list[int] = []
             if plan.lengthens and plan.drop_long == bool(facts.too_long.count):
                 rows = without_long(rows, lengths, grown)
-            final = _stage(rows, staged, strata, meter, progress)
+            final = _stage(rows, facts, staged, strata, meter, progress)
         if grown:
             talk.say(f"- {len(grown):,} rows were left out: by what was added to them they became too long.")
         if not final.kept:
@@ -145,13 +146,14 @@ def _agree(findings: Sequence[Finding], talk: Talk) -> Plan:
 
 def _stage(
     rows: Iterable[Batch],
+    before: Facts,
     staged: Staged,
     strata: Strata | None,
     meter: TokenMeter,
     progress: Progress,
 ) -> Facts:
     """Writes the prepared rows to `staged`; what they are like."""
-    with FileFold(None, thorough=False) as fold:
+    with FileFold(None, before) as fold:
         for batch in rows:
             staged.write(batch)
             fold.add(batch)

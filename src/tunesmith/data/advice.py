@@ -10,8 +10,10 @@ from tunesmith.data.rows import Batch
 
 MAX_EXACT_BYTES = 16 << 20
 """Of larger files the tokens of a part are counted, unless all are asked for."""
-SAMPLED_BYTES = 1 << 19
+SAMPLED_BYTES = 1 << 18
 """How much of them."""
+AT_ONCE_ROWS = 512
+"""Counted in one call: a call has its price."""
 
 
 class TokenMeter:
@@ -22,21 +24,31 @@ class TokenMeter:
         self._lengths = lengths
         self._stride = 1 if exact or size_bytes <= MAX_EXACT_BYTES else -(-size_bytes // SAMPLED_BYTES)
         self._rows = self._tokens = 0
+        self._waiting: list[tuple[str, str]] = []
         self._characters = self._sampled_characters = 0
 
     def add(self, batch: Batch) -> None:
         """The next rows."""
-        pairs = list(zip(batch.prompts, batch.completions, strict=True))[-self._rows % self._stride :: self._stride]
-        self._tokens += sum(self._lengths.count_tokens(pairs)) if pairs else 0
+        some = slice(-self._rows % self._stride, None, self._stride)
+        pairs = list(zip(batch.prompts[some], batch.completions[some], strict=True))
+        self._waiting += pairs
+        if len(self._waiting) >= AT_ONCE_ROWS:
+            self._count()
         self._sampled_characters += sum(len(prompt) + len(completion) for prompt, completion in pairs)
         self._characters += sum(map(len, batch.prompts)) + sum(map(len, batch.completions))
         self._rows += len(batch)
 
     def result(self) -> Tokens:
         """The count so far."""
+        self._count()
         if self._stride == 1:
             return Tokens(self._tokens, exact=True)
         return Tokens(round(self._tokens * self._characters / max(1, self._sampled_characters)), exact=False)
+
+    def _count(self) -> None:
+        if self._waiting:
+            self._tokens += sum(self._lengths.count_tokens(self._waiting))
+            self._waiting = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +69,7 @@ def metrics_flags(facts: Facts) -> list[str]:
     if facts.distinct_completions < 2:
         return []
     flags = ["--compute_classification_metrics", "--classification_n_classes", str(facts.distinct_completions)]
-    if facts.distinct_completions == 2:
+    if facts.distinct_completions == 2 and facts.classes:
         flags += ["--classification_positive_class", facts.classes[0][0]]
     return flags
 

@@ -2,41 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 
 from tunesmith.data.facts import Facts, FileFold, Lengths
 from tunesmith.data.rows import Batch
 from tunesmith.data.source import Changed, Source
 
+REMEMBERED_BYTES = 192 << 20
+"""As many rows of a file are kept for the second pass, which then need not read it; of a larger file none are."""
+TEXT_BYTES = 60
+"""What a text takes in memory besides its characters."""
+
 Progress = Callable[[int], None]
 """Told how many bytes of the file have been read."""
 
 
-def analyse(source: Source, lengths: Lengths | None, progress: Progress) -> tuple[Source, Facts]:
-    """The facts of a file, and the source as it is really to be read. Raises InvalidRequest as `Source.batches`."""
+class Rows:
+    """The rows of a source, which are read once where they fit into memory, and otherwise each time."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._kept: list[Batch] | None = None
+
+    def batches(self) -> Iterator[Batch]:
+        """All rows, from the beginning. Raises as `Source.batches`."""
+        if self._kept is not None:
+            self.source.check_unchanged()
+            yield from self._kept
+            return
+        kept: list[Batch] | None = []
+        left = REMEMBERED_BYTES
+        for batch in self.source.batches():
+            if kept is not None:
+                left -= _size_bytes(batch)
+                kept = kept if left > 0 else None
+            if kept is not None:
+                kept.append(batch)
+            yield batch
+        self._kept = kept
+
+
+def analyse(source: Source, lengths: Lengths | None, progress: Progress) -> tuple[Rows, Facts]:
+    """The rows of a file as they are really to be read, and its facts. Raises InvalidRequest as `Source.batches`."""
     while True:
+        rows = Rows(source)
         try:
-            return source, _analyse(source, lengths, progress)
+            return rows, _analyse(rows, lengths, progress)
         except Changed as changed:
             source = changed.source
 
 
-def summarise(batches: Iterable[Batch]) -> Facts:
-    """What is told of rows as they are written: task, classes, prefixes and suffixes."""
-    with FileFold(None, thorough=False) as fold:
-        for batch in batches:
-            fold.add(batch)
-        return fold.result()
-
-
-def _analyse(source: Source, lengths: Lengths | None, progress: Progress) -> Facts:
-    with FileFold(lengths, thorough=True) as fold:
-        for batch in source.batches():
+def _analyse(rows: Rows, lengths: Lengths | None, progress: Progress) -> Facts:
+    with FileFold(lengths) as fold:
+        for batch in rows.batches():
             fold.add(batch)
             progress(batch.read_bytes)
         if fold.prompts.unsure or fold.completions.unsure:
-            for batch in source.batches():
+            for batch in rows.batches():
                 fold.prompts.look_inside(batch.prompts)
                 fold.completions.look_inside([text for text in batch.completions if text])
                 progress(batch.read_bytes)
         return fold.result()
+
+
+def _size_bytes(batch: Batch) -> int:
+    """About what a batch takes in memory; equal completions, as names of classes, may take less."""
+    characters = sum(map(len, batch.prompts)) + sum(map(len, batch.completions))
+    return characters + TEXT_BYTES * 2 * len(batch)

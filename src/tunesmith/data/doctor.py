@@ -55,7 +55,7 @@ class Examination:
 
         Without `lengths` no row is too long; without `codec` nothing is said of tokens.
         """
-        self._fold = FileFold(lengths, thorough=True)
+        self._fold = FileFold(lengths)
         self._codec = codec
         self._faults = MarkFaults(marks)
         self._texts = dict.fromkeys((*KINDS, *ODD_TEXT), RowList())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from array import array
 from collections import Counter
@@ -27,11 +28,10 @@ SEPARATORS = (" ->", "\n\n###\n\n", "\n\n===\n\n", "\n\n---\n\n", "\n\n===>\n\n"
 ENDINGS = ("\n", ".", " END", "***", "+++", "&&&", "$$$", "@@@", "%%%")
 """What may mark the end of a completion, the first that no completion holds."""
 
+LETTERS = 26
 MOST_BYTES = 4
 """Of a character in UTF-8."""
 
-_UPPER = bytes(range(ord("A"), ord("Z") + 1))
-_LOWER = bytes(range(ord("a"), ord("z") + 1))
 _ASCII = re.compile(r"[\x00-\x7f]+")
 
 
@@ -110,7 +110,7 @@ class Facts:
 
 
 class ColumnFold:
-    """Facts of a column, text by text. With `marks`, also what needs a look at every character."""
+    """Facts of a column, text by text. Without `marks`: whether it is empty or all the same, and its common suffix."""
 
     def __init__(self, marks: Sequence[str] | None) -> None:
         self._marks = set(marks or ())
@@ -127,22 +127,14 @@ class ColumnFold:
         begun = self._first is not None
         if self._first is None:
             self._first = self._prefix = self._suffix = texts[0]
-        # One string for all, NUL between: what is asked of each text is asked of it at once, much faster.
-        joined = "\0".join(["", *texts, ""])
-        count = len(texts)
-        plain = joined.count("\0") == count + 1
-        self._identical = self._identical and texts.count(self._first) == count
-        if self._prefix and not (plain and joined.count("\0" + self._prefix) == count):
-            self._prefix = common_prefix(texts, self._prefix)
-        if self._suffix and not (plain and joined.count(self._suffix + "\0") == count):
+        self._identical = self._identical and texts.count(self._first) == len(texts)
+        self._empty = self._empty and not any(texts)
+        if self._suffix and not all(map(str.endswith, texts, itertools.repeat(self._suffix))):
             suffix = common_suffix(texts, self._suffix)
             self._unsure = self._unsure or (begun and suffix != self._suffix)
             self._suffix = suffix
-        if self._space:
-            self._space = all(text.startswith(" ") for text in texts)
-        self._empty = self._empty and len(joined) == count + 1
         if self._thorough:
-            self._look(joined, count)
+            self._look(texts)
 
     def result(self) -> ColumnFacts:
         """The facts so far."""
@@ -169,8 +161,14 @@ class ColumnFold:
             # The suffix of each is one occurrence. Another before it makes one more, also if the two overlap others.
             self._inside = "\0".join(texts).count(self._suffix) > len(texts)
 
-    def _look(self, joined: str, count: int) -> None:
-        """`joined` holds `count` texts with NUL between, which no mark holds."""
+    def _look(self, texts: Sequence[str]) -> None:
+        # One string for all, NUL between: what is asked of each text is asked of it at once, much faster.
+        count, joined = len(texts), "\0".join(["", *texts, ""])
+        plain = joined.count("\0") == count + 1
+        if self._prefix and not (plain and joined.count("\0" + self._prefix) == count):
+            self._prefix = common_prefix(texts, self._prefix)
+        if self._space:
+            self._space = all(map(str.startswith, texts, itertools.repeat(" ")))
         lines = NEW_LINE in joined  # one quick look spares most files the search for marks of several lines
         for mark in [mark for mark in self._marks if (lines or NEW_LINE not in mark) and mark in joined]:
             self._marks.remove(mark)
@@ -185,14 +183,16 @@ class ColumnFold:
 class FileFold:
     """Facts of a file, batch by batch. A context: it keeps keys in a temporary file."""
 
-    def __init__(self, lengths: Lengths | None, *, thorough: bool) -> None:
-        """Without `thorough`: task, classes, prefixes and suffixes alone, for rows that have been through once."""
+    def __init__(self, lengths: Lengths | None, before: Facts | None = None) -> None:
+        """With `before`, facts of the same rows as they were: task, classes and common suffixes alone."""
+        thorough = before is None
         self._lengths = lengths
         self._thorough = thorough
         self.prompts = ColumnFold((NEW_LINE, *SEPARATORS) if thorough else None)
         self.completions = ColumnFold(ENDINGS if thorough else None)
-        self._keys = KeyLog(2)
-        self._classes: Counter[str] | None = Counter()
+        self._keys = KeyLog(2 if thorough else 1)
+        many = before is not None and before.distinct_completions > MAX_CLASSES_NAMED
+        self._classes: Counter[str] | None = None if many else Counter()
         self._rows = self._kept = self._longest = 0
         self._empty = self._too_long = RowList()
         self._long_places: list[int] = []
@@ -219,10 +219,13 @@ class FileFold:
             return
         self.prompts.add(prompts)
         self.completions.add(completions)
-        self._keys.add(map(hash, prompts), map(hash, completions))
+        if self._thorough:
+            self._keys.add(map(hash, prompts), map(hash, completions))
+        elif self._classes is None:
+            self._keys.add(map(hash, completions))
         if self._classes is not None:
             self._classes.update(completions)
-            if len(self._classes) > MAX_CLASSES_NAMED:
+            if self._thorough and len(self._classes) > MAX_CLASSES_NAMED:
                 self._classes = None
         if self._thorough:
             self._measure(numbers, prompts, completions)
@@ -240,7 +243,9 @@ class FileFold:
             kept=self._kept,
             prompts=self.prompts.result(),
             completions=self.completions.result(),
-            distinct_completions=self._keys.distinct(1) if self._classes is None else len(self._classes),
+            distinct_completions=self._keys.distinct(self._keys.width - 1)
+            if self._classes is None
+            else len(self._classes),
             classes=() if self._classes is None else tuple(self._classes.most_common()),
             duplicates=RowList(len(places), tuple(map(self._number, places[:SHOWN_ROWS].tolist()))),
             too_long=self._too_long,
@@ -320,8 +325,9 @@ def _shared(one: str, other: str) -> str:
 def count_case(text: str) -> tuple[int, int]:
     """Upper-case and lower-case letters of a text, of any script."""
     plain = text.encode("ascii", "ignore")
-    upper = len(plain) - len(plain.translate(None, _UPPER))
-    lower = len(plain) - len(plain.translate(None, _LOWER))
+    # As bytes, what is below a letter wraps around to what is far above the last.
+    codes = np.frombuffer(plain, dtype=np.uint8)
+    upper, lower = (int(np.count_nonzero(codes - np.uint8(ord(first)) < LETTERS)) for first in "Aa")
     if len(plain) < len(text):
         for letter, count in Counter(_ASCII.sub("", text)).items():
             if letter.isalpha():

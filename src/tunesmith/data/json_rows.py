@@ -305,6 +305,8 @@ def _from_list(path: Path, encoding: str, broken: Broken) -> Iterator[Objects]:
                 )
             if fault := _half_character(rest[place:end], row):
                 broken.add(number + len(rows), fault)
+            if end - place > MAX_LINE_CHARACTERS:
+                _check_size(rest[place:end], number + len(rows))
             rows.append(row)
             place = end
         rest = rest[place:]
@@ -331,6 +333,7 @@ def _from_columns(path: Path, encoding: str) -> Iterator[Objects]:
     if fault := _half_character(text, columns):
         raise InvalidRequest(f"The file {fault}. Mend it, then run this again.", param="file")
     if not any(isinstance(values, (dict, list)) for values in columns.values()):
+        _check_size(text, 1)
         yield [columns], 1, size_bytes  # a single row, over several lines
         return
     keyed = {
@@ -339,5 +342,18 @@ def _from_columns(path: Path, encoding: str) -> Iterator[Objects]:
     }
     index = list(dict.fromkeys(key for values in keyed.values() for key in values))
     rows = [{name: values.get(key) for name, values in keyed.items()} for key in index]
+    for number, row in enumerate(rows, 1):
+        for value in row.values():
+            if isinstance(value, str):
+                _check_size(value, number)
     for start in range(0, len(rows), BATCH_ROWS):
         yield rows[start : start + BATCH_ROWS], start + 1, size_bytes
+
+
+def _check_size(text: str, number: int) -> None:
+    if len(text) > MAX_LINE_CHARACTERS:
+        raise InvalidRequest(
+            f"Object {number:,} of the file is longer than {MAX_LINE_CHARACTERS:,} characters, more than any model "
+            "reads as one example.",
+            param="file",
+        )

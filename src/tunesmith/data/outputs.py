@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.formats import MAX_LINE_BYTES
-from tunesmith.data.rows import Batch
+from tunesmith.data.rows import Batch, for_each
 from tunesmith.errors import InvalidRequest
 
 BUFFER_BYTES = 1 << 20
@@ -39,10 +39,13 @@ def output_names(path: Path, parts: Sequence[str]) -> list[Path]:
 
 def prepared_lines(batch: Batch) -> bytes:
     r"""The rows as JSON Lines, prompt first, `/` as `\/`, characters as they are: what the published command writes."""
-    rows = zip(map(encode_basestring, batch.prompts), map(encode_basestring, batch.completions), strict=True)
-    return (
-        "".join([f'{{"prompt":{prompt},"completion":{text}}}\n' for prompt, text in rows]).replace("/", "\\/").encode()
-    )
+    completions = for_each(_row_end, batch.completions)
+    pieces = zip(itertools.repeat('{"prompt":'), map(encode_basestring, batch.prompts), completions, strict=False)
+    return "".join(itertools.chain.from_iterable(pieces)).replace("/", "\\/").encode()
+
+
+def _row_end(completion: str) -> str:
+    return f',"completion":{encode_basestring(completion)}}}\n'
 
 
 class Staged:
@@ -101,8 +104,9 @@ class Staged:
         counts = [0, 0]
         for mask in masks:
             lines = list(itertools.islice(self._file, len(mask)))
-            yes.write_bytes(b"".join(itertools.compress(lines, mask.tolist())))
-            no.write_bytes(b"".join(itertools.compress(lines, (~mask).tolist())))
+            bounds = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
+            for start, end in itertools.pairwise(bounds):  # runs of lines that go to the same side
+                (yes if mask[start] else no).write_bytes(b"".join(lines[start:end]))
             counts[0] += int(mask.sum())
             counts[1] += len(mask) - int(mask.sum())
         return counts[0], counts[1]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from tunesmith.data.facts import Facts, Lengths, over_long, without_empty
-from tunesmith.data.rows import Batch
+from tunesmith.data.rows import Batch, for_each
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,9 @@ class Plan:
             if keep is not None:
                 prompts = list(itertools.compress(prompts, keep))
                 completions = list(itertools.compress(completions, keep))
-            prompts, completions = without_empty(self._prompts(prompts), self._completions(completions))
+            prompts, completions = self._prompts(prompts), self._completions(completions)
+            if "" in completions:
+                prompts, completions = without_empty(prompts, completions)
             if completions:
                 yield Batch(first, prompts, completions, batch.read_bytes)
                 first += len(completions)
@@ -74,16 +76,18 @@ class Plan:
         return texts
 
     def _completions(self, texts: list[str]) -> list[str]:
+        if not (self.lower_completions or self.completion_prefix or self.completion_suffix or self.completion_space):
+            return texts
+        return for_each(self._completion, texts)
+
+    def _completion(self, text: str) -> str:
         if self.lower_completions:
-            texts = [text.lower() for text in texts]
+            text = text.lower()
         if self.completion_prefix:
-            cut, kept = len(self.completion_prefix), " " if self.completion_prefix.startswith(" ") else ""
-            texts = [kept + text[cut:] for text in texts]
-        if self.completion_suffix:
-            texts = [text + self.completion_suffix for text in texts]
-        if self.completion_space:
-            texts = [text if text.startswith(" ") else " " + text for text in texts]
-        return texts
+            kept = " " if self.completion_prefix.startswith(" ") else ""
+            text = kept + text[len(self.completion_prefix) :]
+        text += self.completion_suffix
+        return " " + text if self.completion_space and not text.startswith(" ") else text
 
 
 def without_long(batches: Iterable[Batch], lengths: Lengths, numbers: list[int]) -> Iterator[Batch]:

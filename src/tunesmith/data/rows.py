@@ -5,7 +5,7 @@ What every reader gives and every check takes. Knows no format.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tunesmith.errors import InvalidRequest
@@ -97,6 +97,15 @@ def _choose(names: Sequence[str], field_name: str, asked: str | None) -> str:
         param=field_name,
         code="missing_column",
     )
+
+
+def for_each(change: Callable[[str], str], texts: list[str]) -> list[str]:
+    """What a change makes of each text. Where few of them differ, as names of classes, each is changed once."""
+    distinct = set(texts)
+    if 4 * len(distinct) > len(texts):
+        return list(map(change, texts))
+    changed = {text: change(text) for text in distinct}
+    return list(map(changed.__getitem__, texts))
 
 
 @dataclass(slots=True)

@@ -8,7 +8,6 @@ JSON value a line: first {"sheets": [...], "read": NAME}, then lists of rows, or
 from __future__ import annotations
 
 import datetime
-import itertools
 import json
 import resource
 import subprocess
@@ -19,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.encoding import MAX_LINE_CHARACTERS
 from tunesmith.data.rows import BATCH_ROWS, MAX_COLUMNS, Batch, Columns, Wanted
 from tunesmith.data.tables import unique_names
 from tunesmith.errors import InvalidRequest
@@ -132,13 +132,31 @@ def _values(path: Path, sheet: str | None) -> Iterator[Any]:
                 raise InvalidRequest(
                     f"The sheet is {table.width:,} columns wide; up to {MAX_COLUMNS:,} are read. {_ADVICE}"
                 )
-            rows = ([_text(cell) for cell in row] for row in table.iter_rows())
-            while batch := list(itertools.islice(rows, BATCH_ROWS)):
-                yield batch
+            yield from _bounded([_text(cell) for cell in row] for row in table.iter_rows())
     except PasswordError as error:
         raise InvalidRequest(f"The workbook is protected by a password. {_ADVICE}") from error
     except CalamineError as error:
         raise InvalidRequest(f"The file is no XLSX workbook that can be read: {error}. {_ADVICE}") from error
+
+
+def _bounded(rows: Iterator[Cells]) -> Iterator[list[Cells]]:
+    """Rows in lists of BATCH_ROWS at most, and of not much more text than one cell may have."""
+    batch: list[Cells] = []
+    characters = 0
+    for number, row in enumerate(rows, 1):
+        longest = max(map(len, row), default=0)
+        if longest > MAX_LINE_CHARACTERS:
+            raise InvalidRequest(
+                f"Row {number:,} of the sheet has a cell of {longest:,} characters, more than any model reads as one "
+                "example."
+            )
+        batch.append(row)
+        characters += sum(map(len, row))
+        if len(batch) == BATCH_ROWS or characters > MAX_LINE_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _text(cell: Any) -> str:

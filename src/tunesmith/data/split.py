@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -85,7 +86,8 @@ class Strata:
             for completion in dict.fromkeys(completions):  # in their order: a set would differ from run to run
                 if len(strata) < MAX_STRATA:
                     strata.setdefault(completion, len(strata))
-        return np.array([strata.get(completion, MAX_STRATA) for completion in completions], dtype=np.int64)
+        numbers = map(strata.get, completions, itertools.repeat(MAX_STRATA))
+        return np.fromiter(numbers, dtype=np.int64, count=len(completions))
 
     def _chosen(self) -> Iterator[int]:
         """The ranks of the prompts that go to validation."""
@@ -128,7 +130,7 @@ def _ranks(prompts: Sequence[str]) -> NDArray[np.uint64]:
 
     Checksums of different prompts agree now and then; such prompts stay together, which does no harm.
     """
-    checks = np.array([zlib.crc32(prompt.encode()) for prompt in prompts], dtype=np.uint64)
+    checks = np.fromiter(map(zlib.crc32, map(str.encode, prompts)), dtype=np.uint64, count=len(prompts))
     with np.errstate(over="ignore"):  # the finisher of SplitMix64 (Steele et al. 2014) works modulo 2^64
         checks += np.uint64(0x9E3779B97F4A7C15)
         checks = (checks ^ (checks >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
