@@ -30,7 +30,7 @@ def test_the_screen_fits_the_terminal(live: Live, tuned: dict[str, Any], columns
 
 
 def test_the_chart_tells_both_losses_and_the_figures(live: Live, tuned: dict[str, Any]) -> None:
-    with live.at_terminal("jobs", "watch", columns=100) as terminal:  # without an id: the one that there is
+    with live.at_terminal("jobs", "watch", tuned["id"], columns=100) as terminal:
         assert terminal.end() == 0
     assert re.search(r"training loss \d\.\d\d   • validation loss \d\.\d\d \(whole file \d\.\d\d\)", terminal.text)
     assert re.search(r"[\d,]+ tokens · token accuracy \d+% · costs \$0\.00", terminal.text)

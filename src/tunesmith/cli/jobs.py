@@ -104,7 +104,7 @@ def watch(args: argparse.Namespace, output: Output) -> int:
         try:
             return watch_job(client, job_id, output)
         except KeyboardInterrupt:
-            output.aside(f"\nThe job goes on. To watch it again: tunesmith jobs watch {job_id}")
+            output.aside(f"\nThe job goes on. To watch it again:\n  tunesmith jobs watch {job_id}")
             return 0
 
 
@@ -115,12 +115,12 @@ def cancel(args: argparse.Namespace, output: Output) -> int:
 
 def pause(args: argparse.Namespace, output: Output) -> int:
     """Lets a job rest."""
-    return _tell(args, output, "pause", f"rests. To let it go on: tunesmith jobs resume {args.id}")
+    return _tell(args, output, "pause", f"rests. To let it go on:\n  tunesmith jobs resume {args.id}")
 
 
 def resume(args: argparse.Namespace, output: Output) -> int:
     """Lets a paused job go on."""
-    return _tell(args, output, "resume", f"goes on. To watch it: tunesmith jobs watch {args.id}")
+    return _tell(args, output, "resume", f"goes on. To watch it:\n  tunesmith jobs watch {args.id}")
 
 
 def _tell(args: argparse.Namespace, output: Output, verb: str, outcome: str) -> int:
