@@ -16,12 +16,18 @@ TRAIN = b'{"prompt": "a ->", "completion": " b"}\n'
 RESULTS = b"step,training_loss\n1,0.5\n"
 
 
-def file_object(file_id: str = "file-train", **fields: Any) -> dict[str, Any]:
-    given = {"id": file_id, "object": "file", "filename": "train.jsonl", "purpose": "fine-tune", "bytes": len(TRAIN)}
+def file_object(**fields: Any) -> dict[str, Any]:
+    given = {
+        "id": "file-train",
+        "object": "file",
+        "filename": "train.jsonl",
+        "purpose": "fine-tune",
+        "bytes": len(TRAIN),
+    }
     return given | fields
 
 
-RESULT_FILE = file_object("file-results", filename="compiled_results.csv", purpose="fine-tune-results", bytes=25)
+RESULT_FILE = file_object(id="file-results", filename="compiled_results.csv", purpose="fine-tune-results", bytes=25)
 LEGACY = {
     "id": "ft-one",
     "object": "fine-tune",
@@ -115,6 +121,12 @@ def test_results_and_events_by_the_id_of_their_job(tmp_path: Path) -> None:
     assert export.files[read.result_file].path == tmp_path / "results" / "ft-one.csv"
 
 
+def test_words_beside_an_id(tmp_path: Path) -> None:
+    export = saved(tmp_path, all_json=[file_object(), LEGACY], ft9one_results_csv=RESULTS, file9train_final_jsonl=TRAIN)
+    assert export.files["file-results"].path == tmp_path / "ft-one_results.csv"
+    assert export.files["file-train"].path == tmp_path / "file-train_final.jsonl"
+
+
 def test_a_content_whose_object_was_not_saved(tmp_path: Path) -> None:
     export = saved(tmp_path, file9abc_jsonl=TRAIN)
     assert export.files["file-abc"].purpose == "fine-tune"
@@ -142,6 +154,13 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
         "files/file-train.jsonl",
     }
     assert export.files["file-train"].path == folder / "again" / "file-train.jsonl"
+
+
+@pytest.mark.parametrize("file_id", ["../../file-x", "file-../x", "", None, 7])
+def test_ids_that_are_none(tmp_path: Path, file_id: Any) -> None:
+    export = saved(tmp_path, files_json=[file_object(id=file_id)])
+    assert export.files == {}
+    assert [(one.what, "is no id of one" in one.reason) for one in export.skipped] == [("an object `file`", True)]
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

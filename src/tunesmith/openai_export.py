@@ -30,7 +30,7 @@ HYPERPARAMETERS = (
     "classification_positive_class",
     "classification_betas",
 )
-ID = re.compile(r"(?:file|ftjob|ft)-[A-Za-z0-9]{3,}")
+ID = re.compile(r"(?:file|ftjob|ft)-[A-Za-z0-9_-]+")
 LEGACY_NAME = re.compile(r"[^:]+:ft-[^:]+:(.+)-\d{4}(?:-\d\d){5}")
 MODERN_NAME = re.compile(r"ft:[^:]+:[^:]*:([^:]+):[^:]+")
 
@@ -131,11 +131,13 @@ class _Found:
             return sum(self.take(item, job_id) for item in value.values())
         if kind in EVENT_KINDS:
             self.events.setdefault(job_id or "", []).append(value)
-        elif isinstance(value.get("id"), str):
+        elif ID.fullmatch(str(value.get("id"))):
             known = self.files if kind == "file" else self.jobs
             known[value["id"]] = known.get(value["id"], {}) | value
             for listed in ("training_files", "validation_files", "result_files"):
                 self.take(value.get(listed), None)
+        else:
+            self.skipped.append(Skipped(f"an object `{kind}`", f"{str(value.get('id'))[:40]!r} is no id of one"))
         return 1
 
     def export(self, folder: Path) -> Export:
@@ -166,16 +168,17 @@ class _Found:
 
     def _owner(self, path: Path, size_bytes: int) -> str | None:
         """The id of the file whose content this is; None where nothing says so, or several things do."""
-        for named in ID.findall(str(path)):
+        for text in ID.findall(str(path)):
+            named = next((name for name in _shorter(text) if name in self.files or name in self.jobs), text)
+            purpose = RESULTS if path.suffix.lower() == ".csv" else FINE_TUNE
             if named in self.jobs:
-                results = _ids(self.jobs[named].get("result_files")) or [f"{named}-results"]
-                self.jobs[named]["result_files"] = results[:1]
-                self.files.setdefault(results[0], {"id": results[0], "purpose": RESULTS, "filename": path.name})
-                return results[0]
-            if named.startswith("file-"):  # even if its object was not saved
-                purpose = RESULTS if path.suffix.lower() == ".csv" else FINE_TUNE
-                self.files.setdefault(named, {"id": named, "purpose": purpose, "filename": path.name})
-                return str(named)
+                purpose, job = RESULTS, self.jobs[named]
+                named = (_ids(job.get("result_files")) or [f"file-of-{named}"])[0]
+                job["result_files"] = [named]
+            elif not named.startswith("file-"):
+                continue
+            self.files.setdefault(named, {"id": named, "purpose": purpose, "filename": path.name})
+            return str(named)
         alike = [
             file_id
             for file_id, value in self.files.items()
@@ -244,6 +247,13 @@ def _take_objects(path: Path, found: _Found) -> bool:
 def _purpose(purpose: str) -> str:
     """Early objects and those within jobs call training data by what it was used for."""
     return FINE_TUNE if purpose in ("None", "fine-tune-train", "fine-tune-valid") else purpose
+
+
+def _shorter(text: str) -> Iterator[str]:
+    """An id, and what is left of it without words that may have been added: ft-abc123_results, ft-abc123."""
+    yield text
+    for word in reversed(list(re.finditer(r"[_-]", text))):
+        yield text[: word.start()]
 
 
 def _ids(value: Any) -> list[str]:

@@ -212,6 +212,9 @@ def test_export_to_csv(server: Server, done: Done, folder: Path) -> None:
     assert "is there already" in tunesmith(server, folder, None, *words, code=1)
     tunesmith(server, folder, None, *words, "--force")
     assert [path.name for path in (folder / "out").iterdir()] == [job_id]
+    (folder / "mine").mkdir()
+    said = tunesmith(server, folder, None, "export", job_id, "--to", "csv", "--name", "mine", "--force", code=1)
+    assert "is there already and is no run" in said
 
 
 @pytest.mark.parametrize("kind", ["trackio", pytest.param("mlflow", marks=pytest.mark.slow)])

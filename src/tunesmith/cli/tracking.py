@@ -126,7 +126,7 @@ def _attachments(
     """The job's files, the job itself, its model. What is no longer on the server is said, and left out."""
     for kind, _ in DATA:
         for file in job[kind]:
-            name, path = Path(file["filename"]).name, folder / file["id"]
+            name, path = Path(file["filename"]).name.lstrip(".") or file["id"], folder / file["id"]
             if _downloaded(client, ("files", file["id"], "content"), path, output, f"File {file['id']} ({name})"):
                 yield Attachment(path, name, kind, file["id"])  # type: ignore[arg-type]
     details = folder / DETAILS

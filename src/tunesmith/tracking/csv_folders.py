@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.tracking.base import AlreadyTracked, Attachment, Subject
+from tunesmith.tracking.base import AlreadyTracked, Attachment, Subject, TrackerUnusable
+
+SUMMARY = "summary.json"
+"""Written last: what has none is no run of ours, and is never replaced."""
 
 
 def open_run(subject: Subject, *, folder: Path | None, force: bool, resume: bool) -> CsvFolder:
     """See `tracking.base.open_run`."""
-    final = (folder or Path()) / (subject.name or subject.job_id).replace("/", "_")
+    final = (folder or Path()) / re.sub(r"^[.]|[^\w.-]", "_", subject.name or subject.job_id)
+    if final.exists() and not (final / SUMMARY).is_file():
+        raise TrackerUnusable(f"{final} is there already and is no run. Choose another folder or name")
     if final.exists() and not (force or resume):
         raise AlreadyTracked(f"{final} is there already. Replace it with --force.")
     beside = final.with_name(final.name + ".part")
@@ -52,7 +58,7 @@ class CsvFolder:
             writer = csv.DictWriter(file, columns or ["step"], lineterminator="\n")
             writer.writeheader()
             writer.writerows(self._rows)
-        (self._beside / "summary.json").write_text(json.dumps(dict(summary), indent=2))
+        (self._beside / SUMMARY).write_text(json.dumps(dict(summary), indent=2))
         if self._final.exists():
             shutil.rmtree(self._final)
         self._beside.rename(self._final)
