@@ -42,13 +42,15 @@ COLUMNS = (
     Column("model", lambda job: job["model"]),
     Column("fine tuned model", lambda job: job["fine_tuned_model"]),
     time_column("created", lambda job: job["created_at"]),
-    time_column("updated", lambda job: job["updated_at"]),
 )
 
 
 def fields_of(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a job that flags were given for."""
-    return {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    fields = {name: getattr(args, name) for name in FIELDS if getattr(args, name) is not None}
+    if args.wandb is not None:
+        fields["integrations"] = [{"type": "wandb", "wandb": {"project": args.wandb}}]
+    return fields
 
 
 def make(client: Client, args: argparse.Namespace, output: Output, *, check_if_files_exist: bool) -> dict[str, Any]:

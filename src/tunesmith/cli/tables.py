@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -67,7 +67,7 @@ def show_record(output: Output, value: Any, about: Mapping[str, str | None]) -> 
         if console is None:
             output.say(f"{name:<{widest}}  {text}")
         else:
-            console.print(Text.assemble((name.ljust(widest), "bold"), "  ", text), soft_wrap=True)
+            _print_line(console, name.ljust(widest), text)
 
 
 def time_column(heading: str, unix: Callable[[Any], int | None]) -> Column:
@@ -83,7 +83,7 @@ def time_column(heading: str, unix: Callable[[Any], int | None]) -> Column:
 def show_table(
     output: Output, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: frozenset[str] = frozenset()
 ) -> None:
-    """Every cell whole, however narrow the terminal; columns named in `numbers` stand to the right."""
+    """Every cell whole, however narrow the terminal, the first on one line; `numbers` stand to the right."""
     if not output.terminal:
         _show_plain(output, columns, rows, numbers)
         return
@@ -91,9 +91,10 @@ def show_table(
     if console.width < NARROW_COLUMNS:
         _show_blocks(console, columns, rows)
         return
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold", justify="right" if column in numbers else "left")
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    for number, column in enumerate(columns):  # the first names its row, and is copied
+        justify: JustifyMethod = "right" if column in numbers else "left"
+        table.add_column(column, overflow="fold", justify=justify, no_wrap=number == 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: brackets in a cell are no markup
     console.print(table)
@@ -106,8 +107,12 @@ def _show_blocks(console: Console, columns: Sequence[str], rows: Sequence[Sequen
             console.print()
         for column, cell in zip(columns, row, strict=True):
             if cell:
-                line = Text.assemble((column.ljust(widest), "bold"), "  ", cell)
-                console.print(line, soft_wrap=" " not in cell)
+                _print_line(console, column.ljust(widest), cell)
+
+
+def _print_line(console: Console, name: str, text: str) -> None:
+    """An id that is longer than the line is left to the terminal, which lets it be copied whole."""
+    console.print(Text.assemble((name, "bold"), "  ", text), soft_wrap=" " not in text)
 
 
 def _show_plain(output: Output, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[str]) -> None:
