@@ -86,6 +86,33 @@ def test_machines_get_one_object(data: Path, capsys: pytest.CaptureFixture[str])
     assert told["tokens"] > 12
 
 
+def test_classes_that_begin_alike_are_not_measured_and_can_be_renamed(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job would fail: metrics go by the first token."""
+    rows = "".join(f"Text {n},{('card_linking', 'card_arrival', 'other')[n % 3]}\n" for n in range(60))
+    (data / "card.csv").write_text("prompt,completion\n" + rows)
+    assert main(["prepare", "card.csv", "-q"]) == 0
+    told = capsys.readouterr().out
+    assert "--compute_classification_metrics" not in told
+    assert "2 classes begin with the same token of `ada` as another, `card_" in told
+    files = ["card_prepared_train.jsonl", "-v", "card_prepared_valid.jsonl"]
+    assert f"tunesmith doctor {' '.join(files)} --fix --only class_first_tokens" in told.replace('"', "")
+    assert main(["doctor", *files, "--fix", "--only", "class_first_tokens", "--yes"]) in (0, 1)
+    capsys.readouterr()
+    assert main(["doctor", "card_prepared_train_fixed.jsonl", "-v", "card_prepared_valid_fixed.jsonl", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 48
+
+
+def test_what_makes_a_row_too_long_leaves_it_out(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"{n} ->", "completion": f" text {n}"} for n in range(5)]
+    rows.append({"prompt": "x ->", "completion": " the" * 2_046})  # 2,048 tokens, before an ending is added
+    (data / "just.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["prepare", "just.jsonl", "-q"]) == 0
+    assert "1 rows were left out: by what was added" in capsys.readouterr().out
+    assert len((data / "just_prepared.jsonl").read_text().splitlines()) == 5
+
+
 def test_tokens_are_those_that_training_counts(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "one.jsonl").write_text('{"prompt": "", "completion": " a b c"}\n')
     assert main(["prepare", "one.jsonl", "-q", "--json"]) == 0

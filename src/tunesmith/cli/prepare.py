@@ -21,7 +21,7 @@ from tunesmith.cli.output import Output, UsageError
 from tunesmith.cli.pace import tokens_per_s
 from tunesmith.core.bases import Base
 from tunesmith.core.requests import DEFAULT_N_EPOCHS
-from tunesmith.data.advice import TokenMeter, Tokens, duration, metrics_flags, quoted
+from tunesmith.data.advice import TokenMeter, Tokens, begin_alike, duration, metrics_flags, quoted
 from tunesmith.data.analysis import Progress, analyse
 from tunesmith.data.facts import Facts, FileFold, Task
 from tunesmith.data.findings import Finding, Severity, Subject, find, shown
@@ -76,7 +76,8 @@ def prepare(args: argparse.Namespace, output: Output) -> int:
     talk = Talk(output, quiet=args.quiet)
     home = home_settings(args).home
     base, folder = base_and_folder(home, args.model)
-    lengths = lengths_of(base, Tokenizer.from_folder(folder))
+    tokenizer = Tokenizer.from_folder(folder)
+    lengths = lengths_of(base, tokenizer)
     talk.say("Analyzing...\n")
     source = open_source(Path(args.file), Wanted(args.prompt_column, args.completion_column), args.sheet)
     with watching(output, "Reading", source.size_bytes) as progress:
@@ -119,12 +120,20 @@ def prepare(args: argparse.Namespace, output: Output) -> int:
             talk.say("Aborting... did not write the file")
             return 0
     tokens = meter.result()
-    command = _command(written, final)
+    alike = begin_alike(final, tokenizer.encode_many) if len(written.files) > 1 else []
+    command = _command(written, final, alike)
     rate = tokens_per_s(home, folder)
     if output.machine:
-        output.show(_record(source, findings, final, written, command, tokens, base, rate))
+        output.show(_record(source, findings, final, written, command, tokens, base, rate) | {"begin_alike": alike})
     else:
         _tell(talk, written, final, command, tokens, base, rate)
+        if alike:
+            both = quoted([str(written.files[0]), "-v", str(written.files[1])])
+            talk.say(
+                f"Classification is not measured: {len(alike):,} classes begin with the same token of `{base.name}` as "
+                f"another, `{shown(alike[0].strip())}` for one. `tunesmith doctor {both} --fix --only "
+                "class_first_tokens` proposes names that do not, and writes them."
+            )
     return 0
 
 
@@ -181,10 +190,10 @@ def _split(staged: Staged, strata: Strata | None, final: Facts, stack: ExitStack
     return [(TRAIN, train, n_train), (VALID, valid, n_valid)] if n_train and n_valid else []
 
 
-def _command(written: Written, final: Facts) -> str:
+def _command(written: Written, final: Facts, alike: Sequence[str]) -> str:
     words = ["-t", str(written.files[0])]
     if len(written.files) > 1:
-        words += ["-v", str(written.files[1]), *metrics_flags(final)]
+        words += ["-v", str(written.files[1]), *metrics_flags(final, alike)]
     return "tunesmith api fine_tunes.create " + quoted(words)
 
 

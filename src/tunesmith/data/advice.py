@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tunesmith.data.doctor_classes import Encode
 from tunesmith.data.facts import Facts, Lengths
 from tunesmith.data.rows import Batch
 
@@ -60,13 +62,21 @@ class Tokens:
     """Counted in every row, or estimated from some."""
 
 
-def metrics_flags(facts: Facts) -> list[str]:
-    """The flags that have classification measured, for rows as they were written.
+def begin_alike(facts: Facts, encode: Encode) -> list[str]:
+    """Classes that begin with the token of another: by it metrics tell classes apart, and so not these."""
+    names = [name for name, _ in facts.classes]
+    firsts = [ids[:1] for ids in encode(names)]
+    counts = Counter(map(tuple, firsts))
+    return [name for name, first in zip(names, firsts, strict=True) if counts[tuple(first)] > 1]
 
-    Two classes get both flags: `--classification_positive_class` alone implies two for us, but not everywhere. One
-    class gets none: there is nothing to measure, and a job that asked for it would be refused.
+
+def metrics_flags(facts: Facts, alike: Sequence[str] = ()) -> list[str]:
+    """The flags that have classification measured, for rows as they were written; `alike` are as of `begin_alike`.
+
+    Two classes get both flags: `--classification_positive_class` alone implies two for us, but not everywhere. None are
+    given where a job that asked for metrics would be refused or fail: for one class, and where classes begin alike.
     """
-    if facts.distinct_completions < 2:
+    if facts.distinct_completions < 2 or alike:
         return []
     flags = ["--compute_classification_metrics", "--classification_n_classes", str(facts.distinct_completions)]
     if facts.distinct_completions == 2 and facts.classes:
