@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.cli.flags.api import REFUSED
 from tunesmith.cli.parser import build_parser
 from tunesmith.cli.reference import reference
 
@@ -51,6 +52,11 @@ def test_the_reference_has_every_command_and_flag() -> None:
             section = text.split(f"### `{parser.prog}`\n")[1].split("\n###")[0]
             flags = [flag for action in parser._actions for flag in action.option_strings]
             assert not [flag for flag in flags if flag not in ("-h", "--help", "--json") and f"`{flag}`" not in section]
+
+
+def test_the_guide_names_every_verb_that_is_refused() -> None:
+    text = REFERENCE.with_name("command-line.md").read_text()
+    assert [row for verb, why in REFUSED.items() if (row := f"| `{verb}` | {why} |") not in text] == []
 
 
 def test_help_imports_nothing_that_takes_time() -> None:
