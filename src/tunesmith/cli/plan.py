@@ -205,7 +205,9 @@ def _flags(asked: dict[str, Any]) -> str:
     """The flags that ask for these fields, for a shell."""
     words = []
     for name, value in asked.items():
-        if value is not None:
+        if name == "integrations":
+            words += ["--wandb", value[0]["wandb"]["project"]]
+        elif value is not None:
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [f"--{name}", *map(str, values)]
     return shlex.join(words)

@@ -38,6 +38,11 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
     _add_method(parser)
     _add_epochs(parser)
     parser.add_argument(
+        "--wandb",
+        metavar="PROJECT",
+        help="Have Weights & Biases follow the job, in this project; more of it over HTTP: docs/tracking.md.",
+    )
+    parser.add_argument(
         "--alias", metavar="NAME", help="Another name for the model, such as the one that it had elsewhere."
     )
 
