@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tunesmith.api.body import Fields
 from tunesmith.api.fine_tunes import request_from_wire
 from tunesmith.cli.connection import connect
-from tunesmith.cli.datafile import base_and_folder
+from tunesmith.cli.datafile import base_and_folder, lengths_of, watching
 from tunesmith.cli.home import home_settings
 from tunesmith.cli.jobs import fields_of
 from tunesmith.cli.output import Output, UsageError
@@ -30,12 +30,16 @@ from tunesmith.core.base_fit import check_base, count_tokens
 from tunesmith.core.bases import Bases
 from tunesmith.core.requests import FineTuneRequest, Start
 from tunesmith.data.advice import duration
+from tunesmith.data.analysis import Progress
 from tunesmith.data.formats import Example, read_examples, split_lines
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import ResolvedHyperparameters, steps_of
+from tunesmith.tokenizer import Tokenizer
 
 GIB = 1 << 30
 READ_BYTES = 1 << 20
+COUNTED_AT_ONCE = 1_000
+"""Examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class Plan:
 def plan(args: argparse.Namespace, output: Output) -> int:
     """Raises InvalidRequest for what the server would refuse."""
     asked = {"training_file": args.training_file, "validation_file": args.validation_file} | fields_of(args)
-    made = _plan(args, request_from_wire(Fields(asked)))
+    made = _plan(args, request_from_wire(Fields(asked)), output)
     if output.machine:
         output.show(asdict(made))
     else:
@@ -75,7 +79,7 @@ def plan(args: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _plan(args: argparse.Namespace, request: FineTuneRequest) -> Plan:
+def _plan(args: argparse.Namespace, request: FineTuneRequest, output: Output) -> Plan:
     requests.check(request)
     home = home_settings(args).home
     base_name, start = _model(args, home, request.model)
@@ -84,18 +88,21 @@ def _plan(args: argparse.Namespace, request: FineTuneRequest) -> Plan:
     base, folder = base_and_folder(home, base_name)
     check_base(request, base_name, folder)
 
-    def count(example: Example) -> int:
-        return count_tokens(folder, example)
-
+    lengths = lengths_of(base, Tokenizer.from_folder(folder))
     with _local(args, request.training_file) as training, _local(args, request.validation_file) as validation:
         examples = admit(
             request,
             _read("training_file", training),
             None if request.validation_file is None else _read("validation_file", validation),
-            count_tokens=count,
+            count_tokens=lambda example: count_tokens(folder, example),
             limit_tokens=base.context_tokens,
         )
-        tokens = sum(map(count, _read("training_file", training)))
+        with watching(output, "Counting tokens", training.stat().st_size) as progress:
+            read = _read("training_file", training, progress)
+            pairs = ((example.prompt, example.completion) for example in read)
+            tokens = 0
+            while some := list(islice(pairs, COUNTED_AT_ONCE)):
+                tokens += sum(lengths.count_tokens(some))
     resolved = requests.resolve(request, examples, None if start is None else start.name)
     trained = tokens * resolved.n_epochs
     rate = tokens_per_s(home, folder)
@@ -154,10 +161,15 @@ def _local(args: argparse.Namespace, name: str | None) -> Iterator[Path]:
         yield path
 
 
-def _read(param: str, path: Path) -> Iterator[Example]:
+def _read(param: str, path: Path, progress: Progress = lambda read_bytes: None) -> Iterator[Example]:
+    def chunks(file: BinaryIO) -> Iterator[bytes]:
+        while chunk := file.read(READ_BYTES):
+            yield chunk
+            progress(file.tell())
+
     try:
         with path.open("rb") as file:
-            yield from read_examples(split_lines(iter(partial(file.read, READ_BYTES), b"")))
+            yield from read_examples(split_lines(chunks(file)))
     except InvalidRequest as error:
         raise InvalidRequest(
             f"{param} {path.name} cannot be trained on as it is: {error.message} `tunesmith prepare` mends what can be "
