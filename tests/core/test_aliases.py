@@ -38,6 +38,7 @@ def test_an_alias_answers_once_its_job_has_succeeded(world: World, tmp_path: Pat
     assert world.models.resolve(world.member, OLD).name == name
     shown = world.models.get(world.owner, OLD)
     assert (shown.name, shown.parent_name, shown.note) == (OLD, name, f"another name of {name}")
+    assert (shown.owned_by, shown.base_name) == ("your-org", "ada")
     assert OLD in [model.name for model in world.models.list(world.owner)]
 
     follower = world.job(model=OLD)

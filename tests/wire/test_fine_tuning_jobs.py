@@ -74,6 +74,7 @@ async def test_integrations_and_alias_are_shown_where_they_were_asked(client: ht
     assert (job["integrations"], job["alias"]) == ([wandb], "old")
     listed = (await client.get("/v1/models/old")).json()
     assert listed["alias"] == {"fine_tune": job["id"], "status": "pending", "model": None}
+    assert (await client.get("/v1/engines/old")).json()["ready"] is False
     refused = await client.post("/v1/completions", json={"model": "old", "prompt": "x"})
     assert refused.status_code == 404
     assert refused.json()["error"]["code"] == "model_not_found"

@@ -164,7 +164,7 @@ def engine_to_wire(model: Model) -> dict[str, Any]:
         "id": model.name,
         "object": "engine",
         "owner": model.owned_by,
-        "ready": True,
+        "ready": model.alias is None or model.alias.model_name is not None,
         "created": None,
         "permissions": None,
     }

@@ -12,11 +12,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, delete, insert, select
 
-from tunesmith.core.schema import aliases, jobs
+from tunesmith.core.schema import aliases, jobs, organizations
 from tunesmith.core.statuses import JobStatus
 from tunesmith.errors import InvalidRequest, NotFound
-
-MAX_ALIAS_CHARACTERS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +23,8 @@ class Alias:
 
     name: str
     organization_id: str
+    owned_by: str
+    """The organisation's slug."""
     job_id: str
     job_status: JobStatus
     base_name: str
@@ -50,18 +50,6 @@ class Alias:
             f"The model `{self.name}` does not exist yet: it is {self.note}. {then}",
             param="model",
             code="model_not_found",
-        )
-
-
-def check_alias(name: str | None) -> None:
-    """Raises InvalidRequest for what could not be called by name."""
-    if name is None:
-        return
-    if not 1 <= len(name) <= MAX_ALIAS_CHARACTERS or not name.isprintable() or " " in name:
-        raise InvalidRequest(
-            f"alias must have 1 to {MAX_ALIAS_CHARACTERS} printable characters without spaces; you gave "
-            f"{name[:100]!r}.",
-            param="alias",
         )
 
 
@@ -99,9 +87,11 @@ def drop_alias(connection: Connection, organization_id: str, name: str) -> None:
 
 
 def _of(organization_id: str) -> Select[Any]:
-    columns = (aliases, jobs.c.status, jobs.c.base_name, jobs.c.fine_tuned_model)
     return (
-        select(*columns).join(jobs, jobs.c.id == aliases.c.job_id).where(aliases.c.organization_id == organization_id)
+        select(aliases, jobs.c.status, jobs.c.base_name, jobs.c.fine_tuned_model, organizations.c.slug)
+        .join(jobs, jobs.c.id == aliases.c.job_id)
+        .join(organizations, organizations.c.id == aliases.c.organization_id)
+        .where(aliases.c.organization_id == organization_id)
     )
 
 
@@ -109,6 +99,7 @@ def _alias(row: Row[Any]) -> Alias:
     return Alias(
         name=row.name,
         organization_id=row.organization_id,
+        owned_by=row.slug,
         job_id=row.job_id,
         job_status=JobStatus(row.status),
         base_name=row.base_name,

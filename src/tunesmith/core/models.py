@@ -331,7 +331,7 @@ def _alias_model(alias: Alias) -> Model:
     return Model(
         name=alias.name,
         created_unix=alias.created_unix,
-        owned_by=BASE_OWNER,
+        owned_by=alias.owned_by,
         base_name=alias.base_name,
         parent_name=alias.model_name or alias.base_name,
         organization_id=alias.organization_id,

@@ -6,6 +6,10 @@ import re
 import unicodedata
 from datetime import UTC, datetime
 
+from tunesmith.errors import InvalidRequest
+
+MAX_ALIAS_CHARACTERS = 256
+
 _NOT_A_WORD = re.compile(r"[\W_]+")
 
 
@@ -37,3 +41,15 @@ def checkpoint_name(model_name: str, step: int) -> str:
     'ada:ft-acme-2023-04-18-09-48-38:ckpt-step-88'
     """
     return f"{model_name}:ckpt-step-{step}"
+
+
+def check_alias(name: str | None) -> None:
+    """Raises InvalidRequest for what could not be called by name."""
+    if name is None:
+        return
+    if not 1 <= len(name) <= MAX_ALIAS_CHARACTERS or not name.isprintable() or " " in name:
+        raise InvalidRequest(
+            f"alias must have 1 to {MAX_ALIAS_CHARACTERS} printable characters without spaces; you gave "
+            f"{name[:100]!r}.",
+            param="alias",
+        )

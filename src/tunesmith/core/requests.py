@@ -7,9 +7,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tunesmith.core.aliases import check_alias
 from tunesmith.core.integrations import Integration, check_integrations
-from tunesmith.core.names import slug
+from tunesmith.core.names import check_alias, slug
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import ResolvedHyperparameters
 
