@@ -159,8 +159,10 @@ def mixed_ends(path: Path, _scale: float) -> None:
 
 def million_columns(path: Path, scale: float) -> None:
     """A heading that never ends."""
-    names = b",".join(b"c%d" % number for number in range(max(2_000, int(1_000_000 * scale))))
-    path.write_bytes(b"prompt,completion," + names + b"\n" + names + b"\n")  # 8 MB
+    with path.open("wb") as file:
+        file.write(b"prompt,completion")
+        file.writelines(b",c%d" % number for number in range(max(2_000, int(1_000_000 * scale))))
+        file.write(b"\na,b\n")
 
 
 def million_keys(path: Path, scale: float) -> None:
@@ -270,7 +272,7 @@ def workbook(path: Path, pieces: Iterable[str]) -> None:
 
 
 HARMS = (
-    Harm("1 GB in a line", "data.jsonl", single_line, ("longer than",)),
+    Harm("1 GB in a line", "data.jsonl", single_line, ("longer than", "one JSON object")),
     Harm("1 GB in a cell", "data.csv", single_cell, ("never closed",)),
     Harm("NUL bytes", "data.csv", nul_bytes, ("NUL byte",)),
     Harm("1 GB of zeros", "data.jsonl", zeros, ("NUL",)),
@@ -278,7 +280,7 @@ HARMS = (
     Harm("UTF-16, mixed line ends", "data.csv", utf_16, ()),
     Harm("UTF-16, cut off", "data.csv", half_utf_16, ("UTF-16",)),
     Harm("mixed line ends, blank lines", "data.jsonl", mixed_ends, ()),
-    Harm("a million columns", "data.csv", million_columns, ("column",)),
+    Harm("a million columns", "data.csv", million_columns, ("column", "longer than")),
     Harm("a million keys", "data.jsonl", million_keys, ("columns",)),
     Harm("brackets in brackets", "data.jsonl", deep, ("JSON",)),
     Harm("zip bomb, 4 GB", "data.xlsx", zip_bomb, ("unpack", "no row")),

@@ -27,7 +27,7 @@ class TokenMeter:
         self._stride = 1 if exact or size_bytes <= MAX_EXACT_BYTES else -(-size_bytes // SAMPLED_BYTES)
         self._rows = self._tokens = 0
         self._waiting: list[tuple[str, str]] = []
-        self._characters = self._sampled_characters = 0
+        self._sampled_rows = 0
 
     def add(self, batch: Batch) -> None:
         """The next rows."""
@@ -36,8 +36,7 @@ class TokenMeter:
         self._waiting += pairs
         if len(self._waiting) >= AT_ONCE_ROWS:
             self._count()
-        self._sampled_characters += sum(len(prompt) + len(completion) for prompt, completion in pairs)
-        self._characters += sum(map(len, batch.prompts)) + sum(map(len, batch.completions))
+        self._sampled_rows += len(pairs)
         self._rows += len(batch)
 
     def result(self) -> Tokens:
@@ -45,7 +44,7 @@ class TokenMeter:
         self._count()
         if self._stride == 1:
             return Tokens(self._tokens, exact=True)
-        return Tokens(round(self._tokens * self._characters / max(1, self._sampled_characters)), exact=False)
+        return Tokens(round(self._tokens * self._rows / max(1, self._sampled_rows)), exact=False)
 
     def _count(self) -> None:
         if self._waiting:

@@ -8,10 +8,10 @@ from tunesmith.data.facts import Facts, FileFold, Lengths
 from tunesmith.data.rows import Batch
 from tunesmith.data.source import Changed, Source
 
-REMEMBERED_BYTES = 192 << 20
+REMEMBERED_BYTES = 224 << 20
 """As many rows of a file are kept for the second pass, which then need not read it; of a larger file none are."""
-TEXT_BYTES = 60
-"""What a text takes in memory besides its characters."""
+ROW_BYTES = 80
+"""What two texts take in memory, besides the bytes of the file that they were read from."""
 
 Progress = Callable[[int], None]
 """Told how many bytes of the file have been read."""
@@ -31,11 +31,11 @@ class Rows:
             yield from self._kept
             return
         kept: list[Batch] | None = []
-        left = REMEMBERED_BYTES
+        rows = 0
         for batch in self.source.batches():
-            if kept is not None:
-                left -= _size_bytes(batch)
-                kept = kept if left > 0 else None
+            rows += len(batch)
+            if batch.read_bytes + ROW_BYTES * rows > REMEMBERED_BYTES:
+                kept = None
             if kept is not None:
                 kept.append(batch)
             yield batch
@@ -63,9 +63,3 @@ def _analyse(rows: Rows, lengths: Lengths | None, progress: Progress) -> Facts:
                 fold.completions.look_inside([text for text in batch.completions if text])
                 progress(batch.read_bytes)
         return fold.result()
-
-
-def _size_bytes(batch: Batch) -> int:
-    """About what a batch takes in memory; equal completions, as names of classes, may take less."""
-    characters = sum(map(len, batch.prompts)) + sum(map(len, batch.completions))
-    return characters + TEXT_BYTES * 2 * len(batch)
