@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def unpack(packed: Path, home: Path) -> Path:
     unpack at once: each writes beside, the first rename wins.
     """
     sources = {packed / CONFIG: CONFIG, packed.parent / TOKENIZER: TOKENIZER}
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, packed / PACKED))).hexdigest()[:12]
+    files = [(path, path.stat()) for path in (*sources, packed / PACKED)]
+    digest = _digest(tuple((path, status.st_mtime_ns, status.st_size) for path, status in files))
     folder = home / "bases" / f"{packed.name}-{digest}"
     if folder.exists():
         return folder
@@ -75,6 +77,12 @@ def unpack(packed: Path, home: Path) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
+
+
+@cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of the files' bytes, read once as long as they stay as they are: every request asks where its model is."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path, _, _ in files)).hexdigest()[:12]
 
 
 def _dequantize(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tunesmith.engine.base import EngineOutput, GenerateRequest, PromptScored, SampledToken, SamplingParams, TokenScore
@@ -87,7 +87,7 @@ def command_to_line(command: Command) -> bytes:
         case Unload(handle):
             return _line(["unload", handle])
         case Generate(number, request):
-            return _line(["generate", number, asdict(request)])
+            return _line(["generate", number, _shallow(request) | {"sampling": _shallow(request.sampling)}])
         case Cancel(number):
             return _line(["cancel", number])
 
@@ -99,8 +99,8 @@ def command_from_line(line: bytes) -> Command:
             return Load(number, handle, base_dir, adapter_dir)
         case ["unload", handle]:
             return Unload(handle)
-        case ["generate", number, fields]:
-            return Generate(number, _request(fields))
+        case ["generate", number, sent]:
+            return Generate(number, _request(sent))
         case ["cancel", number]:
             return Cancel(number)
         case other:
@@ -121,12 +121,17 @@ def _line(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
-def _request(fields: dict[str, Any]) -> GenerateRequest:
-    sampling = fields["sampling"]
+def _shallow(value: GenerateRequest | SamplingParams) -> dict[str, Any]:
+    """The fields as they are: `asdict` copies every token of a prompt."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _request(sent: dict[str, Any]) -> GenerateRequest:
+    sampling = sent["sampling"]
     bias = {int(token_id): value for token_id, value in sampling["logit_bias"].items()}  # JSON has string keys only
     stops = tuple(sampling["stop_token_ids"])
     params = SamplingParams(**sampling | {"logit_bias": bias, "stop_token_ids": stops})
-    return GenerateRequest(**fields | {"prompt_ids": tuple(fields["prompt_ids"]), "sampling": params})
+    return GenerateRequest(**sent | {"prompt_ids": tuple(sent["prompt_ids"]), "sampling": params})
 
 
 def _event_to_list(event: Event) -> list[Any]:
