@@ -125,8 +125,11 @@ def test_rows_are_fed_once_across_restarts_of_the_server(followed: Followed) -> 
     followed.step(1, 2)
     followed.until_said("follows")
     followed.trackers.drain()
-    with followed.folder.rows.open("ab") as torn:  # of a server that was killed while it wrote
-        torn.write(b'{"event": 9, "st')
+    repeated = followed.folder.rows.read_bytes()
+    with followed.folder.rows.open(
+        "ab"
+    ) as torn:  # of a disk that was full, and a server that was killed while it wrote
+        torn.write(repeated + b'{"event": 9, "st')
     followed.step(3)
     again = followed.another(FOLLOWS)
     followed.end()

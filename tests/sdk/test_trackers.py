@@ -217,7 +217,8 @@ def test_export_to_csv(server: Server, done: Done, folder: Path) -> None:
     assert "is there already and is no run" in said
 
 
-@pytest.mark.parametrize("kind", ["trackio", pytest.param("mlflow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["trackio", "mlflow"])
 def test_export_to_a_local_store(kind: str, server: Server, done: Done, folder: Path) -> None:
     python = python_with("trackio") if kind == "trackio" else python_with("mlflow-skinny", "sqlalchemy", "alembic")
     job_id = done.job["id"]

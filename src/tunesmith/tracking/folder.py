@@ -117,14 +117,14 @@ class TrackingDir:
             os.fsync(file.fileno())
 
     def read_rows(self, after_event: int = 0) -> list[Row]:
-        """Those of later events; a last line still being written is left for the next call."""
+        """Those of later events, each once; a last line still being written is left for the next call."""
         try:
             content = self.rows.read_bytes()
         except FileNotFoundError:
             return []
         whole = content[: content.rfind(b"\n") + 1].splitlines()
-        rows = [Row(**json.loads(line)) for line in whole]
-        return [row for row in rows if row.event > after_event]
+        rows = {row.event: row for row in (Row(**json.loads(line)) for line in whole)}  # a full disk may cause repeats
+        return [row for event, row in rows.items() if event > after_event]
 
     def write_outcome(self, outcome: TrackingOutcome) -> None:
         """Durable before it returns."""
