@@ -7,21 +7,27 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from json.encoder import encode_basestring
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.formats import MAX_LINE_BYTES
-from tunesmith.data.rows import Batch, for_each
+from tunesmith.data.rows import Batch
 from tunesmith.errors import InvalidRequest
 
 BUFFER_BYTES = 1 << 20
+_ENCODER = msgspec.json.Encoder()
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
 """What file systems say that know no second name for a file; there the name is taken first, then the file put in."""
+
+
+class _Line(msgspec.Struct, gc=False):
+    prompt: str
+    completion: str
 
 
 def output_names(path: Path, parts: Sequence[str]) -> list[Path]:
@@ -39,13 +45,8 @@ def output_names(path: Path, parts: Sequence[str]) -> list[Path]:
 
 def prepared_lines(batch: Batch) -> bytes:
     r"""The rows as JSON Lines, prompt first, `/` as `\/`, characters as they are: what the published command writes."""
-    completions = for_each(_row_end, batch.completions)
-    pieces = zip(itertools.repeat('{"prompt":'), map(encode_basestring, batch.prompts), completions, strict=False)
-    return "".join(itertools.chain.from_iterable(pieces)).replace("/", "\\/").encode()
-
-
-def _row_end(completion: str) -> str:
-    return f',"completion":{encode_basestring(completion)}}}\n'
+    lines = _ENCODER.encode_lines(list(map(_Line, batch.prompts, batch.completions)))
+    return lines.replace(b"/", b"\\/")
 
 
 class Staged:
