@@ -5,9 +5,7 @@
 
 #pragma once
 
-#include <cmath>
-
-#include "model.h"
+#include "../decoder/packed.h"
 
 namespace {
 
@@ -28,35 +26,6 @@ struct Attention {
         for (float **each : {&grad_q, &grad_k, &grad_v}) *each = arena.take<float>(row * d);
         scores = arena.take<float>(SIDE * row);
         drift = arena.take<float>(row);
-    }
-
-    // Queries and keys by the angles of their places, queries over the root of d as well.
-    // `place`: that of each token in its row, or -1. `bias`, where given, is added to all before.
-    void turn(Panels qkv, const float *bias, const int32_t *place, int64_t tokens) const {
-        const int64_t d = m.head_width, half = d / 2, panels = (m.heads + 2 * m.kv_heads) * head_panels;
-        for (int64_t panel = 0; bias && panel < panels; ++panel)
-            for (int64_t at = 0; at < tokens; ++at) {
-                bf16 *to = qkv.block(panel, at);
-                const float *more = bias + panel * SIDE;
-                store_32(to, _mm512_add_ps(load_low(to), _mm512_loadu_ps(more)),
-                         _mm512_add_ps(load_low(to + 16), _mm512_loadu_ps(more + 16)));
-            }
-        for (int64_t head = 0; head < m.heads + m.kv_heads; ++head) {
-            const __m512 scale = _mm512_set1_ps(head < m.heads ? root_of_inverse(static_cast<float>(d)) : 1.0f);
-            for (int64_t j = 0; j < half; j += 16) {
-                const int64_t low_at = head * d + j, high_at = low_at + half;
-                for (int64_t at = 0; at < tokens; ++at) {
-                    if (place[at] < 0) continue;
-                    bf16 *low_part = qkv.block(low_at / SIDE, at) + low_at % SIDE;
-                    bf16 *high_part = qkv.block(high_at / SIDE, at) + high_at % SIDE;
-                    const __m512 cos = _mm512_mul_ps(_mm512_loadu_ps(m.cos + place[at] * half + j), scale);
-                    const __m512 sin = _mm512_mul_ps(_mm512_loadu_ps(m.sin + place[at] * half + j), scale);
-                    const __m512 a = load_low(low_part), b = load_low(high_part);
-                    store_16(low_part, _mm512_fmsub_ps(a, cos, _mm512_mul_ps(b, sin)));
-                    store_16(high_part, _mm512_fmadd_ps(b, cos, _mm512_mul_ps(a, sin)));
-                }
-            }
-        }
     }
 
     // The way back, from sums [d / 32][T, 32] of one head of a row to its panels; `factor` is that of `turn`.
@@ -124,31 +93,6 @@ struct Attention {
                 }
             }
         }
-    }
-
-    // e^(score - largest) of the `seen` scores that a query may see, zeros behind; returns one over their sum. Scores and
-    // weights are those of one query in blocks.
-    static float weigh(const float *score, bf16 *to, int64_t seen, float *log_sum) {
-        const __m512 lowest = _mm512_set1_ps(-__builtin_huge_valf());
-        __m512 most = lowest, total = _mm512_setzero_ps();
-        for (int64_t at = 0; at < seen; at += 16) {
-            const float *from = score + at / SIDE * BLOCK + at % SIDE;
-            most = _mm512_max_ps(most, _mm512_mask_loadu_ps(lowest, first_of_16(seen - at), from));
-        }
-        const float largest = _mm512_reduce_max_ps(most);
-        for (int64_t at = 0; at < seen; at += SIDE) {
-            __m512 part[2];
-            for (int64_t half = 0; half < 2; ++half) {
-                const __m512 value = _mm512_loadu_ps(score + at / SIDE * BLOCK + 16 * half);
-                part[half] = _mm512_maskz_mov_ps(first_of_16(seen - at - 16 * half),
-                                                 exponential(_mm512_sub_ps(value, _mm512_set1_ps(largest))));
-                total = _mm512_add_ps(total, part[half]);
-            }
-            store_32(to + at / SIDE * BLOCK, part[0], part[1]);
-        }
-        const float all = sum(total);
-        *log_sum = largest + std::log(all);
-        return 1.0f / all;
     }
 
     // The gradient of qkv before it was turned, from that of `out`.

@@ -84,7 +84,7 @@ class Learner:
         self._by_hand: CompiledLlama | FoldedLlama | None = None
         if covers(model):
             if kernels is None and dtype == torch.bfloat16 and step.covers(model):
-                self._by_hand = CompiledLlama(model, site_outputs)
+                self._by_hand = CompiledLlama(model)
             else:
                 self._by_hand = FoldedLlama(model, site_outputs, dtype, kernels or available())
         self._prompt_head_VD = None if dtype == torch.float32 else model.head_VD.to(dtype)

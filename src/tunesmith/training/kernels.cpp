@@ -6,29 +6,9 @@
 // Legend: N = tokens, D = model width, F = feed-forward width, H, K = query and key/value heads, G = H / K,
 // d = head width, B = rows, T = cells of a row, V = vocabulary, M = rows of logits.
 
-#include <cstdint>
-#include <cstring>
+#include "../decoder/bf16.h"
 
 namespace {
-
-struct bf16 {
-    uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline float load(bf16 x) {
-    uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline void store(float *to, float x) { *to = x; }
-inline void store(bf16 *to, float x) {  // to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    to->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 // e^x to about 1e-7 relative for x in [-87, 88], outside of it e to the nearer end: 2^n times a polynomial.
 inline float exponential(float x) {
@@ -47,8 +27,6 @@ inline float exponential(float x) {
     std::memcpy(&power, &exponent, 4);
     return p * power;
 }
-
-inline float root_of_inverse(float x) { return 1.0f / __builtin_sqrtf(x); }
 
 constexpr int64_t CELLS = 16;
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from tunesmith import compiled
+from tunesmith.decoder import packed
 from tunesmith.rundir import write_bytes
 from tunesmith.training.kernels import Eager, Heads, Kernels, RowGroup, Spread, Turn
 
-SOURCE, *INCLUDED = (
-    Path(__file__).with_name(name) for name in ("step.cpp", "attention.h", "model.h", "tiles.h", "kernels.cpp")
-)
+SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in ("step.cpp", "attention.h", "kernels.cpp"))
 """Whole steps (`training.step`), and what they are made of."""
 
 _SIZE, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -49,7 +48,7 @@ def available() -> Kernels:
 def confirm(record: Path) -> None:
     """Writes to `record` which kernels a run begins with. Raises KernelsChanged where it began with others."""
     found = library()
-    kind = "eager" if found is None else "tiles" if has_tiles(found) else "native"
+    kind = "eager" if found is None else "tiles" if packed.library(SOURCE, *INCLUDED) else "native"
     if not record.exists():
         write_bytes(record, kind.encode())
     elif (known := record.read_text()) != kind:
@@ -68,14 +67,7 @@ def load() -> Native | None:
 
 def library() -> ctypes.CDLL | None:
     """What is compiled here; None without a compiler (see `compiled.load`)."""
-    return compiled.load(SOURCE, *INCLUDED)
-
-
-@cache
-def has_tiles(library: ctypes.CDLL) -> bool:
-    """Whether processor and system let this process multiply tiles of bf16; asks the system for it."""
-    library.tunesmith_tiles.restype = ctypes.c_bool
-    return bool(library.tunesmith_tiles())
+    return compiled.load(SOURCE, *INCLUDED, *packed.HEADERS)
 
 
 class Native:

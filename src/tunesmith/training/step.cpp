@@ -11,20 +11,41 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <cmath>
 #include <optional>
 #include <vector>
 
 #include "attention.h"
+#include "kernels.cpp"
+
+extern "C" {
+
+struct Piece {
+    int64_t start, tokens;  // multiples of 32
+    const float *flat;      // factors as TrainableLora.flat has them
+    float *gradient;        // laid out as they are; added to
+    const bf16 *packed;     // what tunesmith_pack_factors made of them
+    int32_t rank, embedding_rank;
+    float scale;
+};
+
+struct Pass {
+    int64_t tokens, rows, positions, pieces;
+    const int64_t *token_ids;                  // [N]
+    const int64_t *row_start, *row_length;     // [rows]
+    const int64_t *predicting, *target;        // [M]
+    const float *weight;                       // [M]
+    const Piece *piece;
+    float *nll;   // out: [M]
+    bool *right;  // out: [M]
+    uint8_t *memory;
+};
+
+}  // extern "C"
 
 namespace {
 
 constexpr int64_t CHUNK = 256;       // tokens that go through products together: their states stay in the cache
 constexpr int64_t HEAD_CHUNK = 128;  // positions whose logits are held at once
-constexpr int64_t DEEPEST = 12;      // blocks of weights, 24 KiB, that are multiplied with all tokens of a chunk in turn
 
 // What the way back of a layer needs.
 struct Saved {
@@ -58,7 +79,7 @@ struct Step {
         }
         for (int64_t i = 0; i < p.pieces; ++i) {
             const Piece &piece = p.piece[i];
-            places.emplace_back(m, piece.rank);
+            places.emplace_back(m, piece.rank, true);
             deep = rounded_up(piece.rank) > deep ? rounded_up(piece.rank) : deep;
             embedded = piece.embedding_rank > embedded ? piece.embedding_rank : embedded;
             for (int64_t at = piece.start; at < piece.start + piece.tokens; at += SIDE) piece_of[at / SIDE] = i;
@@ -107,31 +128,6 @@ struct Step {
 
     const Site &site_at(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
 
-    // A panel of frozen weights with each block of 32 tokens, a part of its depth at a time that stays in the cache next
-    // to the core; then(panel, token) adds what its job's factors give, and takes the sums.
-    template <typename Then>
-    void by_panels(Panels in, const bf16 *weight, int64_t steps, int64_t panels, int64_t tokens, Then then) {
-        const int64_t blocks = tokens / SIDE, lines = (SIDE + blocks - 1) / blocks;
-        const int64_t parts = (steps + DEEPEST - 1) / DEEPEST, size = (steps + parts - 1) / parts;
-        for (int64_t panel = 0; panel < panels; ++panel, weight += steps * BLOCK)
-            for (int64_t first = 0; first < steps; first += size) {
-                const int64_t deep_now = steps - first < size ? steps - first : size;
-                for (int64_t at = 0; at < tokens; at += SIDE) {
-                    const bf16 *part = weight + first * BLOCK, *next = part + steps * BLOCK;
-                    if (first)
-                        give_sums(partial + at * SIDE);
-                    else
-                        clear();
-                    accumulate(in.block(first, at), in.step(), part, deep_now,
-                               next + at / SIDE * lines * deep_now * SIDE, panel + 1 < panels ? lines : 0);
-                    if (first + deep_now < steps)
-                        take_sums(partial + at * SIDE);
-                    else
-                        then(panel, at);
-                }
-            }
-    }
-
     // y = x W^T + (x A^T) B^T; keeps x A^T in `kept`.
     void forward(int64_t index, Panels in, Panels y, Panels kept, int64_t first, int64_t tokens) {
         const Site &site = site_at(index);
@@ -152,7 +148,7 @@ struct Step {
         for (int part = 0; part < site.parts; panel += site.outputs[part++] / SIDE) {
             const Panels low_part = low.panels(part * deep / SIDE);
             by_panels(in, site.forward + panel * SIDE * site.inputs, site.inputs / SIDE, site.outputs[part] / SIDE,
-                      tokens, [&](int64_t within, int64_t at) {
+                      tokens, partial, [&](int64_t within, int64_t at) {
                           const int32_t which = piece_of[(first + at) / SIDE];
                           const int64_t own = rounded_up(p.piece[which].rank);
                           const bf16 *b = p.piece[which].packed + places[which].sites[index].b_forward[part];
@@ -181,7 +177,7 @@ struct Step {
                     round_turned(c, grad_low_turned.block(at / SIDE, part * deep + r));
                 }
             }
-        by_panels(gy, site.backward, outputs / SIDE, site.inputs / SIDE, tokens, [&](int64_t panel, int64_t at) {
+        by_panels(gy, site.backward, outputs / SIDE, site.inputs / SIDE, tokens, partial, [&](int64_t panel, int64_t at) {
             const int32_t which = piece_of[(first + at) / SIDE];
             const int64_t all = site.parts * rounded_up(p.piece[which].rank);
             const bf16 *a = p.piece[which].packed + places[which].sites[index].a_backward;
@@ -259,29 +255,6 @@ struct Step {
 
     // -- what stands between products
 
-    // x += added, where given; `to` = x over the root of its mean square, and one over that root.
-    void normalise(const Panels *added, Panels to, float *inverses, int64_t first, int64_t tokens) {
-        const int64_t d = m.width;
-        for (int64_t i = 0; i < tokens; ++i) {
-            float *row = x + (first + i) * d;
-            __m512 squares = _mm512_setzero_ps();
-            for (int64_t j = 0; j < d; j += 16) {
-                __m512 value = _mm512_loadu_ps(row + j);
-                if (added) {
-                    value = _mm512_add_ps(value, load_low(added->block(j / SIDE, i) + j % SIDE));
-                    _mm512_storeu_ps(row + j, value);
-                }
-                squares = _mm512_fmadd_ps(value, value, squares);
-            }
-            const float factor = root_of_inverse(sum(squares) / static_cast<float>(d) + m.epsilon);
-            const __m512 f = _mm512_set1_ps(factor);
-            inverses[first + i] = factor;
-            for (int64_t j = 0; j < d; j += SIDE)
-                store_32(to.block(j / SIDE, i), _mm512_mul_ps(_mm512_loadu_ps(row + j), f),
-                         _mm512_mul_ps(_mm512_loadu_ps(row + j + 16), f));
-        }
-    }
-
     // Through `normalise`, grad += (dy - y mean(dy y)) * inverse; the sum in bf16 comes into `out`.
     void leave_norm(Panels dy, Panels y, const float *inverses, int64_t first, int64_t tokens) {
         const int64_t d = m.width;
@@ -299,18 +272,6 @@ struct Step {
                 const __m512 value = _mm512_fmadd_ps(through, factor, _mm512_loadu_ps(row + j));
                 _mm512_storeu_ps(row + j, value);
                 store_16(out.block(j / SIDE, first + i) + j % SIDE, value);
-            }
-        }
-    }
-
-    // product = silu(gate) * up
-    void gate(Panels gate_up, int64_t tokens) {
-        for (int64_t panel = 0; panel < m.feed_width / SIDE; ++panel) {
-            const bf16 *g = gate_up.block(panel, 0), *up = gate_up.block(panel + m.feed_width / SIDE, 0);
-            bf16 *to = product.block(panel, 0);
-            for (int64_t i = 0; i < tokens * SIDE; i += 16) {
-                const __m512 value = load_low(g + i);
-                store_16(to + i, _mm512_mul_ps(_mm512_mul_ps(value, sigmoid(value)), load_low(up + i)));
             }
         }
     }
@@ -344,9 +305,9 @@ struct Step {
         Saved &s = saved[layer];
         by_chunks([&](int64_t first, int64_t tokens) {
             const Panels added = out.from(first);
-            normalise(layer ? &added : nullptr, s.normed.from(first), s.inverse, first, tokens);
+            normalise(m, x + first * m.width, layer ? &added : nullptr, s.normed.from(first), s.inverse + first, tokens);
             forward(4 * layer, s.normed.from(first), s.qkv.from(first), s.low[0], first, tokens);
-            attention->turn(s.qkv.from(first), m.layer[layer].bias, turn_of.data() + first, tokens);
+            turn(m, s.qkv.from(first), m.layer[layer].bias, turn_of.data() + first, tokens);
         });
         std::memset(s.attention.data, 0, sizeof(bf16) * n * mixed);
         for (int64_t row = 0; row < p.rows; ++row) {
@@ -356,9 +317,9 @@ struct Step {
         by_chunks([&](int64_t first, int64_t tokens) {
             const Panels added = out.from(first), normed = s.feed_normed.from(first);
             forward(4 * layer + 1, s.attention.from(first), added, s.low[1], first, tokens);
-            normalise(&added, normed, s.feed_inverse, first, tokens);
+            normalise(m, x + first * m.width, &added, normed, s.feed_inverse + first, tokens);
             forward(4 * layer + 2, normed, s.gate_up.from(first), s.low[2], first, tokens);
-            gate(s.gate_up.from(first), tokens);
+            gate(m, s.gate_up.from(first), product, tokens);
             forward(4 * layer + 3, product, added, s.low[3], first, tokens);
         });
     }
@@ -448,12 +409,12 @@ struct Step {
                                               _mm512_loadu_ps(m.norm + j));
                     store_16(states.block(j / SIDE, i) + j % SIDE, value);
                 }
-            by_panels(states, m.head_forward, d / SIDE, panels, rows, [&](int64_t panel, int64_t at) {
+            by_panels(states, m.head_forward, d / SIDE, panels, rows, partial, [&](int64_t panel, int64_t at) {
                 take_sums(c);
                 round_block(c, logits.block(panel, at));
             });
             for (int64_t i = 0; i < real; ++i) factor[i] = weigh_tokens(i, first + i);
-            by_panels(logits, m.head_backward, panels, d / SIDE, rows, [&](int64_t panel, int64_t at) {
+            by_panels(logits, m.head_backward, panels, d / SIDE, rows, partial, [&](int64_t panel, int64_t at) {
                 take_sums(grad_states + (panel * HEAD_CHUNK + at) * SIDE);
             });
             for (int64_t i = 0; i < real; ++i) leave_head(i, first + i, factor[i]);
@@ -527,27 +488,6 @@ struct Step {
 }  // namespace
 
 extern "C" {
-
-// Whether the system lets this process use tiles.
-bool tunesmith_tiles() {
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
-
-int64_t tunesmith_packed_size(int64_t rows, int64_t columns) { return packed_size(rows, columns); }
-
-// A matrix [O, I], times `gain` [I] where given, as what forward and backward products read.
-void tunesmith_pack(const float *from, int64_t outputs, int64_t inputs, const float *gain, bf16 *forward,
-                    bf16 *backward) {
-    pack_forward(from, outputs, inputs, gain, 1.0f, forward);
-    pack_backward(from, outputs, inputs, gain, 1.0f, backward, rounded_up(outputs) * SIDE);
-}
-
-int64_t tunesmith_packed_factors_size(const Model *model, int64_t rank) { return Places(*model, rank).packed; }
-
-void tunesmith_pack_factors(const Model *model, const float *flat, int64_t rank, float scale, bf16 *packed) {
-    pack_factors(*model, flat, rank, scale, packed);
-}
 
 // How many bytes of memory a pass needs; its `memory` is null.
 int64_t tunesmith_step_memory(const Model *model, const Pass *pass) { return Step(*model, *pass).used; }

@@ -1,19 +1,21 @@
 // Blocks of 32 x 32 in the shapes in which a processor with tiles of bf16 (AMX) multiplies them, and what is done to
-// vectors between products. For step.cpp.
+// vectors between products. For training/step.cpp and engine/tiles.cpp.
 
 #pragma once
 
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
-#include <cstdint>
-#include <cstring>
+#include <cmath>
 
-#include "kernels.cpp"
+#include "bf16.h"
 
 namespace {
 
 constexpr int64_t SIDE = 32;            // rows and columns of a block of a product: two tiles each way
 constexpr int64_t BLOCK = SIDE * SIDE;  // elements of a block of an operand
+constexpr int64_t DEEPEST = 12;         // blocks of weights, 24 KiB, that are multiplied with all tokens in turn
 
 inline int64_t rounded_up(int64_t n) { return (n + SIDE - 1) / SIDE * SIDE; }
 inline int64_t packed_size(int64_t depth, int64_t wide) { return rounded_up(depth) * rounded_up(wide); }
@@ -214,6 +216,33 @@ inline void round_turned(const float *c, bf16 *to) {
     }
 }
 
+// A panel of frozen weights with each block of 32 tokens, a part of its depth at a time that stays in the cache next
+// to the core; then(panel, token) adds what factors give, and takes the sums.
+// `partial` [tokens, 32] is room for sums under way.
+template <typename Then>
+inline void by_panels(Panels in, const bf16 *weight, int64_t steps, int64_t panels, int64_t tokens, float *partial,
+                      Then then) {
+    const int64_t blocks = tokens / SIDE, lines = (SIDE + blocks - 1) / blocks;
+    const int64_t parts = (steps + DEEPEST - 1) / DEEPEST, size = (steps + parts - 1) / parts;
+    for (int64_t panel = 0; panel < panels; ++panel, weight += steps * BLOCK)
+        for (int64_t first = 0; first < steps; first += size) {
+            const int64_t deep_now = steps - first < size ? steps - first : size;
+            for (int64_t at = 0; at < tokens; at += SIDE) {
+                const bf16 *part = weight + first * BLOCK, *next = part + steps * BLOCK;
+                if (first)
+                    give_sums(partial + at * SIDE);
+                else
+                    clear();
+                accumulate(in.block(first, at), in.step(), part, deep_now,
+                           next + at / SIDE * lines * deep_now * SIDE, panel + 1 < panels ? lines : 0);
+                if (first + deep_now < steps)
+                    take_sums(partial + at * SIDE);
+                else
+                    then(panel, at);
+            }
+        }
+}
+
 // ---- functions -------------------------------------------------------------------------------------------------------
 
 // e^x to about 1e-7 relative; for x under -87 e^-87. NaN stays NaN.
@@ -238,5 +267,30 @@ inline __m512 sigmoid(__m512 x) {
 }
 
 inline float sum(__m512 x) { return _mm512_reduce_add_ps(x); }
+
+// e^(score - largest) of the `seen` scores that a query may see, zeros behind; returns one over their sum. Scores and
+// weights are those of one query in blocks.
+inline float weigh(const float *score, bf16 *to, int64_t seen, float *log_sum) {
+    const __m512 lowest = _mm512_set1_ps(-__builtin_huge_valf());
+    __m512 most = lowest, total = _mm512_setzero_ps();
+    for (int64_t at = 0; at < seen; at += 16) {
+        const float *from = score + at / SIDE * BLOCK + at % SIDE;
+        most = _mm512_max_ps(most, _mm512_mask_loadu_ps(lowest, first_of_16(seen - at), from));
+    }
+    const float largest = _mm512_reduce_max_ps(most);
+    for (int64_t at = 0; at < seen; at += SIDE) {
+        __m512 part[2];
+        for (int64_t half = 0; half < 2; ++half) {
+            const __m512 value = _mm512_loadu_ps(score + at / SIDE * BLOCK + 16 * half);
+            part[half] = _mm512_maskz_mov_ps(first_of_16(seen - at - 16 * half),
+                                             exponential(_mm512_sub_ps(value, _mm512_set1_ps(largest))));
+            total = _mm512_add_ps(total, part[half]);
+        }
+        store_32(to + at / SIDE * BLOCK, part[0], part[1]);
+    }
+    const float all = sum(total);
+    *log_sum = largest + std::log(all);
+    return 1.0f / all;
+}
 
 }  // namespace
