@@ -22,8 +22,8 @@ from tunesmith.tracking.folder import TrackingDir
 
 TRACKER = "tunesmith.tracking"
 SECRET = "0123456789abcdef0123456789abcdef01234567"
-LONG = {"n_epochs": 12, "batch_size": 1}
-"""Enough steps to be in the midst of when something is killed."""
+LONG = {"n_epochs": 4, "batch_size": 1}
+"""Enough steps to be paused in their midst."""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,8 @@ def test_a_job_is_followed_to_its_end_across_kills(tracked: Server, python_wandb
         job = client.post("fine-tunes", body=body(client, integrations=[WANDB], **LONG))
         expected = {"project": "reviews", "name": "first try", "entity": None, "tags": ["small", "e2e"]}
         assert job["integrations"] == [{"type": "wandb", "wandb": expected}]
+        until_said(client, job["id"], "Completed epoch 1/")
+        client.post("fine-tunes", job["id"], "pause")  # so that it is in its midst whatever takes how long
         until_said(client, job["id"], "Weights & Biases follows this fine-tune: offline")
         tracked.one(TRACKER).kill()
         until_said(client, job["id"], "was ended by SIGKILL and is started again. Training goes on")
@@ -109,6 +111,8 @@ def test_a_job_is_followed_to_its_end_across_kills(tracked: Server, python_wandb
     assert until(lambda: not tracked.processes(TRACKER), within_s=10.0)
     tracked.start()
     with tracked.client() as client:
+        tracked.one(TRACKER)  # at work before the job is
+        client.post("fine-tunes", job["id"], "resume")
         ended = wait_for(client, job["id"])
         assert ended["status"] == "succeeded", messages(ended)
         ended = until_said(client, job["id"], "Weights & Biases has all the numbers")
