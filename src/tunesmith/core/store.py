@@ -16,10 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import alembic.command
-import alembic.config
-import alembic.util
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -30,6 +27,7 @@ Clock = Callable[[], float]
 NewId = Callable[[str], str]
 """From a prefix such as `file-` to an id never given before."""
 
+MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_MS = 30_000
 """How long a writer waits for its turn before it fails."""
 WRITER_LOCK = 0x74756E65
@@ -62,8 +60,16 @@ class Store:
 
         Raises RuntimeError if the database was written by a newer version, which this one would misread.
         """
+        with self.reading() as connection:
+            if _is_current(connection):
+                return
+        # Alembic takes a quarter of a second of each start, and is needed by the first one of a version.
+        import alembic.command
+        import alembic.config
+        import alembic.util
+
         config = alembic.config.Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        config.set_main_option("script_location", str(MIGRATIONS))
         with self.transaction() as connection:
             config.attributes["connection"] = connection
             try:
@@ -97,6 +103,14 @@ class Store:
     def close(self) -> None:
         """Give all connections back."""
         self._engine.dispose()
+
+
+def _is_current(connection: Connection) -> bool:
+    """Whether the tables are those of the newest revision."""
+    if not inspect(connection).has_table("alembic_version"):
+        return False
+    newest = max(path.stem for path in (MIGRATIONS / "versions").glob("*.py")).partition("_")[0]
+    return list(connection.scalars(text("SELECT version_num FROM alembic_version"))) == [newest]
 
 
 def _engine(url: URL) -> Engine:
