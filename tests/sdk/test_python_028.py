@@ -47,6 +47,13 @@ def test_models_delete_needs_the_owner(
     flow.check_deletion(cli, member, doomed)
 
 
+def test_chat(cli: CommandLine) -> None:
+    asked = ["chat_completions.create", "-m", "ada", "-g", "user", "Hello there", "-M", "6", "-t", "0"]
+    said = cli.run(*asked)
+    assert said.strip()
+    assert cli.run(*asked, "--stream") == said
+
+
 def test_base_url_with_a_slash_at_its_end(cli: CommandLine, data: Path) -> None:
     environment = dict(cli.environment) | {"OPENAI_API_BASE": cli.environment["OPENAI_API_BASE"] + "/"}
     CommandLine(cli.program, environment, data).run("models.list")
