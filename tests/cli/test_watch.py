@@ -76,6 +76,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_job(live: Live) -> None:
     assert found is not None
     job_id = found[1]
     assert "Traceback" not in terminal.text
+    assert f"tunesmith jobs watch {job_id}" in terminal.text
     assert re.search(r"running · epoch \d+ of 50 · ada", terminal.text)
     with live.at_terminal("jobs", "watch") as terminal:  # without an id: the one that is running
         terminal.wait_for(job_id)

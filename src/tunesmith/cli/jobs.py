@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.cli.connection import connect
 from tunesmith.cli.job_files import file_id
-from tunesmith.cli.output import Output, UsageError
+from tunesmith.cli.output import EXIT_INTERRUPTED, Output, UsageError
 from tunesmith.cli.tables import Column, show_list, show_record, time_column
 from tunesmith.cli.watch import watch_job
 from tunesmith.client import Client
@@ -76,7 +76,7 @@ def create(args: argparse.Namespace, output: Output) -> int:
                 output.record(job)
             else:
                 output.say(f"Created fine-tune: {job['id']}")
-            return watch_job(client, job["id"], output)
+            return _watch(client, job["id"], output, interrupted=EXIT_INTERRUPTED)
     if output.machine:
         output.show(job)
         return 0
@@ -102,12 +102,7 @@ def show(args: argparse.Namespace, output: Output) -> int:
 def watch(args: argparse.Namespace, output: Output) -> int:
     """A job as it goes on; Ctrl-C ends the watching alone."""
     with connect(args) as client:
-        job_id = args.id or _job_of_interest(client)
-        try:
-            return watch_job(client, job_id, output)
-        except KeyboardInterrupt:
-            output.aside(f"\nThe job goes on. To watch it again:\n  tunesmith jobs watch {job_id}")
-            return 0
+        return _watch(client, args.id or _job_of_interest(client), output, interrupted=0)
 
 
 def cancel(args: argparse.Namespace, output: Output) -> int:
@@ -123,6 +118,15 @@ def pause(args: argparse.Namespace, output: Output) -> int:
 def resume(args: argparse.Namespace, output: Output) -> int:
     """Lets a paused job go on."""
     return _tell(args, output, "resume", f"goes on. To watch it:\n  tunesmith jobs watch {args.id}")
+
+
+def _watch(client: Client, job_id: str, output: Output, *, interrupted: int) -> int:
+    """Exit code 0 if the job succeeded, 1 if not, `interrupted` after Ctrl-C."""
+    try:
+        return watch_job(client, job_id, output)
+    except KeyboardInterrupt:
+        output.aside(f"\nThe job goes on. To watch it again:\n  tunesmith jobs watch {job_id}")
+        return interrupted
 
 
 def _tell(args: argparse.Namespace, output: Output, verb: str, outcome: str) -> int:

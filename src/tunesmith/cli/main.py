@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.output import Output, UsageError, output_for
+from tunesmith.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Output, UsageError, output_for
 from tunesmith.cli.parser import build_parser
 from tunesmith.errors import TunesmithError
 
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     import argparse
 
 Command = Callable[["argparse.Namespace", Output], int]
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
-"""128 + SIGINT, as shells count."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,11 @@ from typing import Any, Literal, TextIO
 
 from tunesmith.errors import TunesmithError
 
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT, as shells count."""
+
 COPIED = ("tunesmith ", "> ", "export ")
 """How lines begin that are to be pasted into a shell."""
 
