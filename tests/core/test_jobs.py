@@ -135,6 +135,7 @@ def test_a_row_of_2048_tokens_is_taken(world: World) -> None:
     assert world.job(training_file=world.upload(rows(("", " a" * 2047))).id).training_examples == 1
 
 
+ALIKE = rows(("a ->", " baseball game"), ("b ->", " baseball match"))
 BINARY = {"classification_positive_class": " baseball"}
 
 
@@ -161,6 +162,7 @@ BINARY = {"classification_positive_class": " baseball"}
         ),
         (SPORTS, rows(("v", " hockey"), ("w", " golf")), BINARY, "validation_file", "' golf' in row 2"),
         (SPORTS, THREE, {"classification_n_classes": 2}, "validation_file", "' a' in row 1"),
+        (ALIKE, ALIKE, {"classification_n_classes": 2}, "compute_classification_metrics", "begin with the same token"),
     ],
 )
 def test_flags_that_contradict_the_data_are_refused(

@@ -88,7 +88,8 @@ def _plan(args: argparse.Namespace, request: FineTuneRequest, output: Output) ->
     base, folder = base_and_folder(home, base_name)
     check_base(request, base_name, folder)
 
-    lengths = lengths_of(base, Tokenizer.from_folder(folder))
+    tokenizer = Tokenizer.from_folder(folder)
+    lengths = lengths_of(base, tokenizer)
     with _local(args, request.training_file) as training, _local(args, request.validation_file) as validation:
         examples = admit(
             request,
@@ -96,6 +97,7 @@ def _plan(args: argparse.Namespace, request: FineTuneRequest, output: Output) ->
             None if request.validation_file is None else _read("validation_file", validation),
             count_tokens=lambda example: count_tokens(folder, example),
             limit_tokens=base.context_tokens,
+            encode=tokenizer.encode_many,
         )
         with watching(output, "Counting tokens", training.stat().st_size) as progress:
             read = _read("training_file", training, progress)

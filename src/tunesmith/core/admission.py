@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from tunesmith.core.requests import FineTuneRequest
 from tunesmith.data.checks import Survey, survey
+from tunesmith.data.doctor_classes import Encode
 from tunesmith.data.formats import Example
 from tunesmith.errors import InvalidRequest
 
@@ -17,11 +18,13 @@ def admit(
     *,
     count_tokens: Callable[[Example], int],
     limit_tokens: int,
+    encode: Encode,
 ) -> int:
     """Read both files once; return the number of training examples.
 
     Raises InvalidRequest with param `training_file` or `validation_file` for a row longer than `limit_tokens`, and with
-    a classification field for flags that contradict the data. `request` has passed `requests.check`.
+    a classification field for flags that contradict the data, or classes that metrics could not tell apart. `request`
+    has passed `requests.check`; `encode` is that of the base, for texts that follow a prompt.
     """
     n_classes = request.n_classes
     # One more than the flags allow is enough to see, and to show, that there are too many.
@@ -36,6 +39,7 @@ def admit(
     validated = None if validation is None else facts("validation_file", validation)
     if n_classes is not None and validated is not None:
         _check_classes(request, n_classes, trained, validated)
+        _check_first_tokens(list(trained.completions), encode)
     return trained.examples
 
 
@@ -87,6 +91,20 @@ def _check_classes(request: FineTuneRequest, n_classes: int, trained: Survey, va
                 f"validation_file has a class that training_file never shows: {_shown(name)} in row {row}. Classes "
                 f"are {', '.join(map(_shown, list(classes)[:10]))}. Remove the row, or train on that class too.",
                 param="validation_file",
+            )
+
+
+def _check_first_tokens(classes: Sequence[str], encode: Encode) -> None:
+    """The trainer would refuse the same, but after the job has waited its turn."""
+    firsts: dict[tuple[int, ...], str] = {}
+    for name, ids in zip(classes, encode(classes), strict=True):
+        other = firsts.setdefault(tuple(ids[:1]), name)
+        if other != name:
+            raise InvalidRequest(
+                f"The classes {_shown(other)} and {_shown(name)} begin with the same token of this base, and metrics "
+                "tell classes apart by it. Rename classes (`tunesmith doctor --fix --only class_first_tokens` proposes "
+                "names) or leave compute_classification_metrics out.",
+                param="compute_classification_metrics",
             )
 
 

@@ -417,6 +417,7 @@ class Jobs:
             None if validation is None or tried is None else tried.of(self._files.examples(validation)),
             count_tokens=lambda example: count_tokens(folder, example),
             limit_tokens=self._bases.get(model.base_name).context_tokens,
+            encode=codec(folder).encode,
         )
         return training_examples, about_job(trained, tried, codec(folder))
 
