@@ -9,6 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.tiny import make_tiny_base
 from tests.wire.harness import client_of, error_of, masked, parts_of, settings_for
@@ -21,6 +23,12 @@ Body = dict[str, Any]
 HELLO = [{"role": "user", "content": "Hello"}]
 SPEC = Path(__file__).parents[3] / "shared" / "contract" / "openapi" / "openai-2026-08-21-newest-cut.yaml"
 """OpenAI's description of its API: read where a copy lies beside the checkout."""
+
+
+WORDS = ["role", "content", "name", "type", "text", "user", "assistant", "refusal", "include_usage", "0", "17"]
+FIELDS = ["messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "best_of", "stop"]
+FIELDS += ["logprobs", "top_logprobs", "echo", "logit_bias", "presence_penalty", "seed", "stream_options", "tools"]
+FIELDS += ["response_format", "metadata", "user", "model", "suffix"]
 
 
 async def chat(client: httpx.AsyncClient, **body: Any) -> Body:
@@ -106,7 +114,9 @@ async def test_the_template_of_the_base(templated: httpx.AsyncClient) -> None:
 
 async def test_without_a_limit_the_context_is_the_limit(shared: httpx.AsyncClient) -> None:
     never = {"logit_bias": {"0": -100}, "seed": 1}
-    body = await chat(shared, **never)
+    long = [{"role": "user", "content": "the " * 1950}]
+    body = await chat(shared, messages=long, **never)
+    assert body["usage"]["completion_tokens"] > 16
     assert body["choices"][0]["finish_reason"] == "length"
     assert body["usage"]["total_tokens"] == 2049
 
@@ -255,6 +265,29 @@ async def test_a_dead_engine_is_told_before_the_first_token(client: httpx.AsyncC
         response = await client.post("/v1/chat/completions", json=asked)
         assert response.status_code == 429
         assert response.headers["x-should-retry"] == "true"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(field=st.sampled_from(FIELDS), value=JSON, chat=st.booleans())
+async def test_no_value_of_any_field_is_a_fault_of_ours(
+    shared: httpx.AsyncClient, field: str, value: Any, chat: bool
+) -> None:
+    body: Body = {"model": "ada", "max_tokens": 1, **({"messages": HELLO} if chat else {"prompt": "x"})}
+    body[field] = (
+        [{"role": "user", "content": "x", **value}] if field == "messages" and isinstance(value, dict) else value
+    )
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    response = await shared.post(path, json=body)
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert error_of(response)["message"]
 
 
 @pytest.mark.skipif(not SPEC.exists(), reason="no copy of the API description here")
