@@ -60,6 +60,7 @@ def test_npm_330(node_folder: Path, environment: dict[str, str], data: Path, tun
     seen = report(["node", program, tuned, "long.jsonl"], environment, data)
     assert seen["streamed"] == seen["plain"]
     assert seen["done"] is True
+    assert seen["chat"] == ["chat.completion", "assistant", "string"]
     assert seen["file"] == ["long.jsonl", "fine-tune"]
     assert (seen["cancelled"], seen["lastEvent"]) == ("cancelled", "Fine-tune cancelled")
     assert seen["listed"] is True

@@ -20,6 +20,8 @@ async function main() {
     if (data === "[DONE]") done = true;
     else streamed += JSON.parse(data).choices[0].text;
   }
+  const said = { model, messages: [{ role: "user", content: "Hello" }], max_tokens: 2, temperature: 0 };
+  const chat = (await api.createChatCompletion(said)).data;
   const file = (await api.createFile(fs.createReadStream(trainingFile), "fine-tune")).data;
   const job = (await api.createFineTune({ training_file: file.id, model: "ada", n_epochs: 50 })).data;
   const cancelled = (await api.cancelFineTune(job.id)).data;
@@ -30,6 +32,7 @@ async function main() {
       plain: plain.choices[0].text,
       streamed,
       done,
+      chat: [chat.object, chat.choices[0].message.role, typeof chat.choices[0].message.content],
       file: [file.filename, file.purpose],
       cancelled: cancelled.status,
       lastEvent: events.data[events.data.length - 1].message,
