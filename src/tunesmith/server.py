@@ -260,7 +260,7 @@ def _make_engine(settings: Settings, bases: Bases, begun: EngineProcess | None) 
         case "embedded":
             from tunesmith.engine.remote import RemoteEngine
 
-            return RemoteEngine(threads=settings.engine_threads, begun=begun)
+            return RemoteEngine(threads=settings.engine_threads, precision=settings.engine_precision, begun=begun)
         case "scripted":
             from tunesmith.engine.scripted import ScriptedEngine
 
@@ -275,8 +275,10 @@ def _parity(settings: Settings, engine: Engine, loop: asyncio.AbstractEventLoop)
     if settings.engine == "scripted":
         return lambda run_dir, spec: None  # it reads no weights, so its numbers say nothing about an adapter
 
+    bound = parity.ROUNDED if settings.engine_precision == "bfloat16" else parity.EXACT
+
     def check(run_dir: RunDir, spec: RunSpec) -> str | None:
-        asked = asyncio.run_coroutine_threadsafe(parity.check_run(engine, run_dir, spec), loop)
+        asked = asyncio.run_coroutine_threadsafe(parity.check_run(engine, run_dir, spec, bound), loop)
         try:
             return asked.result(PARITY_WITHIN_S)
         except TimeoutError:

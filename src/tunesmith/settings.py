@@ -25,6 +25,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "heartbeat_s": (0.1, 300),  # clients give up after 600 s of silence
 }
 """Least and most of every setting that is a number."""
+CHOICES = {"engine_precision": ("float32", "bfloat16")}
+"""Of settings that are one of a few words."""
 
 
 def _default_threads() -> int:
@@ -63,6 +65,8 @@ class Settings:
     """`embedded` (torch, in a process of its own) or `scripted` (fixed answers, for tests of clients)."""
     engine_threads: int = field(default_factory=_default_threads)
     """CPU threads of the engine process."""
+    engine_precision: str = "float32"
+    """`float32`; `bfloat16` is several times as fast on processors with AMX, and right to about 0.01 nats."""
     max_resident_adapters: int = 64
     """Adapters kept in memory; the least recently used make room."""
     max_sequences: int = 16_384
@@ -106,6 +110,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         except ValueError as error:
             raise ValueError(f"{name}={text!r} is not a valid {kinds[key]}: {error}") from error
         value = values[key]
+        if key in CHOICES and value not in CHOICES[key]:
+            raise ValueError(f"{name}={text} is not known: it is {' or '.join(CHOICES[key])}.")
         if (
             key in BOUNDS and isinstance(value, int | float) and not BOUNDS[key][0] <= value <= BOUNDS[key][1]
         ):  # NaN is in no bounds

@@ -34,7 +34,9 @@ def serve(args: argparse.Namespace, output: Output) -> int:
     for name in SECRETS:
         os.environ.pop(name, None)  # engine and trainers inherit the environment, and need none of these
     os.environ.update(NO_HUB)
-    engine_process = EngineProcess(threads=settings.engine_threads) if settings.engine == "embedded" else None
+    engine_process = None
+    if settings.engine == "embedded":
+        engine_process = EngineProcess(threads=settings.engine_threads, precision=settings.engine_precision)
     from tunesmith.server import run  # now, not before: the engine imports torch meanwhile
 
     def announce(base_url: str, new_owner_key: str | None) -> None:

@@ -5,11 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
-namespace {
-
 struct bf16 {
     uint16_t bits;
 };
+
+namespace {
 
 inline float load(float x) { return x; }
 inline float load(bf16 x) {

@@ -1,4 +1,4 @@
-"""`python -m tunesmith.engine <socket> <threads> <parent> <log level>`: the engine process of `engine/remote.py`.
+"""`python -m tunesmith.engine <socket> <threads> <parent> <log level> <precision>`: the process of `engine/remote.py`.
 
 Reads commands and writes events, a line of JSON each; the first line says that it is ready. Ends with its parent.
 """
@@ -19,7 +19,7 @@ from tunesmith.engine.worker import Worker
 PR_SET_PDEATHSIG = 1
 
 
-def main(socket_number: int, threads: int, parent: int, log_level: int) -> None:
+def main(socket_number: int, threads: int, parent: int, log_level: int, precision: str) -> None:
     """Serves until the parent closes the socket or dies."""
     _die_with(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -31,7 +31,7 @@ def main(socket_number: int, threads: int, parent: int, log_level: int) -> None:
         def emit(events: list[Event]) -> None:
             connection.sendall(events_to_line(events))
 
-        worker = Worker(threads=threads, emit=emit)
+        worker = Worker(threads=threads, precision=precision, emit=emit)
         threading.Thread(target=_read, args=(connection, worker), name="commands", daemon=True).start()
         emit([])
         worker.run()
@@ -53,4 +53,5 @@ def _die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    numbers = [int(argument) for argument in sys.argv[1:5]]
+    main(numbers[0], numbers[1], numbers[2], numbers[3], sys.argv[5])

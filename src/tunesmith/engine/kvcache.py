@@ -40,6 +40,7 @@ class KVCache:
         self, pool: BlockPool, *, layers: int, kv_heads: int, head_width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.pool = pool
+        self.dtype, self.device = dtype, device
         self._kv_heads = kv_heads
         self._head_width = head_width
         # Row (block * K + k) * P + p holds head k of position p of a block: the positions of one head of one block lie

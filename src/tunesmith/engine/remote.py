@@ -39,12 +39,20 @@ Models = dict[str, tuple[Path, Path | None]]
 class RemoteEngine:
     """Starts and supervises `python -m tunesmith.engine`. For one event loop."""
 
-    def __init__(self, *, threads: int, start_timeout_s: float = 60.0, begun: EngineProcess | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        threads: int,
+        precision: str = "float32",
+        start_timeout_s: float = 60.0,
+        begun: EngineProcess | None = None,
+    ) -> None:
         """`threads` are the engine's; a request waits at most `start_timeout_s` for a process that is starting.
 
-        `begun` is the first process, if there is one already.
+        `precision`: see `Settings.engine_precision`. `begun` is the first process, if there is one already.
         """
         self._threads = threads
+        self._precision = precision
         self._start_timeout_s = start_timeout_s
         self._begun = begun
         self._models: Models = {}
@@ -144,7 +152,7 @@ class RemoteEngine:
     async def _live(self) -> None:
         """One process, from its start to its end. Raises OSError if none can be started."""
         begun, self._begun = self._begun, None
-        child = _Child(begun or EngineProcess(threads=self._threads))
+        child = _Child(begun or EngineProcess(threads=self._threads, precision=self._precision))
         try:
             if await child.answers():
                 self._child = child

@@ -18,17 +18,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from tunesmith.adapters import checkpoint
+from tunesmith.adapters.lora import Lora
 from tunesmith.adapters.stack import AdapterStacks, Mixture, PackedAdapter
 from tunesmith.decoder import loading
 from tunesmith.decoder.base import Decoder
-from tunesmith.engine import sampling, scheduler
+from tunesmith.decoder.llama import Llama
+from tunesmith.engine import sampling, scheduler, tiled
 from tunesmith.engine.base import FinishReason, GenerateRequest, PromptScored, SampledToken, TokenScore
 from tunesmith.engine.blocks import BLOCK_TOKENS, BlockPool
 from tunesmith.engine.handles import handle_of
 from tunesmith.engine.kvcache import KVCache
 from tunesmith.engine.messages import Ended, Event, Produced
-from tunesmith.engine.native import MOST_ROWS, native_step
+from tunesmith.engine.native import MOST_ROWS, NativeStep, native_step
 from tunesmith.engine.scheduler import Chunk, Scheduler
+from tunesmith.engine.tiled import TiledAdapter, TiledStep
 from tunesmith.rundir import holds_all_weights
 
 SCORED_ROWS = 128
@@ -42,12 +45,17 @@ class LoadedBase:
         self.weights = weights
         self.cache = cache
         self.stacks = AdapterStacks()
-        self.native = native_step(weights, cache)
+        self.tiled: TiledStep | None = None
+        self.native: NativeStep | None = None
+        if cache.dtype == torch.bfloat16 and isinstance(weights, Llama) and tiled.covers(weights):
+            self.tiled = TiledStep(weights, cache)
+        else:
+            self.native = native_step(weights, cache)
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: str, cache_bytes: int) -> LoadedBase:
         """A base with a cache of its own. Raises what `decoder.loading.load` raises."""
-        weights = loading.load(folder, dtype, device)
+        weights, dtype = _read(folder, dtype, device)
         config = weights.config
         layers = len(config.layout.layers)
         token_bytes = 2 * layers * config.kv_heads * config.head_width * dtype.itemsize
@@ -65,10 +73,31 @@ class LoadedBase:
 
     def retrained(self, folder: Path, dtype: torch.dtype, device: str) -> LoadedBase:
         """The same model with all its weights tuned; it shares the cache. Raises ValueError for another shape."""
-        weights = loading.load(folder, dtype, device)
+        weights, _ = _read(folder, dtype, device)
         if _shape(weights) != _shape(self.weights):
             raise ValueError(f"{folder.name} has another shape than its base")
         return LoadedBase(weights, self.cache)
+
+    def adapter(self, lora: Lora) -> PackedAdapter | TiledAdapter:
+        """An adapter as steps of this base read it. Raises ValueError."""
+        if self.tiled is not None:
+            return self.tiled.adapter(lora)
+        return PackedAdapter.from_lora(lora, self.cache.dtype, self.cache.device)
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """[B, V] of states after the last norm."""
+        return self.weights.logits(hidden_BD) if self.tiled is None else self.tiled.logits(hidden_BD)
+
+
+def _read(folder: Path, dtype: torch.dtype, device: str) -> tuple[Decoder, torch.dtype]:
+    """The weights, and the dtype of their cache. Raises what `decoder.loading.load` raises.
+
+    bf16 on a processor is for compiled steps, which round the weights themselves; what they do not cover stays in fp32.
+    """
+    if dtype == torch.bfloat16 and device == "cpu":
+        weights = loading.load(folder, torch.float32, device)
+        return weights, dtype if tiled.covers(weights) else torch.float32
+    return loading.load(folder, dtype, device), dtype
 
 
 def _shape(weights: Decoder) -> tuple[object, ...]:
@@ -82,7 +111,7 @@ class Model:
     """A base, or what was tuned from it. A base is kept as long as a model or a sequence refers to it."""
 
     base: LoadedBase
-    adapter: PackedAdapter | None
+    adapter: PackedAdapter | TiledAdapter | None
     identity: str
     """Its handle."""
 
@@ -179,14 +208,16 @@ class Runner:
         if holds_all_weights(adapter_dir):
             return Model(base.retrained(adapter_dir, self._dtype, self._device), None, handle)
         lora, _ = checkpoint.load(adapter_dir, base.weights.config.layout)
-        return Model(base, PackedAdapter.from_lora(lora, self._dtype, self._device), handle)
+        return Model(base, base.adapter(lora), handle)
 
     def _step(self, base: LoadedBase, chunks: list[Chunk[Model]]) -> Iterator[Event]:
         self.tokens_computed += sum(chunk.length for chunk in chunks)
         logits_NV: Tensor | None = None
-        if base.native is not None and len(chunks) <= MOST_ROWS and all(chunk.length == 1 for chunk in chunks):
-            token_ids = [chunk.sequence.token_ids[chunk.start] for chunk in chunks]
-            hidden_ND, logits_NV = base.native(token_ids, chunks, [chunk.sequence.model.adapter for chunk in chunks])
+        tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
+        if base.tiled is not None:
+            hidden_ND = base.tiled.hidden(tokens, chunks, [_tiled(chunk) for chunk in chunks])
+        elif base.native is not None and len(chunks) <= MOST_ROWS and all(chunk.length == 1 for chunk in chunks):
+            hidden_ND, logits_NV = base.native([ids[0] for ids in tokens], chunks, [_packed(chunk) for chunk in chunks])
         else:
             chunks, mixture = _arrange(base.stacks, chunks)
             tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
@@ -197,7 +228,7 @@ class Runner:
         ends = list(itertools.accumulate(chunk.length for chunk in chunks))
         for chunk, end in zip(chunks, ends, strict=True):
             if chunk.sequence.request.score_prompt and chunk.sequence.generated == 0:
-                _score_prompt(base.weights, chunk, hidden_ND[end - chunk.length : end])
+                _score_prompt(base, chunk, hidden_ND[end - chunk.length : end])
             self._scheduler.computed(chunk)
 
         complete = [
@@ -212,7 +243,7 @@ class Runner:
         sampling_now = [(sequence, end) for sequence, end in complete if sequence.request.sampling.max_tokens]
         if sampling_now:
             rows = torch.tensor([end - 1 for _, end in sampling_now], device=self._device)
-            logits_BV = base.weights.logits(hidden_ND[rows]) if logits_NV is None else logits_NV[rows]
+            logits_BV = base.logits(hidden_ND[rows]) if logits_NV is None else logits_NV[rows]
             for sequence, token in _sample([sequence for sequence, _ in sampling_now], logits_BV):
                 if token.finish:
                     self._scheduler.remove(sequence.number)
@@ -237,20 +268,32 @@ def _fault(sequence: Running) -> str | None:
     return None
 
 
+def _packed(chunk: Chunk[Model]) -> PackedAdapter | None:
+    adapter = chunk.sequence.model.adapter
+    assert not isinstance(adapter, TiledAdapter)
+    return adapter
+
+
+def _tiled(chunk: Chunk[Model]) -> TiledAdapter | None:
+    adapter = chunk.sequence.model.adapter
+    assert not isinstance(adapter, PackedAdapter)
+    return adapter
+
+
 def _arrange(stacks: AdapterStacks, chunks: list[Chunk[Model]]) -> tuple[list[Chunk[Model]], Mixture | None]:
     """The chunks in an order that suits the adapters: none first, one adapter together, equal lengths side by side."""
     lengths: Counter[PackedAdapter | None] = Counter()
     for chunk in chunks:
-        lengths[chunk.sequence.model.adapter] += chunk.length
+        lengths[_packed(chunk)] += chunk.length
     plain_tokens = lengths.pop(None, 0)
     # Among equal lengths the order is by identity: the same adapters in the next step make the same stack.
     adapters = sorted((adapter for adapter in lengths if adapter), key=lambda adapter: (lengths[adapter], id(adapter)))
     place: dict[PackedAdapter | None, int] = {adapter: index for index, adapter in enumerate(adapters)}
-    arranged = sorted(chunks, key=lambda chunk: place.get(chunk.sequence.model.adapter, -1))
+    arranged = sorted(chunks, key=lambda chunk: place.get(_packed(chunk), -1))
     return arranged, stacks.mix(plain_tokens, [(adapter, lengths[adapter]) for adapter in adapters])
 
 
-def _score_prompt(weights: Decoder, chunk: Chunk[Model], hidden_TD: Tensor) -> None:
+def _score_prompt(base: LoadedBase, chunk: Chunk[Model], hidden_TD: Tensor) -> None:
     """Adds the scores of the prompt tokens that the tokens of this chunk predict."""
     sequence = chunk.sequence
     top = sequence.request.top_logprobs or 0
@@ -259,7 +302,7 @@ def _score_prompt(weights: Decoder, chunk: Chunk[Model], hidden_TD: Tensor) -> N
     targets = sequence.token_ids[chunk.start + 1 : chunk.end + 1]
     for first in range(0, len(targets), SCORED_ROWS):
         some = targets[first : first + SCORED_ROWS]
-        logits_BV = weights.logits(hidden_TD[first : first + len(some)])
+        logits_BV = base.logits(hidden_TD[first : first + len(some)])
         sequence.prompt_scores += sampling.score(logits_BV, some, [top] * len(some))
 
 

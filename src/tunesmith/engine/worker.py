@@ -19,12 +19,15 @@ Emit = Callable[[list[Event]], None]
 class Worker:
     """Runs requests for whoever puts commands in. `put` and `stop` may be called from any thread."""
 
-    def __init__(self, *, threads: int, emit: Emit) -> None:
-        """`emit` is called from the thread of `run`, with all events of one step at a time."""
+    def __init__(self, *, threads: int, emit: Emit, precision: str = "float32") -> None:
+        """`emit` is called from the thread of `run`, with all events of one step at a time.
+
+        `precision`: see `Settings.engine_precision`.
+        """
         self._threads = threads
         self._emit = emit
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._runner = Runner()
+        self._runner = Runner(dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
 
     def put(self, command: Command) -> None:
         """To be done before the next step."""
