@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.harness import Server, messages, put_base, reviews, upload, wait_for
+from tests.e2e.wandb_server import wandb_server
 from tests.sdk.environments import HERE, packages_of, python_with
 from tests.waiting import until
 from tunesmith.client import ApiError, Client
@@ -135,11 +136,39 @@ def test_a_job_is_followed_to_its_end_across_kills(tracked: Server, python_wandb
         assert run["config"]["training_file"]["id"] == job["training_files"][0]["id"]
         assert run["summary"]["fine_tuned_model"] == ended["fine_tuned_model"]
         assert run["exit_code"] == 0
-        assert [artifact["type"] for artifact in run["artifacts"]] == ["fine_tune_details"]
+        assert run["artifacts"] == []
 
         plain = wait_for(client, client.post("fine-tunes", body=body(client, **LONG))["id"])
         assert results(client, plain) == results(client, ended)
     assert holding(tracked.home, SECRET) == []
+
+
+@pytest.mark.slow
+def test_a_run_on_wandbs_server_is_gone_on_with(tracked: Server) -> None:
+    tracked.terminate()
+    with wandb_server() as wandb:
+        tracked.settings |= {"WANDB_MODE": "online", "WANDB_BASE_URL": wandb.url}
+        tracked.start()
+        with tracked.client() as client:
+            job = client.post("fine-tunes", body=body(client, integrations=[WANDB], **LONG))
+            until_said(client, job["id"], "Completed epoch 1/")
+            client.post("fine-tunes", job["id"], "pause")
+            until_said(client, job["id"], f"Weights & Biases follows this fine-tune: {wandb.url}")
+            assert until(lambda: wandb.history, within_s=60.0)  # its package sends every 15 s
+            tracked.one(TRACKER).kill()
+            until_said(client, job["id"], "is started again")
+        tracked.kill_server()
+        tracked.start()
+        with tracked.client() as client:
+            client.post("fine-tunes", job["id"], "resume")
+            assert wait_for(client, job["id"])["status"] == "succeeded"
+            until_said(client, job["id"], "Weights & Biases has all the numbers")
+        rows = tracking_dir(tracked, job["id"]).read_rows()
+        assert [point["_step"] for point in wandb.history] == [row.step for row in rows]
+        assert [point["training_loss"] for point in wandb.history] == [row.values["training_loss"] for row in rows]
+        assert wandb.resumed >= 1
+        assert (wandb.summary["status"], wandb.exit_code) == ("succeeded", 0)
+        assert wandb.config["hyperparams"]["value"]["batch_size"] == 1
 
 
 def test_a_tracker_that_is_not_installed_is_told_in_words(server: Server, client: Client) -> None:

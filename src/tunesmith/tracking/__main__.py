@@ -6,7 +6,6 @@ process that started it; started again, it goes on with the same run, and no poi
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -14,13 +13,12 @@ import traceback
 from pathlib import Path
 
 from tunesmith.rundir import write_json
-from tunesmith.tracking.base import Attachment, Tracker, TrackerUnusable, open_run
+from tunesmith.tracking.base import Tracker, TrackerUnusable, open_run
 from tunesmith.tracking.folder import TrackingDir, TrackingOutcome, read_json
 from tunesmith.training.process import die_with_parent
 
 POLL_S = 0.5
 SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-DETAILS = "fine_tune_details.json"
 
 
 def main(folder: TrackingDir) -> int:
@@ -55,9 +53,6 @@ def _follow(folder: TrackingDir, tracker: Tracker) -> None:
         if ended is not None:
             break
         time.sleep(POLL_S)
-    details = folder.path / DETAILS
-    details.write_text(json.dumps({**folder.read_spec().subject.config, **ended}, indent=2))
-    tracker.attach(Attachment(details, DETAILS, "fine_tune_details", folder.read_spec().subject.job_id))
     tracker.end(ended)
 
 

@@ -79,7 +79,7 @@ class WandbRun:
     @property
     def logged_step(self) -> int:
         """W&B knows how far it got; an offline run always begins anew."""
-        return self._run.starting_step - 1 if self._run.resumed else 0
+        return max(0, self._run.starting_step - 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Handed to W&B's own process, which sends it in its own time."""
