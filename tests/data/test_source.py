@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import json
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tunesmith.data import encoding
+from tunesmith.data import encoding, tables
 from tunesmith.data.analysis import analyse
 from tunesmith.data.encoding import MAX_LINE_CHARACTERS, lines_of
-from tunesmith.data.rows import Wanted
+from tunesmith.data.rows import Columns, Wanted
 from tunesmith.data.source import Source, open_source
 from tunesmith.errors import InvalidRequest
 
@@ -265,3 +269,49 @@ def test_what_is_no_archive_is_no_workbook(tmp_path: Path) -> None:
     empty = io.BytesIO()
     zipfile.ZipFile(empty, "w").close()
     assert "no XLSX workbook" in refusal(write(tmp_path, "data.xlsx", empty.getvalue()))
+
+
+pieces = st.sampled_from(["a", "é", " ", ",", '"', '""', "\n", "\r", "\r\n", "x y"])
+cells = st.lists(pieces, max_size=6).map("".join)
+
+
+@given(
+    rows=st.lists(st.lists(cells, min_size=1, max_size=3), max_size=12),
+    ends=st.sampled_from(["\n", "\r\n", "\r"]),
+    quoting=st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]),
+    spoilt=st.none() | st.tuples(st.integers(0, 200), st.sampled_from(['"', "\n", ",", "\r"])),
+    block_bytes=st.sampled_from([3, 16, 1 << 20]),
+)
+def test_plain_rows_are_read_as_the_parser_reads_them(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[list[str]],
+    ends: str,
+    quoting: Literal[0, 1],
+    spoilt: tuple[int, str] | None,
+    block_bytes: int,
+) -> None:
+    """The quick way against the slow one, on files that are right and on files that are not."""
+    written = io.StringIO()
+    csv.writer(written, lineterminator=ends, quoting=quoting).writerows([["prompt", "completion"], *rows])
+    text = written.getvalue()
+    if spoilt is not None:
+        place = min(spoilt[0], len(text))
+        text = text[:place] + spoilt[1] + text[place:]
+    path = write(tmp_path_factory.mktemp("cells"), "data.csv", text)
+    columns = Columns(("prompt", "completion"), "prompt", "completion")
+
+    def outcome(quick: bool) -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encoding, "BLOCK_BYTES", block_bytes)
+            if not quick:
+                patch.setattr(tables, "MOST_OPEN_CHARACTERS", -1)
+            try:
+                batches = list(tables.table_batches(path, "utf-8", ",", columns))
+            except InvalidRequest as error:
+                return error.message
+        places = [batch.first for batch in batches]
+        counts = [len(batch) for batch in batches]
+        assert places == [1 + sum(counts[:n]) for n in range(len(counts))]
+        return [pair for batch in batches for pair in zip(batch.prompts, batch.completions, strict=True)]
+
+    assert outcome(quick=True) == outcome(quick=False)

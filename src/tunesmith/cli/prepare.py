@@ -98,7 +98,8 @@ def prepare(args: argparse.Namespace, output: Output) -> int:
         with watching(output, "Preparing", source.size_bytes) as progress:
             rows = plan.apply(read.batches(), facts)
             grown: list[int] = []
-            if plan.lengthens and plan.drop_long == bool(facts.too_long.count):
+            wanted = plan.drop_long or not facts.too_long.count
+            if wanted and not lengths.fit(plan.most_characters(facts.most_characters)):
                 rows = without_long(rows, lengths, grown)
             final = _stage(rows, facts, staged, strata, meter, progress)
         if grown:

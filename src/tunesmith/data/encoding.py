@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +86,13 @@ def lines_of(path: Path, encoding: str) -> Iterator[Lines]:
 
     Raises as `text_blocks`, and InvalidRequest for a line longer than MAX_LINE_CHARACTERS.
     """
-    number, rest = 1, ""
-    for text, read_bytes in text_blocks(path, encoding):
+    return lines_in(text_blocks(path, encoding))
+
+
+def lines_in(blocks: Iterable[tuple[str, int]], first: int = 1) -> Iterator[Lines]:
+    """The lines of text that comes as from `text_blocks`, the first of them with that number. Raises as `lines_of`."""
+    number, rest = first, ""
+    for text, read_bytes in blocks:
         rest += text
         if not text or not (rest.endswith("\n") or "\n" in text or "\r" in text):
             _check_length(rest, number)

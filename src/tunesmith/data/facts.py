@@ -52,6 +52,15 @@ class Lengths:
     count_tokens: Callable[[Sequence[tuple[str, str]]], list[int]]
     """Of each pair of prompt and completion, as training sees them."""
 
+    @property
+    def sure_bytes(self) -> int:
+        """So many bytes are read whole: a token stands for at least one, but for those that open a text."""
+        return self.limit_tokens - OPENING_TOKENS
+
+    def fit(self, characters: int) -> bool:
+        """Whether a row of so many characters is read whole, whatever they are."""
+        return MOST_BYTES * characters <= self.sure_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class ColumnFacts:
@@ -95,6 +104,8 @@ class Facts:
     too_long: RowList
     longest_tokens: int
     """Of the rows that are too long; 0 without one."""
+    most_characters: int
+    """No row has more."""
     drop_duplicates: NDArray[np.bool_] = field(repr=False, compare=False)
     """For each kept row whether it repeats an earlier one."""
     drop_long: NDArray[np.bool_] = field(repr=False, compare=False)
@@ -193,7 +204,7 @@ class FileFold:
         self._keys = KeyLog(2 if thorough else 1)
         many = before is not None and before.distinct_completions > MAX_CLASSES_NAMED
         self._classes: Counter[str] | None = None if many else Counter()
-        self._rows = self._kept = self._longest = 0
+        self._rows = self._kept = self._longest = self._most_characters = 0
         self._empty = self._too_long = RowList()
         self._long_places: list[int] = []
         self._empty_rows = array("q")
@@ -250,6 +261,7 @@ class FileFold:
             duplicates=RowList(len(places), tuple(map(self._number, places[:SHOWN_ROWS].tolist()))),
             too_long=self._too_long,
             longest_tokens=self._longest,
+            most_characters=self._most_characters,
             drop_duplicates=repeats,
             drop_long=long,
         )
@@ -269,7 +281,11 @@ class FileFold:
         return number
 
     def _measure(self, numbers: Sequence[int], prompts: list[str], completions: list[str]) -> None:
-        over = [] if self._lengths is None else over_long(prompts, completions, self._lengths)
+        longest = max(map(len, prompts)) + max(map(len, completions))
+        self._most_characters = max(self._most_characters, longest)
+        if self._lengths is None or self._lengths.fit(longest):
+            return
+        over = over_long(prompts, completions, self._lengths)
         if over:
             self._too_long = self._too_long.plus([numbers[place] for place, _ in over])
             self._long_places += [self._kept + place for place, _ in over]
@@ -277,20 +293,14 @@ class FileFold:
 
 
 def over_long(prompts: Sequence[str], completions: Sequence[str], lengths: Lengths) -> list[tuple[int, int]]:
-    """Places of the rows that a base cannot read whole, each with its tokens; at least one row.
-
-    Tokens are counted where there could be too many: each stands for at least one byte, but for those that open a text.
-    """
-    fitting_bytes = lengths.limit_tokens - OPENING_TOKENS
-    if MOST_BYTES * (max(map(len, prompts)) + max(map(len, completions))) <= fitting_bytes:
-        return []
+    """Places of the rows that a base cannot read whole, each with its tokens. They are counted where it is in doubt."""
     suspects = [
         place
         for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        if MOST_BYTES * (len(prompt) + len(completion)) > fitting_bytes
-        and len(prompt.encode()) + len(completion.encode()) > fitting_bytes
+        if not lengths.fit(len(prompt) + len(completion))
+        and len(prompt.encode()) + len(completion.encode()) > lengths.sure_bytes
     ]
-    counts = lengths.count_tokens([(prompts[place], completions[place]) for place in suspects])
+    counts = lengths.count_tokens([(prompts[place], completions[place]) for place in suspects]) if suspects else []
     return [(place, count) for place, count in zip(suspects, counts, strict=True) if count > lengths.limit_tokens]
 
 

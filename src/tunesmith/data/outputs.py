@@ -20,6 +20,9 @@ from tunesmith.data.rows import Batch
 from tunesmith.errors import InvalidRequest
 
 BUFFER_BYTES = 1 << 20
+MOST_ESCAPED_BYTES = 6
+"""Of a character in JSON: `\\u0000`."""
+EMPTY_ROW_BYTES = len('{"prompt":"","completion":""}\n')
 _ENCODER = msgspec.json.Encoder()
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
 """What file systems say that know no second name for a file; there the name is taken first, then the file put in."""
@@ -81,7 +84,8 @@ class Staged:
     def write(self, batch: Batch) -> None:
         """Raises InvalidRequest for a row longer than an upload may have."""
         lines = prepared_lines(batch)
-        if len(lines) > MAX_LINE_BYTES:
+        longest = max(map(len, batch.prompts), default=0) + max(map(len, batch.completions), default=0)
+        if MOST_ESCAPED_BYTES * longest + EMPTY_ROW_BYTES > MAX_LINE_BYTES:
             for place, line in enumerate(lines.splitlines()):
                 if len(line) > MAX_LINE_BYTES:
                     raise InvalidRequest(

@@ -10,6 +10,10 @@ from tunesmith.data.facts import Facts, Lengths, over_long, without_empty
 from tunesmith.data.rows import Batch, for_each
 
 
+MOST_LOWER_CHARACTERS = 3
+"""What a character may become in lower case. Source: the Unicode standard, 5.18, "Case mappings"."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The fixes that were accepted. They are applied in the order of the fields; rows without completion always go."""
@@ -48,10 +52,11 @@ class Plan:
                 yield Batch(first, prompts, completions, batch.read_bytes)
                 first += len(completions)
 
-    @property
-    def lengthens(self) -> bool:
-        """Whether rows get longer by it."""
-        return bool(self.prompt_suffix or self.completion_suffix or self.completion_space)
+    def most_characters(self, before: int) -> int:
+        """How many a row may have that had so many before."""
+        if self.lower_prompts or self.lower_completions:
+            before *= MOST_LOWER_CHARACTERS
+        return before + len(self.prompt_suffix) + len(self.completion_suffix) + self.completion_space
 
     def _keep(self, facts: Facts, start: int, end: int) -> list[bool] | None:
         """Which of the rows stay; None for all."""

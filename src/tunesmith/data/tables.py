@@ -6,12 +6,17 @@ import csv
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tunesmith.data.encoding import MAX_LINE_CHARACTERS, lines_of
+from tunesmith.data.encoding import MAX_LINE_CHARACTERS, lines_in, text_blocks
 from tunesmith.data.rows import BATCH_ROWS, Batch, Broken, Columns, Wanted
 from tunesmith.errors import InvalidRequest
+
+MOST_OPEN_CHARACTERS = 2 * MAX_LINE_CHARACTERS
+"""A cell that is open for so long is left to the parser, which says what is wrong with it."""
+FEW_ROWS = 1_000
+"""With fewer to a block, a cell may be longer than any may be."""
 
 _END = "\0"
 """Stands after the last line. No text file holds it, so if it is swallowed, a quote was open."""
@@ -22,7 +27,7 @@ Cells = list[str]
 
 def table_columns(path: Path, encoding: str, separator: str, wanted: Wanted) -> Columns:
     """The columns by their heading. Raises InvalidRequest without one, and as `Wanted.choose`."""
-    for rows, _, _ in _cells(path, encoding, separator):
+    for rows, _, _ in _cells(text_blocks(path, encoding), separator):
         for cells in rows:
             if not _blank(cells):
                 return wanted.choose(unique_names(cells))
@@ -34,19 +39,76 @@ def table_batches(path: Path, encoding: str, separator: str, columns: Columns) -
 
     Raises InvalidRequest naming lines whose rows have more cells than the heading, and for quotes that never close.
     """
-    width, prompt, completion = len(columns.names), *map(columns.names.index, (columns.prompt, columns.completion))
-    broken = Broken("Line")
-    number, heading = 1, True
-    for rows, line, read_bytes in _cells(path, encoding, separator):
-        if set(map(len, rows)) != {width} or heading:
-            kept = _regular(rows, line, width, broken, heading=heading)
-            heading = heading and all(map(_blank, rows))
-        else:
-            kept = rows
-        if kept:
-            yield Batch(number, [row[prompt] for row in kept], [row[completion] for row in kept], read_bytes)
-            number += len(kept)
-    broken.end()
+    reading = _Reading(separator, columns)
+    blocks = text_blocks(path, encoding)
+    rest, read_bytes = "", 0
+    while len(rest) <= MOST_OPEN_CHARACTERS and (block := next(blocks, None)) is not None:
+        text, read_bytes = block
+        rest += text
+        end = rest.rfind("\n") + 1
+        # Until here every quote has opened or closed a cell, or is one of two: an odd number means a cell is open.
+        if end and rest.count('"', 0, end) % 2 == 0:
+            batch, doubt = reading.plain_rows(rest[:end], read_bytes)
+            rest = doubt + rest[end:]
+            if batch is not None:
+                yield batch
+            if doubt:
+                break
+    yield from reading.rows(itertools.chain([(rest, read_bytes)], blocks))
+
+
+class _Reading:
+    """Reads rows in two ways: plain ones by the block, any by the parser of the standard library."""
+
+    def __init__(self, separator: str, columns: Columns) -> None:
+        self._separator = separator
+        self._width = len(columns.names)
+        self._prompt, self._completion = map(columns.names.index, (columns.prompt, columns.completion))
+        self._line = self._number = 1
+        self._heading = True
+        cell = f'(?:"([^"]*(?:""[^"]*)*)"|([^"{separator}\r\n]*))'
+        # What is no row of this width takes all the rest, as the last group.
+        self._plain = re.compile(separator.join([cell] * self._width) + r"\r?\n|([\s\S]+)")
+
+    def plain_rows(self, text: str, read_bytes: int) -> tuple[Batch | None, str]:
+        """Rows of whole lines, and the text from the first on that is not plain: short, long, blank, oddly quoted.
+
+        About twice as fast as the parser, which goes character by character.
+        """
+        cells = self._plain.findall(text)
+        doubt = cells.pop()[-1] if cells and cells[-1][-1] else ""
+        if doubt:
+            text = text[: -len(doubt)]
+        kept = cells[1:] if self._heading and cells else cells
+        self._heading = self._heading and not cells
+        prompts, completions = (
+            [row[2 * n] or row[2 * n + 1] for row in kept] for n in (self._prompt, self._completion)
+        )
+        if len(kept) <= FEW_ROWS and any(len(text) > MAX_LINE_CHARACTERS for text in (*prompts, *completions)):
+            return None, text + doubt  # the parser says what is wrong
+        if '""' in text:
+            prompts, completions = ([cell.replace('""', '"') for cell in texts] for texts in (prompts, completions))
+        first = self._number
+        self._number += len(kept)
+        self._line += text.count("\n")
+        if (returns := text.count("\r")) not in (0, len(cells)):  # as many as rows: each of them ends with one
+            self._line += returns - text.count("\r\n")
+        return (Batch(first, prompts, completions, read_bytes) if kept else None), doubt
+
+    def rows(self, blocks: Iterable[tuple[str, int]]) -> Iterator[Batch]:
+        """All that is left."""
+        broken = Broken("Line")
+        for rows, line, read_bytes in _cells(blocks, self._separator, self._line):
+            if self._heading or set(map(len, rows)) != {self._width}:
+                kept = _regular(rows, line, self._width, broken, heading=self._heading)
+                self._heading = self._heading and all(map(_blank, rows))
+            else:
+                kept = rows
+            if kept:
+                prompts, completions = ([row[n] for row in kept] for n in (self._prompt, self._completion))
+                yield Batch(self._number, prompts, completions, read_bytes)
+                self._number += len(kept)
+        broken.end()
 
 
 def unique_names(cells: Cells) -> list[str]:
@@ -85,13 +147,16 @@ def _blank(cells: Cells) -> bool:
     return not cells or (len(cells) == 1 and cells[0].isspace())
 
 
-def _cells(path: Path, encoding: str, separator: str) -> Iterator[tuple[list[Cells], int, int]]:
-    """Rows as lists of cells, the line on which the first of them begins, and how far the file has been read."""
+def _cells(blocks: Iterable[tuple[str, int]], separator: str, first: int = 1) -> Iterator[tuple[list[Cells], int, int]]:
+    """Rows as lists of cells, the line on which the first of them begins, and how far the file has been read.
+
+    `first` is the number of the first line of the blocks.
+    """
     reached = 0
 
     def texts() -> Iterator[list[str]]:
         nonlocal reached
-        for lines in lines_of(path, encoding):
+        for lines in lines_in(blocks, first):
             reached = lines.read_bytes
             yield lines.texts
         yield [_END]
@@ -99,14 +164,15 @@ def _cells(path: Path, encoding: str, separator: str) -> Iterator[tuple[list[Cel
     # The limit belongs to the whole process; ours is the larger one, and a row that size is refused anyway.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_CHARACTERS))
     reader = csv.reader(itertools.chain.from_iterable(texts()), delimiter=separator)
-    line = 1
+    line = first
     while True:
         try:
             rows = list(itertools.islice(reader, BATCH_ROWS))
         except csv.Error as error:
             raise InvalidRequest(
-                f"Line {reader.line_num:,} of the file lies in a cell of more than {MAX_LINE_CHARACTERS:,} characters. "
-                f"Most likely a quote that opens before it is never closed; a quote within a cell is doubled.",
+                f"Line {first - 1 + reader.line_num:,} of the file lies in a cell of more than {MAX_LINE_CHARACTERS:,} "
+                "characters. Most likely a quote that opens before it is never closed; a quote within a cell is "
+                "doubled.",
                 param="file",
             ) from error
         last = rows.pop() if rows and rows[-1] and rows[-1][-1].endswith(_END) else None
@@ -120,4 +186,4 @@ def _cells(path: Path, encoding: str, separator: str) -> Iterator[tuple[list[Cel
                     param="file",
                 )
             return
-        line = reader.line_num + 1
+        line = first + reader.line_num
