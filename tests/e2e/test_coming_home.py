@@ -139,6 +139,7 @@ def test_coming_home(server: Server, client: Client, export: Path) -> None:
     assert told["ft-first"]["to_come"] == f"retrain ada as {LEGACY}"
     assert told["ft-second"]["to_come"] == f"retrain {LEGACY} as {CONTINUED}"
     assert told["ftjob-chat"]["to_come"] == f"retrain ada as {MODERN}"
+    assert "completion" in told["file-broken"]["skipped"]
     assert state(client) == before
 
     # Files and records come; jobs are only spoken of.

@@ -19,6 +19,9 @@ from tunesmith.cli.connection import connect
 from tunesmith.cli.output import Output, UsageError
 from tunesmith.cli.uploads import upload
 from tunesmith.client import ApiError, Client
+from tunesmith.core.requests import MAX_SUFFIX_CHARACTERS
+from tunesmith.data.formats import read_examples
+from tunesmith.errors import InvalidRequest
 from tunesmith.openai_export import FINE_TUNE, RESULTS, Export, OldFile, OldJob, read_export
 
 SUCCESSORS = {"babbage-002": "babbage", "davinci-002": "davinci"}
@@ -142,20 +145,28 @@ class _Homecoming:
         if known is not None:
             self.here[old_id] = known
             self._tell("file", what, here=known)
-        elif self.dry_run:
-            self.here[old_id] = ""
-            self._tell("file", what, to_come="upload")
+            return
+        try:
+            self.here[old_id] = self._send(content, name, purpose)
+        except InvalidRequest as error:
+            self._refuse(old_id, what, error.message)
         else:
-            try:
-                uploaded = upload(self.client, str(content), purpose, filename=name)
-            except ApiError as error:
-                if error.status != 400:
-                    raise
-                self._refuse(old_id, what, error.message)
-                return
-            self.here[old_id] = uploaded["id"]
-            self._listed.append(uploaded)
-            self._tell("file", what, came=uploaded["id"])
+            outcome = {"to_come": "upload"} if self.dry_run else {"came": self.here[old_id]}
+            self._tell("file", what, **outcome)
+
+    def _send(self, content: Path, name: str, purpose: str) -> str:
+        """The new id of a file; "" in a dry run. Raises InvalidRequest for what the server does not take."""
+        if self.dry_run:
+            _check(content, purpose)
+            return ""
+        try:
+            uploaded = upload(self.client, str(content), purpose, filename=name)
+        except ApiError as error:
+            if error.status != 400:
+                raise
+            raise InvalidRequest(error.message) from error
+        self._listed.append(uploaded)
+        return str(uploaded["id"])
 
     def _known(self, content: Path, name: str, purpose: str) -> str | None:
         """The id of a file here with this name, purpose and content."""
@@ -173,9 +184,9 @@ class _Homecoming:
         """Why a job cannot be done again; None if it can."""
         if job.status != "succeeded" or job.fine_tuned_model is None:
             return f"it is {job.status} there, and has no model to train again"
+        if job.training_file is None:
+            return "its object names no training file"
         for file_id in (job.training_file, job.validation_file):
-            if file_id is None and file_id is job.training_file:
-                return "its object names no training file"
             if file_id is not None and file_id not in self.here:
                 reason = self.refused.get(file_id, "it is not in the folder")
                 return f"its file {file_id} did not come: {reason}"
@@ -199,7 +210,7 @@ class _Homecoming:
         if job.validation_file is not None:
             body["validation_file"] = self.here[job.validation_file] or job.validation_file
         body |= {"model": self._base(job), **job.hyperparameters, "alias": job.fine_tuned_model}
-        ours = {"suffix": job.suffix, "seed": job.seed}
+        ours = {"suffix": job.suffix and job.suffix[:MAX_SUFFIX_CHARACTERS], "seed": job.seed}
         return body | {name: value for name, value in ours.items() if value is not None}
 
     def _retrain(self, job: OldJob, alias: str, body: dict[str, Any], models: dict[str, Any]) -> None:
@@ -222,6 +233,14 @@ class _Homecoming:
         words = {"here": "here already:", "came": "came as", "to_come": "to come:", "skipped": "left out:"}
         text = " ".join(f"{words.get(name, '-')} {value}" for name, value in outcome.items())
         self.output.say(f"{kind:5}{what}: {text}")
+
+
+def _check(content: Path, purpose: str) -> None:
+    """As the server does when training data arrives. Raises InvalidRequest."""
+    if purpose == FINE_TUNE:
+        with content.open("rb") as lines:
+            for _ in read_examples(lines):
+                pass
 
 
 def _is_stale(model: Mapping[str, Any]) -> bool:

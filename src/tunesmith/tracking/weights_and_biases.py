@@ -79,7 +79,8 @@ class WandbRun:
     @property
     def logged_step(self) -> int:
         """W&B knows how far it got; an offline run always begins anew."""
-        return max(0, self._run.starting_step - 1)
+        next_step: int = self._run.starting_step
+        return max(0, next_step - 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Handed to W&B's own process, which sends it in its own time."""
