@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
-from tests.e2e.harness import Server, reviews, upload, wait_for
+from tests.cli.loopback import listening
+from tests.e2e.harness import OWNER_KEY, Server, reviews, upload, wait_for
 from tests.sdk import flow
 from tests.sdk.conftest import N_TRAINING, write_rows
 from tests.sdk.environments import HERE, client_environment
@@ -176,6 +183,44 @@ def test_both_ask_the_same_of_a_file_that_was_uploaded_before(cli: CommandLine, 
         assert json.loads("{" + job)["training_files"][0]["id"] == file_id
         cli.run("fine_tunes.cancel", "-i", json.loads("{" + job)["id"])
     assert asked[0] == asked[1]
+
+
+def test_both_send_the_same_requests_in_the_same_order(cli: CommandLine, server: Server, data: Path) -> None:
+    asked: list[str] = []
+
+    async def forward(request: Request) -> Response:
+        asked.append(f"{request.method} {request.scope['raw_path'].decode()}")
+        async with httpx.AsyncClient(trust_env=False) as http:
+            url = server.base_url.removesuffix("/v1") + request.scope["raw_path"].decode()
+            kept = {
+                name: request.headers[name] for name in ("authorization", "content-type") if name in request.headers
+            }
+            answer = await http.request(request.method, url, headers=kept, content=await request.body())
+        return Response(answer.content, answer.status_code, media_type=answer.headers["content-type"])
+
+    sequences = []
+    for number, program in enumerate((cli.program, OURS)):
+        for name in ("first", "second"):
+            write_rows(data / f"{name}.jsonl", reviews(8, 10 + number))
+        asked.clear()
+        with listening(forward_all(forward)) as base_url:
+            client = CommandLine(program, client_environment(base_url, OWNER_KEY), data)
+            made = client.run(
+                "fine_tunes.create", "-t", "first.jsonl", "-v", "second.jsonl", "-m", "ada", "--no_follow"
+            )
+        sequences.append(list(asked))
+        cli.run("fine_tunes.cancel", "-i", json.loads(made[made.index("{") :])["id"])
+    assert sequences[0] == sequences[1]
+    per_file = ["GET /v1/files", "POST /v1/files"]
+    assert sequences[0] == [
+        *("GET /v1/files/first.jsonl", *per_file),
+        *("GET /v1/files/second.jsonl", *per_file),
+        "POST /v1/fine-tunes",
+    ]
+
+
+def forward_all(forward: Callable[[Request], Awaitable[Response]]) -> Starlette:
+    return Starlette(routes=[Route("/{path:path}", forward, methods=["GET", "POST"])])
 
 
 @pytest.fixture(scope="module")
