@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from tunesmith.data.facts import Facts, Lengths, over_long, without_empty
 from tunesmith.data.rows import Batch, for_each
 
-
 MOST_LOWER_CHARACTERS = 3
 """What a character may become in lower case. Source: the Unicode standard, 5.18, "Case mappings"."""
 

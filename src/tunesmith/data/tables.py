@@ -91,8 +91,8 @@ class _Reading:
         first = self._number
         self._number += len(kept)
         self._line += text.count("\n")
-        if (returns := text.count("\r")) not in (0, len(cells)):  # as many as rows: each of them ends with one
-            self._line += returns - text.count("\r\n")
+        if "\r" in text:
+            self._line += text.count("\r") - text.count("\r\n")
         return (Batch(first, prompts, completions, read_bytes) if kept else None), doubt
 
     def rows(self, blocks: Iterable[tuple[str, int]]) -> Iterator[Batch]:
