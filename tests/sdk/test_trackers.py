@@ -182,6 +182,19 @@ def test_our_sync(python_wandb: Path, server: Server, done: Done, folder: Path) 
 
 
 @pytest.mark.slow
+def test_wandb_that_cannot_be_used_is_told_in_words(
+    python_wandb: Path, server: Server, done: Done, nowhere: str, folder: Path
+) -> None:
+    def said(**environ: str) -> str:
+        command = [sys.executable, "-m", "tunesmith", "wandb", "sync", "-i", done.job["id"]]
+        more = {"PYTHONPATH": packages_of(python_wandb), "HOME": str(folder), "WANDB_MODE": "online", **environ}
+        return run(command, environment(server, **more), folder, code=1)
+
+    assert "Weights & Biases cannot be used: it takes no API key from this environment" in said()
+    assert "Weights & Biases does not answer as it should" in said(WANDB_BASE_URL=nowhere, WANDB_API_KEY="k" * 40)
+
+
+@pytest.mark.slow
 def test_our_sync_of_many(python_wandb: Path, server: Server, done: Done, tuned: str, folder: Path) -> None:
     with server.client() as client:
         jobs = client.get("fine-tunes")["data"]

@@ -80,7 +80,7 @@ def bring(
 ) -> str:
     """A job, whole, to a tracker; where it is then.
 
-    Raises InvalidRequest for a job without results, AlreadyTracked, and TrackerUnusable.
+    Raises InvalidRequest for a job without results, AlreadyTracked, TrackerUnusable and TrackerUnreachable.
     """
     if job["status"] != "succeeded" or not job["result_files"]:
         raise InvalidRequest(

@@ -77,6 +77,10 @@ class TrackerUnusable(TunesmithError):
     """A tracker cannot work as it is set up; trying again would not help. The message tells the way out."""
 
 
+class TrackerUnreachable(TunesmithError):
+    """A tracker does not answer, or not as it should; trying again later may help."""
+
+
 class AlreadyTracked(TunesmithError):
     """There is a whole run of this job already."""
 
@@ -105,7 +109,7 @@ def open_run(kind: str, subject: Subject, *, folder: Path | None, force: bool = 
 
     `folder` is where a tracker keeps what it keeps on this machine; None: where its package or the environment says.
     With `force` a run that is there already is replaced, with `resume` it is gone on with; with neither a whole one
-    raises AlreadyTracked. Raises TrackerUnusable.
+    raises AlreadyTracked. Raises TrackerUnusable and TrackerUnreachable.
     """
     known = KINDS[kind]
     try:

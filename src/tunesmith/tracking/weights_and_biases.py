@@ -12,7 +12,7 @@ from typing import Any
 
 import wandb
 
-from tunesmith.tracking.base import PREFIXES, AlreadyTracked, Attachment, Subject, TrackerUnusable
+from tunesmith.tracking.base import PREFIXES, AlreadyTracked, Attachment, Subject, TrackerUnreachable, TrackerUnusable
 
 MAX_TABLE_ROWS = 10_000
 """Of a data file shown as a table; the file itself is there whole. W&B shows no more of a table."""
@@ -52,9 +52,11 @@ def open_run(subject: Subject, *, folder: Path | None, force: bool, resume: bool
         )
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         raise TrackerUnusable(
-            "Weights & Biases takes no API key from this environment, or not the one it has: set WANDB_API_KEY, or "
+            "it takes no API key from this environment, or not the one that is there: set WANDB_API_KEY, or "
             f"WANDB_MODE=offline to keep runs on this machine ({type(error).__name__})"
         ) from error
+    except wandb.errors.CommError as error:
+        raise TrackerUnreachable(f"Weights & Biases does not answer as it should: {error}") from error
     if run.offline:
         # An offline run cannot be gone on with: what was not yet written when its process died is lost, and a second
         # folder of the same run would hold points twice. So it is written anew, whole, and the old one goes.
