@@ -8,6 +8,7 @@ import itertools
 import json
 import tracemalloc
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data import encoding, tables
+from tunesmith.data import analysis, encoding, json_rows, tables
 from tunesmith.data.analysis import analyse
 from tunesmith.data.encoding import MAX_LINE_CHARACTERS, lines_of
-from tunesmith.data.rows import Columns, Wanted
+from tunesmith.data.rows import Batch, Columns, Wanted
 from tunesmith.data.source import Source, open_source
 from tunesmith.errors import InvalidRequest
 
@@ -315,3 +316,76 @@ def test_plain_rows_are_read_as_the_parser_reads_them(
         return [pair for batch in batches for pair in zip(batch.prompts, batch.completions, strict=True)]
 
     assert outcome(quick=True) == outcome(quick=False)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+objects = st.fixed_dictionaries({"prompt": texts, "completion": texts}).map(json.dumps)
+oddities = st.sampled_from(
+    [
+        "",
+        " ",
+        "{",
+        "1",
+        "[]",
+        '{"prompt": 1, "completion": null}',
+        '{"prompt": "a", "completion": "b", "id": 3}',
+        '{"prompt": "a"}',
+        '{"prompt": "a", "prompt": "c", "completion": "b"}',
+        '{"prompt": "a", "completion": "b"} {"prompt": "a", "completion": "b"}',
+        '{"prompt": "\\ud83d\\ude00", "completion": "\\u00e9\\/"}',
+        '{"prompt": "\\ud83d", "completion": "b"}',
+        '{"prompt": "tab\there", "completion": "b"}',
+        '{"prompt": NaN, "completion": [1, {"a": "é"}]}',
+        '{"prompt": "é日", "completion": "b"}   ',
+    ]
+)
+
+
+@given(
+    lines=st.lists(st.tuples(objects | objects | oddities, st.sampled_from(["\n", "\n", "\r\n", "\r"])), max_size=8),
+    block_bytes=st.sampled_from([5, 40, 1 << 20]),
+)
+def test_plain_lines_are_read_as_any_lines_are(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[tuple[str, str]], block_bytes: int
+) -> None:
+    """The quick way against the slow one, on lines that are right and on lines that are not."""
+    first = '{"prompt": "a", "completion": "b"}\n' * 2
+    path = write(tmp_path_factory.mktemp("lines"), "data.jsonl", first + "".join(line + end for line, end in lines))
+    columns = Columns(("prompt", "completion"), "prompt", "completion")
+
+    def outcome(quick: bool) -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encoding, "BLOCK_BYTES", block_bytes)
+            if not quick:
+                patch.setattr(json_rows, "_plain", lambda *_: False)
+            try:
+                batches = list(json_rows.json_batches(path, "utf-8", json_rows.Shape.LINES, columns, AS_NAMED))
+            except InvalidRequest as error:
+                return error.message
+            except json_rows.NewColumns as new:
+                return new.columns
+        return [pair for batch in batches for pair in zip(batch.prompts, batch.completions, strict=True)]
+
+    assert outcome(quick=True) == outcome(quick=False)
+
+
+def test_small_files_are_read_once_and_others_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "data.csv", CSV)
+    opened: list[Source] = []
+    real = Source.batches
+
+    def batches(self: Source) -> Iterator[Batch]:
+        opened.append(self)
+        return real(self)
+
+    monkeypatch.setattr(Source, "batches", batches)
+    for remembered, times in ((analysis.REMEMBERED_BYTES, 1), (10, 2)):
+        monkeypatch.setattr(analysis, "REMEMBERED_BYTES", remembered)
+        opened.clear()
+        rows, _ = analyse(open_source(path, AS_NAMED), None, lambda read_bytes: None)
+        again = [pair for batch in rows.batches() for pair in zip(batch.prompts, batch.completions, strict=True)]
+        assert (again, len(opened)) == (ROWS, times)
+    rows, _ = analyse(open_source(path, AS_NAMED), None, lambda read_bytes: None)
+    write(tmp_path, "data.csv", CSV + "x,y\n")
+    with pytest.raises(InvalidRequest, match="was changed meanwhile"):
+        next(rows.batches())

@@ -206,7 +206,8 @@ def _from_plain_lines(path: Path, columns: Columns, broken: Broken) -> Iterator[
             rows: list[Any] = decode(block.content)
         except (ValueError, msgspec.MsgspecError):
             rows = []
-        if len(rows) == block.count:
+        # Each line begins an object, and there are no others: so each line is one.
+        if len(rows) == block.count == block.content.count(b"\n{") + block.content.startswith(b"{"):
             yield Batch(0, [row.prompt for row in rows], [row.completion for row in rows], block.read_bytes)
             continue
         yield from _parsed(block.lines(), broken)
