@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tunesmith.engine.base import (
     TokenScore,
 )
 from tunesmith.engine.embedded import EmbeddedEngine
+from tunesmith.engine.handles import handle_of
 from tunesmith.engine.messages import Ended, Event, Produced
 from tunesmith.engine.runner import Runner
 
@@ -215,6 +218,44 @@ async def test_damaged_weights_are_refused(engine: EmbeddedEngine, tmp_path: Pat
     (base / "config.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         await engine.load(base, None)
+
+
+async def test_a_model_that_is_long_in_coming_keeps_nobody_waiting(
+    engine: EmbeddedEngine, tiny_base: Path, tmp_path: Path
+) -> None:
+    slow = make_tiny_base(tmp_path / "slow", layers=1)
+    config, content = slow / "config.json", (slow / "config.json").read_bytes()
+    config.unlink()
+    os.mkfifo(config)  # whoever reads it waits for somebody who writes
+
+    def write() -> None:
+        with config.open("wb") as pipe:
+            (tmp_path / "config.json").write_bytes(content)
+            (tmp_path / "config.json").replace(config)
+            pipe.write(content)
+
+    handle = await engine.load(tiny_base, None)
+    first, again = (asyncio.create_task(engine.load(slow, None)) for _ in range(2))
+    request = GenerateRequest(handle, (5, 6), SamplingParams(max_tokens=5, temperature=0))
+    assert len(await outputs(engine, request)) == 5
+    assert not first.done()
+    await asyncio.to_thread(write)
+    slow_handle = await first
+    assert len(await outputs(engine, replace(request, handle=slow_handle))) == 5
+    assert await again == slow_handle
+
+
+async def test_a_model_that_is_unloaded_before_it_has_come_does_not_stay(
+    engine: EmbeddedEngine, tiny_base: Path, adapters: list[Path]
+) -> None:
+    await engine.load(tiny_base, None)
+    loading = asyncio.create_task(engine.load(tiny_base, adapters[0]))
+    await asyncio.sleep(0)  # it is asked for
+    handle = handle_of(tiny_base, adapters[0])
+    await engine.unload(handle)
+    await loading
+    with pytest.raises(KeyError):
+        await outputs(engine, GenerateRequest(handle, (5, 6), SamplingParams(max_tokens=1)))
 
 
 async def test_a_model_made_again_at_the_same_path_is_another(

@@ -152,15 +152,26 @@ class Runner:
         return self._scheduler.busy
 
     def load(self, handle: str, base_dir: str, adapter_dir: str | None) -> None:
-        """Raises ValueError if there is no model in the folders that can run here."""
-        if handle in self._models:
-            return
+        """`read` and `keep`."""
+        self.keep(handle, self.read(handle, base_dir, adapter_dir))
+
+    def read(self, handle: str, base_dir: str, adapter_dir: str | None) -> Model:
+        """A model from its folders, or the one that is loaded. Raises ValueError if there is none that can run here.
+
+        May be called while another thread steps, by one thread at a time.
+        """
+        if (known := self._models.get(handle)) is not None:
+            return known
         try:
-            self._models[handle] = self._load(handle, Path(base_dir), Path(adapter_dir) if adapter_dir else None)
+            return self._load(handle, Path(base_dir), Path(adapter_dir) if adapter_dir else None)
         except KeyError as error:
             raise ValueError(f"the adapter in {adapter_dir} lacks {error.args[0]}") from error
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{adapter_dir or base_dir} cannot be read: {error}") from error
+
+    def keep(self, handle: str, model: Model) -> None:
+        """Requests may ask for it from now on."""
+        self._models[handle] = model
 
     def unload(self, handle: str) -> None:
         """Sequences under way keep their model until they end. Unknown handles pass."""

@@ -1,19 +1,32 @@
-"""The loop around a runner: take commands, do a step, say what came of it. One thread; ends with `stop`."""
+"""The loop around a runner: take commands, do a step, say what came of it. One thread; ends with `stop`.
+
+Models are read in a thread beside it: those that are served are not kept waiting by one that comes.
+"""
 
 from __future__ import annotations
 
 import logging
 import queue
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
 from tunesmith.engine.messages import Cancel, Command, Event, Generate, Load, Loaded, Unload
-from tunesmith.engine.runner import Runner
+from tunesmith.engine.runner import Model, Runner
 
 logger = logging.getLogger(__name__)
 
 Emit = Callable[[list[Event]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A model that was to be loaded has been read, or why not."""
+
+    load: Load
+    model: Model | str
 
 
 class Worker:
@@ -26,7 +39,10 @@ class Worker:
         """
         self._threads = threads
         self._emit = emit
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | _Read | None] = queue.SimpleQueue()
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._reading: dict[int, Load] = {}
+        """By number; those that were unloaded meanwhile are gone from here."""
         self._runner = Runner(dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
 
     def put(self, command: Command) -> None:
@@ -45,6 +61,7 @@ class Worker:
             while not (self._commands.empty() and (self._runner.busy or events)):
                 command = self._commands.get()
                 if command is None:
+                    self._reader.shutdown(wait=False, cancel_futures=True)
                     return
                 events += self._obey(command)
             if self._runner.busy:
@@ -52,29 +69,43 @@ class Worker:
             if events:
                 self._emit(events)
 
-    def _obey(self, command: Command) -> list[Event]:
+    def _obey(self, command: Command | _Read) -> list[Event]:
         match command:
-            case Load(number, handle, base_dir, adapter_dir):
-                return [self._load(number, handle, base_dir, adapter_dir)]
+            case Load(number):
+                self._reading[number] = command
+                self._reader.submit(self._read, command)
+            case _Read(load, str(reason)):
+                self._reading.pop(load.number, None)
+                return [Loaded(load.number, reason)]
+            case _Read(load, Model() as model):
+                if self._reading.pop(load.number, None) is not None:
+                    self._runner.keep(load.handle, model)
+                return [Loaded(load.number)]
             case Unload(handle):
                 self._runner.unload(handle)
+                self._reading = {number: load for number, load in self._reading.items() if load.handle != handle}
             case Generate(number, request):
                 return self._runner.submit(number, request)
             case Cancel(number):
                 self._runner.cancel(number)
         return []
 
-    def _load(self, number: int, handle: str, base_dir: str, adapter_dir: str | None) -> Loaded:
+    def _read(self, load: Load) -> None:
+        """In the thread beside."""
+        self._commands.put(_Read(load, self._model(load)))
+
+    def _model(self, load: Load) -> Model | str:
+        """The model, or why there is none."""
         try:
-            self._runner.load(handle, base_dir, adapter_dir)
+            model = self._runner.read(load.handle, load.base_dir, load.adapter_dir)
         except ValueError as error:
-            return Loaded(number, str(error))
+            return str(error)
         except Exception as error:
             # What a checkpoint can do to the libraries that read it has no end; the other models are served on.
-            logger.exception("model could not be loaded base=%s adapter=%s", base_dir, adapter_dir)
-            return Loaded(number, f"loading it failed ({type(error).__name__}); the log of the server tells more")
-        logger.info("model loaded base=%s adapter=%s", base_dir, adapter_dir)
-        return Loaded(number)
+            logger.exception("model could not be loaded base=%s adapter=%s", load.base_dir, load.adapter_dir)
+            return f"loading it failed ({type(error).__name__}); the log of the server tells more"
+        logger.info("model loaded base=%s adapter=%s", load.base_dir, load.adapter_dir)
+        return model
 
     def _step(self) -> list[Event]:
         try:
