@@ -62,6 +62,8 @@ def test_jobs_of_the_first_schema_cost_nothing(world: World) -> None:
         for table, columns in later.items():
             for column in columns.split():
                 connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
+        for table in ("trackings", "aliases"):
+            connection.execute(text(f"DROP TABLE {table}"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     world.store.migrate()
     assert world.jobs.get(world.owner, job.id) == job
