@@ -126,6 +126,38 @@ async def test_one_in_use_is_never_evicted(engine: CountingEngine, tiny_base: Pa
     assert {(await fourth).handle, third.handle} == engine.loaded
 
 
+async def test_those_who_keep_asking_for_what_is_loaded_keep_nobody_waiting_for_ever(
+    engine: CountingEngine, tiny_base: Path, folders: list[Path]
+) -> None:
+    residency = Residency(engine, max_adapters=1)
+    a, b, c, _ = folders
+    held = await residency.acquire(tiny_base, a)
+    asked = [asyncio.create_task(residency.acquire(tiny_base, folder)) for folder in (b, a, c)]
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not any(task.done() for task in asked)  # not even the one who asks for what is loaded: it came later
+    for loaded, task in enumerate(asked, start=2):
+        held.release()
+        held = await asyncio.wait_for(task, 5)
+        assert len(engine.loads) == loaded
+    assert engine.loads == ["a", "b", "a", "c"]
+
+
+async def test_who_gives_up_waiting_leaves_the_others_what_is_loaded(
+    engine: CountingEngine, tiny_base: Path, folders: list[Path]
+) -> None:
+    residency = Residency(engine, max_adapters=1)
+    held = await residency.acquire(tiny_base, folders[0])
+    given_up = asyncio.create_task(residency.acquire(tiny_base, folders[1]))
+    await asyncio.sleep(0)
+    again = asyncio.create_task(residency.acquire(tiny_base, folders[0]))
+    await asyncio.sleep(0)
+    assert not again.done()
+    given_up.cancel()
+    assert (await asyncio.wait_for(again, 5)).handle == held.handle
+    assert engine.loads == ["a"]
+
+
 async def test_bases_take_no_adapters_place(engine: CountingEngine, tiny_base: Path, folders: list[Path]) -> None:
     residency = Residency(engine, max_adapters=1)
     base = await residency.acquire(tiny_base, None)
