@@ -8,10 +8,10 @@ from tunesmith.data.facts import Facts, FileFold, Lengths
 from tunesmith.data.rows import Batch
 from tunesmith.data.source import Changed, Source
 
-REMEMBERED_BYTES = 224 << 20
+REMEMBERED_BYTES = 272 << 20
 """As many rows of a file are kept for the second pass, which then need not read it; of a larger file none are."""
-ROW_BYTES = 80
-"""What two texts take in memory, besides the bytes of the file that they were read from."""
+ROW_BYTES = 130
+"""What two texts take in memory at most, besides the bytes of the file that they were read from."""
 
 Progress = Callable[[int], None]
 """Told how many bytes of the file have been read."""
