@@ -19,8 +19,8 @@ from tunesmith.core.jobs import INTERRUPTED
 from tunesmith.rundir import RunDir
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-NEWS = re.compile(rf"Fine-tune is in the queue\.|{INTERRUPTED}")
-"""What other jobs and interruptions make: it is set aside where runs are compared."""
+NEWS = re.compile(rf"Fine-tune is in the queue\.|Data check |{INTERRUPTED}")
+"""What other jobs, interruptions and the doctor make: it is set aside where runs are compared."""
 IDS = re.compile(r"(ft|file)-[A-Za-z0-9]{24}|(?<=Uploaded model: )\S+")
 
 
@@ -31,7 +31,7 @@ class Traces:
     adapter: dict[str, bytes]
     results: bytes
     events: list[str]
-    """Messages in order, without ids and times, without news of the queue and notices of restarts."""
+    """Messages in order, without ids and times, without news of the queue, of data and notices of restarts."""
 
     def difference(self, other: Traces) -> str | None:
         """What differs, in words; None if nothing does."""
