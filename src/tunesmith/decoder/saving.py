@@ -12,7 +12,13 @@ from tunesmith.decoder.llama import Llama
 from tunesmith.rundir import CHECKPOINT_CONFIG, write_bytes, write_json
 
 WEIGHTS = "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 
 
 def save_checkpoint(model: Llama, folder: Path, base_dir: Path) -> None:
