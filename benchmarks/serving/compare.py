@@ -75,6 +75,8 @@ def main() -> int:
                 with _ours(scratch / f"home-{number}-{precision}", base, precision, models) as ask:
                     _measure(rates[f"tunesmith {precision}"], ask, (*CASES, *INTERLEAVED))
             for engine, precision in IN_PROCESS:
+                if options.engine and engine not in options.engine:
+                    continue
                 task = {
                     "engine": engine,
                     "precision": precision,
@@ -107,6 +109,8 @@ def _options() -> argparse.Namespace:
     options.add_argument("--peers", type=Path, required=True, help="Python with transformers and ctranslate2")
     options.add_argument("--llama", type=Path, help="llama-server of llama.cpp; with --gguf")
     options.add_argument("--gguf", type=Path, help="folder of f32.gguf, bf16.gguf and q8_0.gguf of the same shape")
+    engines = sorted({engine for engine, _ in IN_PROCESS})
+    options.add_argument("--engine", choices=engines, action="append", help="only these of those called in process")
     options.add_argument(
         "--rounds", type=int, default=3, help="of which the medians are taken; at least 3 to be quoted"
     )

@@ -8,6 +8,7 @@ at one precision; its result has the rate of every case.
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -101,6 +102,9 @@ def _ctranslate2(base: Path, precision: str) -> Generate:
     converted = base.with_name("ctranslate2")
     if not converted.exists():
         ctranslate2.converters.TransformersConverter(str(base)).convert(str(converted))
+        config = json.loads((converted / "config.json").read_text())
+        named = {key: "<|endoftext|>" if value is None else value for key, value in config.items()}
+        (converted / "config.json").write_text(json.dumps(named))  # it cannot read a token that there is not
     generator = ctranslate2.Generator(str(converted), compute_type=precision, intra_threads=1, inter_threads=1)
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
 
