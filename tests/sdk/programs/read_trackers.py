@@ -9,7 +9,6 @@ found = {}
 if kind == "trackio":
     os.environ["TRACKIO_DIR"] = folder
     import trackio
-
     from trackio.sqlite_storage import SQLiteStorage
 
     for run in trackio.Api().runs(project):
