@@ -87,7 +87,8 @@ class Learner:
                 self._by_hand = CompiledLlama(model)
             else:
                 self._by_hand = FoldedLlama(model, site_outputs, dtype, kernels or available())
-        self._prompt_head_VD = None if dtype == torch.float32 else model.head_VD.to(dtype)
+        by_autograd = self._by_hand is None and dtype != torch.float32
+        self._prompt_head_VD = model.head_VD.to(dtype) if by_autograd else None
         self._workers = workers
         self._beat = beat
 
