@@ -208,7 +208,8 @@ def _ratios(medians: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, f
             alike = {k: by[case.name] for k, by in medians.items() if precision == "best" or k.endswith(precision)}
             ours = [rate for engine, rate in alike.items() if engine.startswith("tunesmith")]
             theirs = [rate for engine, rate in alike.items() if not engine.startswith("tunesmith")]
-            yield f"{case.name}, {precision}", round(max(ours) / max(theirs), 2)
+            if theirs:
+                yield f"{case.name}, {precision}", round(max(ours) / max(theirs), 2)
     for kind in ("classify x32", "generate x32"):
         for precision in OURS:
             by = medians[f"tunesmith {precision}"]
