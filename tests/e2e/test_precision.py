@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from tests.architectures import OWN, make_base
 from tests.e2e.drill import run_dir_of
 from tests.e2e.harness import Server, messages, put_base, reviews, upload, wait_for
 from tests.engine.test_tiled import WIDE
-from tunesmith.engine import tiled
+from tests.tiles import needs_tiles
 
-pytestmark = pytest.mark.skipif(tiled._library() is None, reason="this processor has no tiles of bf16")
+pytestmark = needs_tiles
 
 
 def test_a_tuned_model_answers_as_it_was_trained(tmp_path: Path) -> None:

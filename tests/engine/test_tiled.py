@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.architectures import OWN, make_base
 from tests.engine.models import make_adapter
+from tests.tiles import needs_tiles
 from tests.tiny import VOCABULARY_SIZE
-from tunesmith.engine import tiled
 from tunesmith.engine.base import GenerateRequest, PromptScored, SamplingParams, TokenScore
 from tunesmith.engine.messages import Produced
 from tunesmith.engine.runner import Runner
 
-pytestmark = pytest.mark.skipif(tiled._library() is None, reason="this processor has no tiles of bf16")
+pytestmark = needs_tiles
 
 WIDE = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 KINDS: dict[str, dict[str, Any]] = {

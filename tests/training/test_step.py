@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pretraining.shapes import SHAPES, random_llama
+from tests.tiles import needs_tiles
 from tests.training.rows import random_lora, random_rows
 from tunesmith.decoder.llama import Llama
 from tunesmith.training import gradients, native, step
@@ -20,7 +21,7 @@ from tunesmith.training.kernels import Eager
 from tunesmith.training.metrics import Tally
 from tunesmith.training.workers import Workers
 
-pytestmark = pytest.mark.skipif(not step.available(), reason="this processor has no tiles of bf16")
+pytestmark = needs_tiles
 
 FEW = random_rows([(5, 1), (31, 1), (1, 4), (60, 2), (33, 32)])
 MANY = random_rows([(300, 3), (150, 40), (64, 1), (256, 1), (20, 20), (1, 200)])

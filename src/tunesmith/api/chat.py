@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.metadata import version
 from typing import Any
@@ -20,7 +19,15 @@ from starlette.responses import JSONResponse, Response
 from tunesmith import __version__
 from tunesmith.api.body import Fields, read_json
 from tunesmith.api.connection import while_connected
-from tunesmith.api.generating import begin, check_amount, model_name, sampling_values, stream_values, usage_to_wire
+from tunesmith.api.generating import (
+    Asked,
+    begin,
+    check_amount,
+    model_name,
+    sampling_values,
+    stream_values,
+    usage_to_wire,
+)
 from tunesmith.api.routing import path_id
 from tunesmith.api.sse import DONE, EventStream, frame
 from tunesmith.chat_template import Conversation, Message
@@ -62,15 +69,6 @@ PASSED_OVER = (
     "store",
     "user",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A parsed body: what to generate, and how to answer."""
-
-    completion: CompletionRequest
-    stream: bool
-    include_usage: bool
 
 
 class ChatApi:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -17,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from tunesmith.api.body import Fields, read_json
 from tunesmith.api.connection import while_connected
 from tunesmith.api.generating import (
+    Asked,
     begin,
     check_amount,
     model_name,
@@ -42,15 +42,6 @@ from tunesmith.serving.completer import (
 from tunesmith.serving.request import Prompt
 
 MAX_LOGPROBS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A parsed body: what to generate, and how to answer."""
-
-    completion: CompletionRequest
-    stream: bool
-    include_usage: bool
 
 
 class CompletionsApi:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.api.body import Fields
@@ -17,6 +18,15 @@ MAX_TOKENS = 262_144
 MAX_BIASES = 1024
 """Most tokens with a `logit_bias`; each costs at every step of every sequence."""
 SEED_BITS = 63
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A parsed body: what to generate, and how to answer."""
+
+    completion: CompletionRequest
+    stream: bool
+    include_usage: bool
 
 
 def model_name(fields: Fields, engine: str | None) -> str:

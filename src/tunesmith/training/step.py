@@ -1,7 +1,7 @@
 """A training step of a Llama in one call of compiled code, on processors that multiply tiles of bf16: `step.cpp`.
 
 What `training.folded` does with torch's products, for any jobs side by side. What stands between two products costs as
-much as the products there; here a step of few tokens is three to five times faster
+much as the products there; here a step is two to three times faster
 (docs/design/decisions/training-step.md). Elsewhere steps are those of `training.folded`.
 
 Legend: M = weighed positions.
