@@ -111,6 +111,22 @@ def test_rows_with_too_many_cells_are_all_named(tmp_path: Path) -> None:
     assert "Line 7" not in message
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("block_bytes", [7, 64, 1 << 20])
+def test_a_row_is_named_by_its_line_after_many_plain_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, block_bytes: int
+) -> None:
+    """Quick rows are not counted by lines on the way; one of them here has two, and a \\r of its own."""
+    monkeypatch.setattr(encoding, "BLOCK_BYTES", block_bytes)
+    rows = ["prompt,completion", *["a,b"] * 20, f'"two{end}lines, a\rthird",c', *["ü,b"] * 20, "one,two,three", ""]
+    assert "Line 45 begins a row of 3 cells" in refusal(write(tmp_path, "data.csv", end.join(rows)))
+
+
+def test_the_last_row_needs_no_line_end(tmp_path: Path) -> None:
+    pairs = read(write(tmp_path, "data.csv", 'prompt,completion\r\na,b\r\n"c","d"'))[1]
+    assert pairs == [("a", "b"), ("c", "d")]
+
+
 def test_a_quote_that_never_closes_is_named_where_it_opens(tmp_path: Path) -> None:
     assert "Line 3 of the file opens a quote" in refusal(
         write(tmp_path, "data.csv", 'prompt,completion\na,b\n"c,d\ne,f\n')

@@ -70,15 +70,31 @@ def text_blocks(path: Path, encoding: str) -> Iterator[tuple[str, int]]:
     is, and for a NUL character, which no text file holds.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
-    read_bytes = lines = 0
+    read_bytes = characters = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             text = _decode(decoder, block, encoding, final=False)
             read_bytes += len(block)
-            _check_text(text, lines + 1)
-            lines += text.count("\n")
+            if "\0" in text:
+                _check_text(text, 1 + lines_before(path, encoding, characters))
+            characters += len(text)
             yield text, read_bytes
     yield _decode(decoder, b"", encoding, final=True), read_bytes
+
+
+def lines_before(path: Path, encoding: str, characters: int) -> int:
+    r"""How many lines of a file end within so many characters from its start, with `\n`, `\r\n` or `\r`.
+
+    Reads it again: who reads on names lines in errors alone, and counting in every block would slow all files.
+    """
+    ends, last = 0, ""
+    with path.open(encoding=encoding, newline="") as file:
+        while characters and (text := file.read(min(BLOCK_BYTES, characters))):
+            characters -= len(text)
+            both = text.count("\r\n") + (last == "\r" and text[0] == "\n")
+            ends += text.count("\n") + text.count("\r") - both
+            last = text[-1]
+    return ends
 
 
 def lines_of(path: Path, encoding: str) -> Iterator[Lines]:

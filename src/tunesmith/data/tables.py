@@ -6,10 +6,10 @@ import csv
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from tunesmith.data.encoding import MAX_LINE_CHARACTERS, lines_in, text_blocks
+from tunesmith.data.encoding import MAX_LINE_CHARACTERS, lines_before, lines_in, text_blocks
 from tunesmith.data.rows import BATCH_ROWS, Batch, Broken, Columns, Wanted
 from tunesmith.errors import InvalidRequest
 
@@ -41,20 +41,23 @@ def table_batches(path: Path, encoding: str, separator: str, columns: Columns) -
     """
     reading = _Reading(separator, columns)
     blocks = text_blocks(path, encoding)
-    rest, read_bytes = "", 0
+    rest, read_bytes, taken = "", 0, 0
     while len(rest) <= MOST_OPEN_CHARACTERS and (block := next(blocks, None)) is not None:
         text, read_bytes = block
-        rest += text
+        rest += text or ("" if not rest or rest.endswith(("\n", "\r")) else "\n")  # the last line may lack its end
         end = rest.rfind("\n") + 1
         # Until here every quote has opened or closed a cell, or is one of two: an odd number means a cell is open.
         if end and rest.count('"', 0, end) % 2 == 0:
             batch, doubt = reading.plain_rows(rest[:end], read_bytes)
+            taken += end - len(doubt)
             rest = doubt + rest[end:]
             if batch is not None:
                 yield batch
             if doubt:
                 break
-    yield from reading.rows(itertools.chain([(rest, read_bytes)], blocks))
+    if rest or not taken:
+        line = 1 + lines_before(path, encoding, taken)
+        yield from reading.rows(itertools.chain([(rest, read_bytes)], blocks), line)
 
 
 class _Reading:
@@ -64,7 +67,7 @@ class _Reading:
         self._separator = separator
         self._width = len(columns.names)
         self._prompt, self._completion = map(columns.names.index, (columns.prompt, columns.completion))
-        self._line = self._number = 1
+        self._number = 1
         self._heading = True
         cell = f'(?:"([^"]*(?:""[^"]*)*)"|([^"{separator}\r\n]*))'
         # What is no row of this width takes all the rest, as the last group.
@@ -77,28 +80,25 @@ class _Reading:
         """
         cells = self._plain.findall(text)
         doubt = cells.pop()[-1] if cells and cells[-1][-1] else ""
-        if doubt:
-            text = text[: -len(doubt)]
         kept = cells[1:] if self._heading and cells else cells
-        self._heading = self._heading and not cells
-        prompts, completions = (
-            [row[2 * n] or row[2 * n + 1] for row in kept] for n in (self._prompt, self._completion)
-        )
+        if not kept:
+            self._heading = self._heading and not cells
+            return None, doubt
+        columns = list(zip(*kept, strict=True))
+        prompts, completions = (_either(*columns[2 * n : 2 * n + 2]) for n in (self._prompt, self._completion))
         if len(kept) <= FEW_ROWS and any(len(text) > MAX_LINE_CHARACTERS for text in (*prompts, *completions)):
-            return None, text + doubt  # the parser says what is wrong
+            return None, text  # the parser says what is wrong
         if '""' in text:
             prompts, completions = ([cell.replace('""', '"') for cell in texts] for texts in (prompts, completions))
         first = self._number
         self._number += len(kept)
-        self._line += text.count("\n")
-        if "\r" in text:
-            self._line += text.count("\r") - text.count("\r\n")
-        return (Batch(first, prompts, completions, read_bytes) if kept else None), doubt
+        self._heading = False
+        return Batch(first, prompts, completions, read_bytes), doubt
 
-    def rows(self, blocks: Iterable[tuple[str, int]]) -> Iterator[Batch]:
-        """All that is left."""
+    def rows(self, blocks: Iterable[tuple[str, int]], first_line: int) -> Iterator[Batch]:
+        """All that is left, from that line on."""
         broken = Broken("Line")
-        for rows, line, read_bytes in _cells(blocks, self._separator, self._line):
+        for rows, line, read_bytes in _cells(blocks, self._separator, first_line):
             if self._heading or set(map(len, rows)) != {self._width}:
                 kept = _regular(rows, line, self._width, broken, heading=self._heading)
                 self._heading = self._heading and all(map(_blank, rows))
@@ -109,6 +109,13 @@ class _Reading:
                 yield Batch(self._number, prompts, completions, read_bytes)
                 self._number += len(kept)
         broken.end()
+
+
+def _either(quoted: Sequence[str], plain: Sequence[str]) -> list[str]:
+    """The cells of a column, each of which is empty in one of the two."""
+    if any(plain):
+        return [one or other for one, other in zip(quoted, plain, strict=True)]
+    return list(quoted)
 
 
 def unique_names(cells: Cells) -> list[str]:
