@@ -54,7 +54,7 @@ def _built(compiler: str, source: Path, included: Sequence[Path]) -> Path:
     flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_WITHIN_S).stdout
     sources = [path.read_bytes() for path in (source, *included)]
-    known_by = b"\0".join([*sources, version, " ".join(flags).encode(), _processor().encode()])
+    known_by = b"\0".join([*sources, version, " ".join(flags).encode(), processor().encode()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
     library = folder / f"{source.stem}-{hashlib.sha256(known_by).hexdigest()[:16]}.so"
     if not library.exists():
@@ -68,7 +68,7 @@ def _built(compiler: str, source: Path, included: Sequence[Path]) -> Path:
     return library
 
 
-def _processor() -> str:
+def processor() -> str:
     """What -march=native depends on: folders of users are shared between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tunesmith.cli.main import main
-from tunesmith.cli.pace import tokens_per_s
+from tunesmith.cli.pace import Speed, speed
 
 ROWS = "".join(f"Prompt {n},{'GOOD' if n % 3 else 'BAD'}\n" for n in range(12))
 
@@ -162,7 +164,8 @@ def test_unknown_base_is_wrong_usage(data: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_time_is_what_earlier_runs_took(tmp_path: Path) -> None:
-    assert tokens_per_s(tmp_path, tmp_path / "base") is None
+    (tmp_path / "base").mkdir()
+    assert not speed(tmp_path, tmp_path / "base").measured
     for number, (base, status, tokens) in enumerate(
         [
             ("base", "succeeded", 1_000),
@@ -177,4 +180,17 @@ def test_time_is_what_earlier_runs_took(tmp_path: Path) -> None:
         (run / "outcome.json").write_text(json.dumps({"status": status, "trained_tokens": tokens}))
         os.utime(run / "spec.json", (1_000, 1_000))
         os.utime(run / "outcome.json", (1_010, 1_010))
-    assert tokens_per_s(tmp_path, tmp_path / "base") == 200
+    assert speed(tmp_path, tmp_path / "base") == Speed(200, measured=True)
+
+
+def test_before_the_first_run_time_is_guessed_from_the_processor(tmp_path: Path) -> None:
+    """Four times the layers, so about a fourth as fast: measured twice, on a machine that may be busy."""
+    for name, count in (("small", 2), ("large", 8)):
+        (tmp_path / name).mkdir()
+        weights = {f"{n}.weight": np.zeros((64, 64), dtype=np.float32) for n in range(count)}
+        save_file(weights | {"norm": np.zeros(9_999, dtype=np.float32)}, tmp_path / name / "model.safetensors")
+    small, large = (speed(tmp_path, tmp_path / name) for name in ("small", "large"))
+    assert not small.measured
+    assert 1 < small.tokens_per_s / large.tokens_per_s < 16
+    assert "a guess of" in small.because("`small`")
+    assert "until a fine-tune of `small` has run" in small.because("`small`")

@@ -20,7 +20,7 @@ from tunesmith.cli.datafile import base_and_folder, lengths_of, watching
 from tunesmith.cli.home import home_settings
 from tunesmith.cli.jobs import fields_of
 from tunesmith.cli.output import Output, UsageError
-from tunesmith.cli.pace import tokens_per_s
+from tunesmith.cli.pace import speed
 from tunesmith.cli.tables import show_table
 from tunesmith.client import ServerUnreachable
 from tunesmith.core import requests
@@ -56,9 +56,11 @@ class Plan:
     trained_tokens: int
     steps: int
     cost_usd: float
-    tokens_per_s: float | None
-    """Measured in earlier fine-tunes of this base on this machine; None before the first."""
-    training_s: float | None
+    tokens_per_s: float
+    tokens_per_s_measured: bool
+    """Whether earlier fine-tunes of this base have shown it; otherwise it is guessed from the processor."""
+    tokens_per_s_because: str
+    training_s: float
     memory_bytes: int | None
     """Of the trainer, with examples as long as the context: about."""
     peak_learning_rate: float
@@ -107,7 +109,7 @@ def _plan(args: argparse.Namespace, request: FineTuneRequest, output: Output) ->
                 tokens += sum(lengths.count_tokens(some))
     resolved = requests.resolve(request, examples, None if start is None else start.name)
     trained = tokens * resolved.n_epochs
-    rate = tokens_per_s(home, folder)
+    expected = speed(home, folder)
     values, asked = _values(resolved, request), fields_of(args)
     return Plan(
         model=request.model,
@@ -119,8 +121,10 @@ def _plan(args: argparse.Namespace, request: FineTuneRequest, output: Output) ->
         trained_tokens=trained,
         steps=steps_of(examples, resolved.n_epochs, resolved.batch_size),
         cost_usd=base.price_per_1k_training_tokens * trained / 1_000,
-        tokens_per_s=rate,
-        training_s=None if rate is None else trained / rate,
+        tokens_per_s=expected.tokens_per_s,
+        tokens_per_s_measured=expected.measured,
+        tokens_per_s_because=expected.because(base_name),
+        training_s=trained / expected.tokens_per_s,
         memory_bytes=report_on(home, base_name).training_bytes,
         peak_learning_rate=base.learning_rate * resolved.learning_rate_multiplier,
         hyperparameters=values,
@@ -199,13 +203,7 @@ def _show(made: Plan, output: Output) -> None:
     output.say(f"{made.training_file}: {made.examples:,} examples, {made.tokens:,} tokens of {made.base}.")
     output.say(f"{epochs} epoch{'s' * (epochs != 1)} train {made.trained_tokens:,} tokens in {made.steps:,} steps.")
     output.say(f"Cost    {f'${made.cost_usd:,.2f}' if made.cost_usd else 'nothing'}")
-    if made.training_s is None or made.tokens_per_s is None:
-        output.say(f"Time    not known: no fine-tune of {made.base} has succeeded on this machine yet")
-    else:
-        output.say(
-            f"Time    about {duration(made.training_s)} once it starts: earlier fine-tunes of {made.base} on this "
-            f"machine did {made.tokens_per_s:,.0f} tokens a second"
-        )
+    output.say(f"Time    about {duration(made.training_s)} once it starts: {made.tokens_per_s_because}")
     if made.memory_bytes is not None:
         output.say(f"Memory  about {made.memory_bytes / GIB:.1f} GiB for the trainer")
     if not output.terminal:

@@ -18,7 +18,7 @@ import numpy as np
 from tunesmith.cli.datafile import base_and_folder, finding_record, lengths_of, watching
 from tunesmith.cli.home import home_settings
 from tunesmith.cli.output import Output, UsageError
-from tunesmith.cli.pace import tokens_per_s
+from tunesmith.cli.pace import Speed, speed
 from tunesmith.core.bases import Base
 from tunesmith.core.requests import DEFAULT_N_EPOCHS
 from tunesmith.data.advice import TokenMeter, Tokens, begin_alike, duration, metrics_flags, quoted
@@ -123,11 +123,11 @@ def prepare(args: argparse.Namespace, output: Output) -> int:
     tokens = meter.result()
     alike = begin_alike(final, tokenizer.encode_many) if len(written.files) > 1 else []
     command = _command(written, final, alike)
-    rate = tokens_per_s(home, folder)
+    expected = speed(home, folder)
     if output.machine:
-        output.show(_record(source, findings, final, written, command, tokens, base, rate) | {"begin_alike": alike})
+        output.show(_record(source, findings, final, written, command, tokens, base, expected) | {"begin_alike": alike})
     else:
-        _tell(talk, written, final, command, tokens, base, rate)
+        _tell(talk, written, final, command, tokens, base, expected)
         if alike:
             both = quoted([str(written.files[0]), "-v", str(written.files[1])])
             talk.say(
@@ -199,7 +199,7 @@ def _command(written: Written, final: Facts, alike: Sequence[str]) -> str:
 
 
 def _tell(
-    talk: Talk, written: Written, final: Facts, command: str, tokens: Tokens, base: Base, rate: float | None
+    talk: Talk, written: Written, final: Facts, command: str, tokens: Tokens, base: Base, expected: Speed
 ) -> None:
     if written.new:
         parts = zip(written.files, written.rows, strict=True)
@@ -222,13 +222,8 @@ def _tell(
         f"The rows have {about}{tokens.count:,} tokens of `{base.name}`; {DEFAULT_N_EPOCHS} epochs train {about}"
         f"{trained:,}, which costs {f'${cost:,.2f}' if cost else 'nothing'}."
     )
-    if rate is None:
-        talk.say(f"How long that takes is not known: no fine-tune of `{base.name}` has succeeded on this machine yet.")
-    else:
-        talk.say(
-            f"Training takes about {duration(trained / rate)} once it starts: earlier fine-tunes of `{base.name}` on "
-            f"this machine did {rate:,.0f} tokens a second."
-        )
+    took = duration(trained / expected.tokens_per_s)
+    talk.say(f"Training takes about {took} once it starts: {expected.because(f'`{base.name}`')}.")
 
 
 def _record(
@@ -239,7 +234,7 @@ def _record(
     command: str,
     tokens: Tokens,
     base: Base,
-    rate: float | None,
+    expected: Speed,
 ) -> dict[str, Any]:
     trained = tokens.count * DEFAULT_N_EPOCHS
     return {
@@ -257,5 +252,6 @@ def _record(
         "tokens_exact": tokens.exact,
         "n_epochs": DEFAULT_N_EPOCHS,
         "cost_usd": trained / 1_000 * base.price_per_1k_training_tokens,
-        "training_s": None if rate is None else trained / rate,
+        "training_s": trained / expected.tokens_per_s,
+        "training_s_measured": expected.measured,
     }
