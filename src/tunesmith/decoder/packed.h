@@ -165,15 +165,14 @@ inline void turn(const Model &m, Panels qkv, const float *bias, const int32_t *p
     }
 }
 
+inline __m512 gated(__m512 gate, __m512 up) { return _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up); }
+
 // product = silu(gate) * up
 inline void gate(const Model &m, Panels gate_up, Panels product, int64_t tokens) {
     for (int64_t panel = 0; panel < m.feed_width / SIDE; ++panel) {
         const bf16 *g = gate_up.block(panel, 0), *up = gate_up.block(panel + m.feed_width / SIDE, 0);
         bf16 *to = product.block(panel, 0);
-        for (int64_t i = 0; i < tokens * SIDE; i += 16) {
-            const __m512 value = load_low(g + i);
-            store_16(to + i, _mm512_mul_ps(_mm512_mul_ps(value, sigmoid(value)), load_low(up + i)));
-        }
+        for (int64_t i = 0; i < tokens * SIDE; i += 16) store_16(to + i, gated(load_low(g + i), load_low(up + i)));
     }
 }
 

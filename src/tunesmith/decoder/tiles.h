@@ -85,6 +85,26 @@ inline void pack_rows(const bf16 *from, int64_t deep, bf16 *to) {
     }
 }
 
+// The same at a third of the instructions, columns in another order: `ordered` and `column_of` bring them back.
+inline void pack_rows_mixed(const bf16 *from, bf16 *to) {
+    for (int64_t i = 0; i < 16; ++i, from += 2 * SIDE) {
+        const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + SIDE);
+        _mm512_storeu_si512(to + i * SIDE, _mm512_unpacklo_epi16(first, second));
+        _mm512_storeu_si512(to + BLOCK / 2 + i * SIDE, _mm512_unpackhi_epi16(first, second));
+    }
+}
+
+// Column `at` of what was mixed.
+inline int64_t column_of(int64_t at) { return at % 16 / 4 * 8 + at / 16 * 4 + at % 4; }
+
+// 32 floats that were mixed, half `high` of them in order.
+inline __m512 ordered(const float *mixed, bool high) {
+    const __m512i low_half = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i places = high ? _mm512_add_epi64(low_half, _mm512_set1_epi64(4)) : low_half;
+    return _mm512_castpd_ps(_mm512_permutex2var_pd(_mm512_castps_pd(_mm512_load_ps(mixed)), places,
+                                                   _mm512_castps_pd(_mm512_load_ps(mixed + 16))));
+}
+
 // The same of one whose rows are its columns; `wide` of them are real.
 inline void pack_columns(const bf16 *from, int64_t wide, bf16 *to) {
     for (int64_t half = 0; half < SIDE; half += 16, to += BLOCK / 2) {
@@ -162,21 +182,32 @@ inline void clear() {
     _tile_zero(3);
 }
 
+struct Nothing {
+    void operator()(int64_t) const {}
+};
+
 // Adds 32 rows of `a`, `steps` blocks that lie `stride` apart, times packed blocks `b`. Meanwhile `lines` cache lines a
-// step are asked for from `next` on.
+// step are asked for from `next` on, and meanwhile(step) is called: what it does costs little beside a product. Without
+// BOTTOM or RIGHT that half of the sums is left as it is: what is known to be nothing need not be multiplied.
+template <bool BOTTOM = true, bool RIGHT = true, typename Meanwhile = Nothing>
 inline void accumulate(const bf16 *a, int64_t stride, const bf16 *b, int64_t steps, const bf16 *next = nullptr,
-                       int64_t lines = 0) {
+                       int64_t lines = 0, Meanwhile meanwhile = {}) {
     settle();
     for (int64_t s = 0; s < steps; ++s, a += stride, b += BLOCK) {
         _tile_loadd(4, a, 64);
         _tile_loadd(6, b, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + BLOCK / 2, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + BLOCK / 2, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if (RIGHT) {
+            _tile_loadd(7, b + BLOCK / 2, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (BOTTOM) {
+            _tile_loadd(5, a + BLOCK / 2, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            if (RIGHT) _tile_dpbf16ps(3, 5, 7);
+        }
         for (int64_t i = 0; i < lines; ++i, next += SIDE) _mm_prefetch(next, _MM_HINT_T1);
+        meanwhile(s);
     }
 }
 
@@ -241,6 +272,46 @@ inline void by_panels(Panels in, const bf16 *weight, int64_t steps, int64_t pane
                     then(panel, at);
             }
         }
+}
+
+// The same where then(panel, token) adds what factors give and leaves the sums in the tiles, and write(panel, token, i,
+// sums) puts row i of a block where it belongs: that is done between the tile instructions of the next block. Panels are
+// walked in the order that place(0), place(1), ... says.
+template <typename Place, typename Then, typename Write>
+inline void by_panels_written(Panels in, const bf16 *weight, int64_t steps, int64_t panels, int64_t tokens,
+                              float *partial, Place place, Then then, Write write) {
+    const int64_t blocks = tokens / SIDE, lines = (SIDE + blocks - 1) / blocks;
+    const int64_t parts = (steps + DEEPEST - 1) / DEEPEST, size = (steps + parts - 1) / parts;
+    alignas(64) float sums[2][BLOCK];
+    int64_t now = 0, before = 0, before_at = 0, written = SIDE;
+    for (int64_t walked = 0; walked < panels; ++walked) {
+        const int64_t panel = place(walked), next_panel = walked + 1 < panels ? place(walked + 1) : panel;
+        for (int64_t first = 0; first < steps; first += size) {
+            const int64_t deep_now = steps - first < size ? steps - first : size;
+            const int64_t a_step = (SIDE + deep_now - 1) / deep_now;
+            const bf16 *next = weight + (next_panel * steps + first) * BLOCK;
+            for (int64_t at = 0; at < tokens; at += SIDE) {
+                if (first)
+                    give_sums(partial + at * SIDE);
+                else
+                    clear();
+                accumulate(in.block(first, at), in.step(), weight + (panel * steps + first) * BLOCK, deep_now,
+                           next + at / SIDE * lines * deep_now * SIDE, walked + 1 < panels ? lines : 0, [&](int64_t) {
+                               for (int64_t i = 0; i < a_step && written < SIDE; ++i, ++written)
+                                   write(before, before_at, written, sums[now] + written * SIDE);
+                           });
+                if (first + deep_now < steps) {
+                    take_sums(partial + at * SIDE);
+                    continue;
+                }
+                then(panel, at);
+                now ^= 1;
+                take_sums(sums[now]);
+                before = panel, before_at = at, written = 0;
+            }
+        }
+    }
+    for (; written < SIDE; ++written) write(before, before_at, written, sums[now] + written * SIDE);
 }
 
 // ---- functions -------------------------------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ struct Step {
     std::vector<Saved> saved;
     std::optional<Attention> attention;
     float *x, *grad, *inverse, *grad_states, *low_in, *partial;  // x: [N, D], grad: of x
-    Panels out, states, logits;                              // out: what is to be added to x, then grad in bf16
-    Panels low, grad_low, grad_low_turned, product, grad_fed, grad_wide, grad_normed;  // of a chunk
+    Panels out, states, logits;                              // out: grad in bf16
+    Panels low, grad_low, grad_low_turned, product, grad_wide, grad_normed;  // of a chunk
     Panels grad_mixed;
     alignas(64) float c[BLOCK];
 
@@ -116,7 +116,6 @@ struct Step {
         grad_low = arena.panels(CHUNK, 3 * deep);
         grad_low_turned = arena.panels(3 * deep, CHUNK);
         product = arena.panels(CHUNK, m.feed_width);
-        grad_fed = arena.panels(CHUNK, m.feed_width);
         grad_wide = arena.panels(CHUNK, 2 * m.feed_width);
         grad_normed = arena.panels(CHUNK, m.width);
         grad_mixed = arena.panels(slack, mixed);
@@ -128,8 +127,10 @@ struct Step {
 
     const Site &site_at(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
 
-    // y = x W^T + (x A^T) B^T; keeps x A^T in `kept`.
-    void forward(int64_t index, Panels in, Panels y, Panels kept, int64_t first, int64_t tokens) {
+    // y = x W^T + (x A^T) B^T, its panels in the order of place(0), place(1), ...: write(panel, token, i, sums) is given row i of
+    // each block. Keeps x A^T in `kept`.
+    template <typename Place, typename Write>
+    void forward(int64_t index, Panels in, Panels kept, int64_t first, int64_t tokens, Place place, Write write) {
         const Site &site = site_at(index);
         for (int part = 0; part < site.parts; ++part)
             for (int64_t at = 0; at < tokens; at += SIDE) {
@@ -137,30 +138,27 @@ struct Step {
                 const int64_t own = rounded_up(p.piece[which].rank);
                 const bf16 *a = p.piece[which].packed + places[which].sites[index].a_forward + part * own * site.inputs;
                 for (int64_t r = 0; r < own; r += SIDE) {
-                    clear();
-                    accumulate(in.block(0, at), in.step(), a + r * site.inputs, site.inputs / SIDE);
-                    take_sums(c);
+                    narrow(in.block(0, at), in.step(), a + r * site.inputs, site.inputs / SIDE, p.piece[which].rank - r);
                     round_block(c, low.block((part * deep + r) / SIDE, at));
                     round_turned(c, kept.block((first + at) / SIDE, part * deep + r));
                 }
             }
-        int64_t panel = 0;
-        for (int part = 0; part < site.parts; panel += site.outputs[part++] / SIDE) {
-            const Panels low_part = low.panels(part * deep / SIDE);
-            by_panels(in, site.forward + panel * SIDE * site.inputs, site.inputs / SIDE, site.outputs[part] / SIDE,
-                      tokens, partial, [&](int64_t within, int64_t at) {
-                          const int32_t which = piece_of[(first + at) / SIDE];
-                          const int64_t own = rounded_up(p.piece[which].rank);
-                          const bf16 *b = p.piece[which].packed + places[which].sites[index].b_forward[part];
-                          accumulate(low_part.block(0, at), low.step(), b + within * SIDE * own, own / SIDE);
-                          take_sums(c);
-                          round_block(c, y.block(panel + within, at));
-                      });
-        }
+        const auto factors = [&](int64_t panel, int64_t at) {
+            const int32_t which = piece_of[(first + at) / SIDE];
+            const int64_t own = rounded_up(p.piece[which].rank);
+            int part = 0;
+            for (; panel >= site.outputs[part] / SIDE; ++part) panel -= site.outputs[part] / SIDE;
+            const bf16 *b = p.piece[which].packed + places[which].sites[index].b_forward[part];
+            accumulate(low.block(part * deep / SIDE, at), low.step(), b + panel * SIDE * own, own / SIDE);
+        };
+        by_panels_written(in, site.forward, site.inputs / SIDE, outputs_of(site) / SIDE, tokens, partial, place, factors,
+                          write);
     }
 
-    // The gradient of the inputs, from that of the outputs; leaves that of x A^T in grad_low_turned, for `learn`.
-    void backward(int64_t index, Panels gy, Panels gx, int64_t first, int64_t tokens) {
+    // The gradient of the inputs, from that of the outputs, as `forward` gives what it finds; leaves that of x A^T in
+    // grad_low_turned, for `learn`.
+    template <typename Write>
+    void backward(int64_t index, Panels gy, int64_t first, int64_t tokens, Write write) {
         const Site &site = site_at(index);
         const int64_t outputs = outputs_of(site);
         Panels of_part = gy;
@@ -170,21 +168,39 @@ struct Step {
                 const int64_t own = rounded_up(p.piece[which].rank);
                 const bf16 *b = p.piece[which].packed + places[which].sites[index].b_backward[part];
                 for (int64_t r = 0; r < own; r += SIDE) {
-                    clear();
-                    accumulate(of_part.block(0, at), gy.step(), b + r * site.outputs[part], site.outputs[part] / SIDE);
-                    take_sums(c);
+                    narrow(of_part.block(0, at), gy.step(), b + r * site.outputs[part], site.outputs[part] / SIDE,
+                           p.piece[which].rank - r);
                     round_block(c, grad_low.block((part * own + r) / SIDE, at));  // as deep as the piece has them
                     round_turned(c, grad_low_turned.block(at / SIDE, part * deep + r));
                 }
             }
-        by_panels(gy, site.backward, outputs / SIDE, site.inputs / SIDE, tokens, partial, [&](int64_t panel, int64_t at) {
+        const auto factors = [&](int64_t panel, int64_t at) {
             const int32_t which = piece_of[(first + at) / SIDE];
             const int64_t all = site.parts * rounded_up(p.piece[which].rank);
             const bf16 *a = p.piece[which].packed + places[which].sites[index].a_backward;
             accumulate(grad_low.block(0, at), grad_low.step(), a + panel * SIDE * all, all / SIDE);
-            take_sums(c);
-            round_block(c, gx.block(panel, at));
-        });
+        };
+        by_panels_written(gy, site.backward, outputs / SIDE, site.inputs / SIDE, tokens, partial, one_by_one, factors,
+                          write);
+    }
+
+    // A product with factors of which `rank` rows are left: half of one of up to 16 is nothing.
+    void narrow(const bf16 *a, int64_t stride, const bf16 *b, int64_t steps, int64_t rank) {
+        clear();
+        if (rank > SIDE / 2)
+            accumulate(a, stride, b, steps);
+        else
+            accumulate<true, false>(a, stride, b, steps);
+        take_sums(c);
+    }
+
+    static int64_t one_by_one(int64_t panel) { return panel; }
+
+    // What puts blocks into panels.
+    static auto into(Panels to) {
+        return [to](int64_t panel, int64_t at, int64_t i, const float *sums) {
+            store_32(to.block(panel, at + i), _mm512_load_ps(sums), _mm512_load_ps(sums + 16));
+        };
     }
 
     // Adds to the gradients of the factors, from that of the outputs and what `forward` and `backward` left.
@@ -207,21 +223,17 @@ struct Step {
         int64_t column = 0;
         for (int part = 0; part < site.parts; ++part)
             for (int64_t end = column + site.outputs[part]; column < end; column += SIDE) {
-                for (int64_t s = 0; s < steps; ++s) pack_rows(gy.block(column / SIDE, s * SIDE), SIDE, panel + s * BLOCK);
+                for (int64_t s = 0; s < steps; ++s) pack_rows_mixed(gy.block(column / SIDE, s * SIDE), panel + s * BLOCK);
                 for (int64_t r = 0; r < rank; r += SIDE) {
-                    clear();
-                    accumulate(kept.block(0, part * deep + r), kept.step(), panel, steps);
-                    take_sums(c);
+                    low_sums(kept.block(0, part * deep + r), kept.step(), panel, steps, rank - r);
                     add_turned(of_b + column * rank + r, rank, rank - r, piece.scale);
                 }
             }
         for (int64_t i = 0; i < site.inputs; i += SIDE) {
-            for (int64_t s = 0; s < steps; ++s) pack_rows(in.block(i / SIDE, s * SIDE), SIDE, panel + s * BLOCK);
+            for (int64_t s = 0; s < steps; ++s) pack_rows_mixed(in.block(i / SIDE, s * SIDE), panel + s * BLOCK);
             for (int part = 0; part < site.parts; ++part)
                 for (int64_t r = 0; r < rank; r += SIDE) {
-                    clear();
-                    accumulate(back.block(0, part * deep + r), back.step(), panel, steps);
-                    take_sums(c);
+                    low_sums(back.block(0, part * deep + r), back.step(), panel, steps, rank - r);
                     const int64_t real = rank - r < SIDE ? rank - r : SIDE;
                     for (int64_t k = 0; k < real; ++k)
                         add_row(of_a + (part * rank + r + k) * site.inputs + i, c + k * SIDE,
@@ -230,14 +242,24 @@ struct Step {
         }
     }
 
-    static void add_row(float *to, const float *more, const float *gain) {
+    // As `narrow`, where the rows of `a` are those of factors.
+    void low_sums(const bf16 *a, int64_t stride, const bf16 *b, int64_t steps, int64_t rank) {
+        clear();
+        if (rank > SIDE / 2)
+            accumulate(a, stride, b, steps);
+        else
+            accumulate<false, true>(a, stride, b, steps);
+        take_sums(c);
+    }
+
+    static void add_row(float *to, const float *mixed, const float *gain) {
         for (int64_t half = 0; half < SIDE; half += 16) {
             const __m512 factor = gain ? _mm512_loadu_ps(gain + half) : _mm512_set1_ps(1.0f);
-            _mm512_storeu_ps(to + half, _mm512_fmadd_ps(_mm512_load_ps(more + half), factor, _mm512_loadu_ps(to + half)));
+            _mm512_storeu_ps(to + half, _mm512_fmadd_ps(ordered(mixed, half), factor, _mm512_loadu_ps(to + half)));
         }
     }
 
-    // Adds the sums to 32 rows of `to`, rows and columns exchanged, in the first `real` columns.
+    // Adds the sums, their columns mixed, to 32 rows of `to`, rows and columns exchanged, in the first `real` columns.
     void add_turned(float *to, int64_t stride, int64_t real, float scale) {
         for (int64_t top = 0; top < SIDE && top < real; top += 16)
             for (int64_t left = 0; left < SIDE; left += 16) {
@@ -245,7 +267,7 @@ struct Step {
                 turned_quarter(c, top, left, words);
                 const __mmask16 there = first_of_16(real - top);
                 for (int64_t i = 0; i < 16; ++i) {
-                    float *at = to + (left + i) * stride + top;
+                    float *at = to + column_of(left + i) * stride + top;
                     const __m512 before = _mm512_maskz_loadu_ps(there, at);
                     _mm512_mask_storeu_ps(
                         at, there, _mm512_fmadd_ps(_mm512_castsi512_ps(words[i]), _mm512_set1_ps(scale), before));
@@ -276,22 +298,48 @@ struct Step {
         }
     }
 
-    // The product again, and from its gradient that of gate and up.
-    void leave_gate(Panels gate_up, int64_t tokens) {
-        const __m512 one = _mm512_set1_ps(1.0f);
-        for (int64_t panel = 0; panel < m.feed_width / SIDE; ++panel) {
+    // What takes the gradient of gate's product: gives that of gate and up, and the product again.
+    auto into_gate(Panels gate_up) {
+        return [this, gate_up, one = _mm512_set1_ps(1.0f)](int64_t panel, int64_t at, int64_t i, const float *sums) {
             const int64_t up_panel = panel + m.feed_width / SIDE;
-            const bf16 *g = gate_up.block(panel, 0), *up = gate_up.block(up_panel, 0), *dy = grad_fed.block(panel, 0);
-            bf16 *to = product.block(panel, 0), *of_gate = grad_wide.block(panel, 0), *of_up = grad_wide.block(up_panel, 0);
-            for (int64_t i = 0; i < tokens * SIDE; i += 16) {
-                const __m512 value = load_low(g + i), other = load_low(up + i), given = load_low(dy + i);
-                const __m512 share = sigmoid(value), swish = _mm512_mul_ps(value, share);
-                store_16(to + i, _mm512_mul_ps(swish, other));
-                store_16(of_up + i, _mm512_mul_ps(given, swish));
+            __m512 again[2], of_gate[2], of_up[2];
+            for (int64_t half = 0; half < 2; ++half) {
+                const __m512 value = load_low(gate_up.block(panel, at + i) + 16 * half);
+                const __m512 other = load_low(gate_up.block(up_panel, at + i) + 16 * half);
+                const __m512 given = _mm512_load_ps(sums + 16 * half), share = sigmoid(value);
+                const __m512 swish = _mm512_mul_ps(value, share);
                 const __m512 slope = _mm512_fmadd_ps(swish, _mm512_sub_ps(one, share), share);
-                store_16(of_gate + i, _mm512_mul_ps(_mm512_mul_ps(given, other), slope));
+                again[half] = _mm512_mul_ps(swish, other);
+                of_up[half] = _mm512_mul_ps(given, swish);
+                of_gate[half] = _mm512_mul_ps(_mm512_mul_ps(given, other), slope);
             }
-        }
+            store_32(product.block(panel, at + i), again[0], again[1]);
+            store_32(grad_wide.block(panel, at + i), of_gate[0], of_gate[1]);
+            store_32(grad_wide.block(up_panel, at + i), of_up[0], of_up[1]);
+        };
+    }
+
+    // What adds blocks to rows of x from token `first` on.
+    auto onto_x(int64_t first) {
+        return [this, first](int64_t panel, int64_t at, int64_t i, const float *sums) {
+            float *to = x + (first + at + i) * m.width + panel * SIDE;
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_load_ps(sums)));
+            _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), _mm512_load_ps(sums + 16)));
+        };
+    }
+
+    // gate and up side by side, so that their product can be written with them.
+    void feed(int64_t layer, Panels in, Panels gate_up, Panels kept, int64_t first, int64_t tokens) {
+        const int64_t half = m.feed_width / SIDE;
+        const auto place = [half](int64_t walked) { return walked / 2 + walked % 2 * half; };
+        forward(4 * layer + 2, in, kept, first, tokens, place,
+                [&, write = into(gate_up)](int64_t panel, int64_t at, int64_t i, const float *sums) {
+                    write(panel, at, i, sums);
+                    if (panel < half) return;
+                    const bf16 *g = gate_up.block(panel - half, at + i), *up = gate_up.block(panel, at + i);
+                    store_32(product.block(panel - half, at + i), gated(load_low(g), load_low(up)),
+                             gated(load_low(g + 16), load_low(up + 16)));
+                });
     }
 
     // -- layers
@@ -304,9 +352,9 @@ struct Step {
     void forward_layer(int64_t layer) {
         Saved &s = saved[layer];
         by_chunks([&](int64_t first, int64_t tokens) {
-            const Panels added = out.from(first);
-            normalise(m, x + first * m.width, layer ? &added : nullptr, s.normed.from(first), s.inverse + first, tokens);
-            forward(4 * layer, s.normed.from(first), s.qkv.from(first), s.low[0], first, tokens);
+            const Panels normed = s.normed.from(first);
+            normalise(m, x + first * m.width, nullptr, normed, s.inverse + first, tokens);
+            forward(4 * layer, normed, s.low[0], first, tokens, one_by_one, into(s.qkv.from(first)));
             turn(m, s.qkv.from(first), m.layer[layer].bias, turn_of.data() + first, tokens);
         });
         std::memset(s.attention.data, 0, sizeof(bf16) * n * mixed);
@@ -315,12 +363,11 @@ struct Step {
             attention->forward(s.qkv.from(start), s.attention.from(start), s.log_sum + start, n, p.row_length[row]);
         }
         by_chunks([&](int64_t first, int64_t tokens) {
-            const Panels added = out.from(first), normed = s.feed_normed.from(first);
-            forward(4 * layer + 1, s.attention.from(first), added, s.low[1], first, tokens);
-            normalise(m, x + first * m.width, &added, normed, s.feed_inverse + first, tokens);
-            forward(4 * layer + 2, normed, s.gate_up.from(first), s.low[2], first, tokens);
-            gate(m, s.gate_up.from(first), product, tokens);
-            forward(4 * layer + 3, product, added, s.low[3], first, tokens);
+            const Panels normed = s.feed_normed.from(first);
+            forward(4 * layer + 1, s.attention.from(first), s.low[1], first, tokens, one_by_one, onto_x(first));
+            normalise(m, x + first * m.width, nullptr, normed, s.feed_inverse + first, tokens);
+            feed(layer, normed, s.gate_up.from(first), s.low[2], first, tokens);
+            forward(4 * layer + 3, product, s.low[3], first, tokens, one_by_one, onto_x(first));
         });
     }
 
@@ -329,13 +376,12 @@ struct Step {
         Saved &s = saved[layer];
         by_chunks([&](int64_t first, int64_t tokens) {
             const Panels of_out = out.from(first), normed = s.feed_normed.from(first);
-            backward(4 * layer + 3, of_out, grad_fed, first, tokens);
-            leave_gate(s.gate_up.from(first), tokens);
+            backward(4 * layer + 3, of_out, first, tokens, into_gate(s.gate_up.from(first)));
             learn(4 * layer + 3, of_out, product, s.low[3], first, tokens);
-            backward(4 * layer + 2, grad_wide, grad_normed, first, tokens);
+            backward(4 * layer + 2, grad_wide, first, tokens, into(grad_normed));
             learn(4 * layer + 2, grad_wide, normed, s.low[2], first, tokens);
             leave_norm(grad_normed, normed, s.feed_inverse, first, tokens);
-            backward(4 * layer + 1, of_out, grad_mixed.from(first), first, tokens);
+            backward(4 * layer + 1, of_out, first, tokens, into(grad_mixed.from(first)));
             learn(4 * layer + 1, of_out, s.attention.from(first), s.low[1], first, tokens);
         });
         const Panels grad_qkv{s.gate_up.data, n};  // no longer needed, and large enough: see covers() in step.py
@@ -347,7 +393,7 @@ struct Step {
         }
         by_chunks([&](int64_t first, int64_t tokens) {
             const Panels of_qkv = grad_qkv.from(first), normed = s.normed.from(first);
-            backward(4 * layer, of_qkv, grad_normed, first, tokens);
+            backward(4 * layer, of_qkv, first, tokens, into(grad_normed));
             learn(4 * layer, of_qkv, normed, s.low[0], first, tokens);
             leave_norm(grad_normed, normed, s.inverse, first, tokens);
         });
@@ -424,14 +470,12 @@ struct Step {
                 store_16(out.block(j / SIDE, i) + j % SIDE, _mm512_loadu_ps(grad + i * d + j));
     }
 
-    // x of a token after the last layer and the last norm, but for its gain.
+    // x of a token after the last norm, but for its gain.
     void finish(int64_t token) {
         float *row = x + token * m.width;
         __m512 squares = _mm512_setzero_ps();
         for (int64_t j = 0; j < m.width; j += 16) {
-            const __m512 more = load_low(out.block(j / SIDE, token) + j % SIDE);
-            const __m512 value = _mm512_add_ps(_mm512_loadu_ps(row + j), more);
-            _mm512_storeu_ps(row + j, value);
+            const __m512 value = _mm512_loadu_ps(row + j);
             squares = _mm512_fmadd_ps(value, value, squares);
         }
         inverse[token] = root_of_inverse(sum(squares) / static_cast<float>(m.width) + m.epsilon);
