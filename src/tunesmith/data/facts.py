@@ -175,7 +175,7 @@ class ColumnFold:
     def _look(self, texts: Sequence[str]) -> None:
         # One string for all, NUL between: what is asked of each text is asked of it at once, much faster.
         count, joined = len(texts), "\0".join(["", *texts, ""])
-        plain = joined.count("\0") == count + 1
+        plain = "\0" not in "".join(texts)
         if self._prefix and not (plain and joined.count("\0" + self._prefix) == count):
             self._prefix = common_prefix(texts, self._prefix)
         if self._space:

@@ -44,7 +44,9 @@ def table_batches(path: Path, encoding: str, separator: str, columns: Columns) -
     rest, read_bytes, taken = "", 0, 0
     while len(rest) <= MOST_OPEN_CHARACTERS and (block := next(blocks, None)) is not None:
         text, read_bytes = block
-        rest += text or ("" if not rest or rest.endswith(("\n", "\r")) else "\n")  # the last line may lack its end
+        if rest and not text and not rest.endswith(("\n", "\r")):
+            text = "\n"  # the last line may lack its end
+        rest += text
         end = rest.rfind("\n") + 1
         # Until here every quote has opened or closed a cell, or is one of two: an odd number means a cell is open.
         if end and rest.count('"', 0, end) % 2 == 0:
@@ -85,11 +87,9 @@ class _Reading:
             self._heading = self._heading and not cells
             return None, doubt
         columns = list(zip(*kept, strict=True))
-        prompts, completions = (_either(*columns[2 * n : 2 * n + 2]) for n in (self._prompt, self._completion))
+        prompts, completions = (_column(*columns[2 * n : 2 * n + 2]) for n in (self._prompt, self._completion))
         if len(kept) <= FEW_ROWS and any(len(text) > MAX_LINE_CHARACTERS for text in (*prompts, *completions)):
             return None, text  # the parser says what is wrong
-        if '""' in text:
-            prompts, completions = ([cell.replace('""', '"') for cell in texts] for texts in (prompts, completions))
         first = self._number
         self._number += len(kept)
         self._heading = False
@@ -111,8 +111,10 @@ class _Reading:
         broken.end()
 
 
-def _either(quoted: Sequence[str], plain: Sequence[str]) -> list[str]:
+def _column(quoted: Sequence[str], plain: Sequence[str]) -> list[str]:
     """The cells of a column, each of which is empty in one of the two."""
+    if '"' in "".join(quoted):  # much faster than to look for two of them
+        quoted = [cell.replace('""', '"') for cell in quoted]
     if any(plain):
         return [one or other for one, other in zip(quoted, plain, strict=True)]
     return list(quoted)
