@@ -1,4 +1,4 @@
-"""Steps in bf16 by tiles against those of fp32, and against themselves: alone, beside others, in chunks, cached."""
+"""Steps in bf16 and int8 against those of fp32, and against themselves: alone, beside others, in chunks, cached."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.engine.models import make_adapter
 from tests.tiles import needs_tiles
 from tests.tiny import VOCABULARY_SIZE
 from tunesmith.engine.base import GenerateRequest, PromptScored, SamplingParams, TokenScore
+from tunesmith.engine.blocks import BLOCK_TOKENS
 from tunesmith.engine.messages import Produced
 from tunesmith.engine.runner import Runner
 
@@ -29,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "odd vocabulary": OWN["mistral"] | WIDE | {"vocab_size": VOCABULARY_SIZE + 7},
 }
 RANKS = (4, 16, 33)
+eights = pytest.mark.parametrize("eight", [False, True], ids=["bf16", "int8"])
 Output = list[tuple[TokenScore, ...]]
 
 
@@ -54,8 +56,10 @@ def _runner(
     dtype: torch.dtype = torch.bfloat16,
     max_running: int = 64,
     step_tokens: int = 512,
+    eight: bool = False,
+    cache_bytes: int = 1 << 24,
 ) -> Runner:
-    runner = Runner(dtype=dtype, max_running=max_running, step_tokens=step_tokens)
+    runner = Runner(dtype=dtype, eight=eight, max_running=max_running, step_tokens=step_tokens, cache_bytes=cache_bytes)
     for index, adapter in enumerate(models):
         runner.load(str(index), str(base), None if adapter is None else str(adapter))
     assert all((loaded.tiled is not None) == (dtype == torch.bfloat16) for loaded in runner._bases.values())
@@ -76,14 +80,15 @@ def _run(runner: Runner, asked: Sequence[tuple[int, tuple[int, ...]]], max_token
     return [tuple(scores) for scores in found]
 
 
+@eights
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_are_those_of_fp32_but_for_rounding(tmp_path: Path, kind: str) -> None:
+def test_scores_are_those_of_fp32_but_for_rounding(tmp_path: Path, kind: str, eight: bool) -> None:
     base = make_base(tmp_path / "base", KINDS[kind])
     models = [None, *(make_adapter(base, tmp_path / str(rank), seed=rank, rank=rank) for rank in RANKS)]
     asked = [(index % 4, prompt) for index, prompt in enumerate(_prompts([1, 5, 33, 64, 100, 31, 200, 2]))]
 
     exact = _run(_runner(base, models, torch.float32), asked, 0, scored=True)
-    found = _run(_runner(base, models), asked, 0, scored=True)
+    found = _run(_runner(base, models, eight=eight), asked, 0, scored=True)
 
     pairs = [
         (score.logprob, other.logprob)
@@ -92,41 +97,58 @@ def test_scores_are_those_of_fp32_but_for_rounding(tmp_path: Path, kind: str) ->
         if score.logprob is not None and other.logprob is not None
     ]
     assert len(pairs) > 400
-    assert max(abs(a - b) for a, b in pairs) < 0.1
-    assert sum(abs(a - b) for a, b in pairs) / len(pairs) < 0.02
-    plain = _run(_runner(base, [None]), [(0, prompt) for _, prompt in asked], 0, scored=True)
+    assert max(abs(a - b) for a, b in pairs) < (0.4 if eight else 0.1)
+    assert sum(abs(a - b) for a, b in pairs) / len(pairs) < (0.06 if eight else 0.02)
+    plain = _run(_runner(base, [None], eight=eight), [(0, prompt) for _, prompt in asked], 0, scored=True)
     assert all(plain[i][1:] != found[i][1:] for i in range(1, 8) if asked[i][0])  # adapters do something
 
 
+@eights
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_answer_does_not_depend_on_what_else_is_computed(
-    base: Path, models: list[Path | None], threads: int
+    base: Path, models: list[Path | None], threads: int, eight: bool
 ) -> None:
     asked = [(index % 4, prompt) for index, prompt in enumerate(_prompts([1 + 17 * i % 90 for i in range(24)]))]
     torch.set_num_threads(threads)
     try:
-        together = _run(_runner(base, models), asked, 12, scored=False)
+        together = _run(_runner(base, models, eight=eight), asked, 12, scored=False)
     finally:
         torch.set_num_threads(1)
 
-    alone = [_run(_runner(base, models), [one], 12, scored=False)[0] for one in asked]
+    runner = _runner(base, models, eight=eight)  # the cache changes nothing: see below
+    alone = [_run(runner, [one], 12, scored=False)[0] for one in asked]
 
     assert together == alone
 
 
-def test_chunks_and_the_cache_change_nothing(base: Path, models: list[Path | None]) -> None:
+@eights
+def test_chunks_and_the_cache_change_nothing(base: Path, models: list[Path | None], eight: bool) -> None:
     start, *ends = _prompts([70, 9, 20, 40])
     asked = [(model, start + end) for model in (0, 3) for end in ends]
-    whole = [_run(_runner(base, models), [one], 5, scored=False)[0] for one in asked]
+    whole = [_run(_runner(base, models, eight=eight), [one], 5, scored=False)[0] for one in asked]
 
-    chunked = _run(_runner(base, models, max_running=3, step_tokens=7), asked, 5, scored=False)
-    warm = _runner(base, models)
+    chunked = _run(_runner(base, models, max_running=3, step_tokens=7, eight=eight), asked, 5, scored=False)
+    warm = _runner(base, models, eight=eight)
     first = _run(warm, asked, 5, scored=False)
     computed = warm.tokens_computed
     again = _run(warm, asked, 5, scored=False)
 
     assert chunked == first == again == whole
     assert warm.tokens_computed - computed < computed
+
+
+def test_those_that_are_put_off_go_on_with_the_same_numbers(base: Path, models: list[Path | None]) -> None:
+    asked = [(index % 4, prompt) for index, prompt in enumerate(_prompts([30, 60, 33, 5, 90, 31]))]
+    roomy, tight = _runner(base, models), _runner(base, models, cache_bytes=1)
+    (loaded,) = tight._bases.values()
+    per_sequence = -(-(90 + 60) // BLOCK_TOKENS)
+    assert loaded.cache.pool.blocks < len(asked) * per_sequence
+
+    expected = _run(roomy, asked, 60, scored=False)
+    found = _run(tight, asked, 60, scored=False)
+
+    assert found == expected
+    assert tight.tokens_computed > roomy.tokens_computed  # some were put off
 
 
 def test_an_adapter_that_is_no_numbers_is_refused(base: Path, models: list[Path | None], tmp_path: Path) -> None:
@@ -150,3 +172,36 @@ def test_what_has_no_whole_blocks_stays_in_fp32(tiny_base: Path) -> None:
 
     assert loaded.tiled is None
     assert loaded.cache.dtype == torch.float32
+
+
+def test_int8_is_refused_where_it_cannot_be(tiny_base: Path, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="multiples of 32"):
+        Runner(dtype=torch.bfloat16, eight=True).load("0", str(tiny_base), None)
+
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((base / name).read_bytes())
+    state = load_file(tmp_path / "model.safetensors")
+    state["model.layers.0.mlp.down_proj.weight"][1, 1] = torch.inf
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="finite"):
+        Runner(dtype=torch.bfloat16, eight=True).load("0", str(tmp_path), None)
+
+
+def test_weights_that_were_rounded_to_8_bits_are_not_rounded_again(base: Path, tmp_path: Path) -> None:
+    """Where only the states are rounded, the same model is nearer to itself."""
+    state = load_file(base / "model.safetensors")
+    for name, weight in state.items():
+        if weight.ndim == 2 and "embed" not in name:  # embeddings are looked up as they are
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            state[name] = (weight / scale).round() * scale
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    asked = [(0, prompt) for prompt in _prompts([40, 60])]
+
+    rounded = _run(_runner(tmp_path, [None], eight=True), asked, 0, scored=True)
+    whole = _run(_runner(base, [None], eight=True), asked, 0, scored=True)
+
+    for scores, others in zip(rounded, whole, strict=True):
+        assert [score.logprob for score in scores[1:]] == pytest.approx(
+            [score.logprob for score in others[1:]], abs=1e-3
+        )

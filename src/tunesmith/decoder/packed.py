@@ -9,6 +9,7 @@ site, V = vocabulary.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,8 @@ HEADERS = tuple(Path(__file__).with_name(name) for name in ("packed.h", "tiles.h
 """What sources that work on packed models include."""
 GRID = 32
 """Rows and columns of a block: tokens go in multiples of it, and the widths of a model have to be multiples."""
+Room = Callable[[int], Tensor]
+"""Memory of so many bytes."""
 Address, Count, Size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -75,6 +78,10 @@ def library(source: Path, *included: Path) -> ctypes.CDLL | None:
     return found
 
 
+def _plain(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
 def covers(model: Llama) -> bool:
     """Whether the widths of `model` are whole blocks, and its weights fp32 in memory of the processor."""
     config = model.config
@@ -89,9 +96,10 @@ def covers(model: Llama) -> bool:
 class PackedLlama:
     """The weights of a model, packed. Threads may share it."""
 
-    def __init__(self, library: ctypes.CDLL, model: Llama, *, trained: bool) -> None:
-        """`covers(model)`; with `trained` also for the way back, which takes as much again."""
+    def __init__(self, library: ctypes.CDLL, model: Llama, *, trained: bool, room: Room = _plain) -> None:
+        """`covers(model)`; with `trained` also for the way back, which takes as much again. `room`: for the weights."""
         self._library = library
+        self._room = room
         self._trained = trained
         self._kept: list[object] = [model]
         """What the structures point to."""
@@ -149,8 +157,8 @@ class PackedLlama:
         """As products read it, forth and back."""
         weight_OI = weight_OI.contiguous()
         size = self._library.tunesmith_packed_size(*weight_OI.shape)
-        forward = torch.empty(size, dtype=torch.bfloat16)
-        backward = torch.empty(size, dtype=torch.bfloat16) if self._trained else None
+        forward = self._room(2 * size).view(torch.bfloat16)
+        backward = self._room(2 * size).view(torch.bfloat16) if self._trained else None
         gain, back = (None if tensor is None else tensor.data_ptr() for tensor in (gain_I, backward))
         self._library.tunesmith_pack(weight_OI.data_ptr(), *weight_OI.shape, gain, forward.data_ptr(), back)
         return forward, backward

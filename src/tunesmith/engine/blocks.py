@@ -41,9 +41,14 @@ class BlockPool:
         self._kept: OrderedDict[int, None] = OrderedDict()  # shown, used by nobody; least recently used first
         self._announced: Counter[bytes] = Counter()
 
+    @property
+    def room(self) -> int:
+        """Blocks that can be taken."""
+        return len(self._free) + len(self._kept)
+
     def take(self, count: int) -> list[int] | None:
         """`count` block numbers for one user, or None if there are not so many."""
-        if count > len(self._free) + len(self._kept):
+        if count > self.room:
             return None
         while len(self._free) < count:
             self._forget()

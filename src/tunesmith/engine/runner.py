@@ -38,24 +38,36 @@ SCORED_ROWS = 128
 """Prompt positions whose logits are held at a time: the vocabulary is wide."""
 
 
+WITHOUT_EIGHT = (
+    "int8 needs a processor that multiplies tiles (AMX), a C++ compiler, and a model of the Llama family whose widths "
+    "are multiples of 32; float32 and bfloat16 run everywhere"
+)
+
+
 class LoadedBase:
     """The weights of a base, the cache of its sequences, and the stacks of its adapters."""
 
-    def __init__(self, weights: Decoder, cache: KVCache) -> None:
+    def __init__(self, weights: Decoder, cache: KVCache, *, eight: bool = False) -> None:
+        """`eight`: see `Runner`. Raises ValueError for weights that 8 bits cannot hold."""
+        self._eight = eight
         self.weights = weights
         self.cache = cache
         self.stacks = AdapterStacks()
         self.tiled: TiledStep | None = None
         self.native: NativeStep | None = None
         if cache.dtype == torch.bfloat16 and isinstance(weights, Llama) and tiled.covers(weights):
-            self.tiled = TiledStep(weights, cache)
+            self.tiled = TiledStep(weights, cache, eight=eight)
         else:
             self.native = native_step(weights, cache)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: str, cache_bytes: int) -> LoadedBase:
-        """A base with a cache of its own. Raises what `decoder.loading.load` raises."""
+    def load(
+        cls, folder: Path, dtype: torch.dtype, device: str, cache_bytes: int, *, eight: bool = False
+    ) -> LoadedBase:
+        """A base with a cache of its own. Raises what `decoder.loading.load` raises, ValueError for `eight` in vain."""
         weights, dtype = _read(folder, dtype, device)
+        if eight and dtype != torch.bfloat16:
+            raise ValueError(WITHOUT_EIGHT)
         config = weights.config
         layers = len(config.layout.layers)
         token_bytes = 2 * layers * config.kv_heads * config.head_width * dtype.itemsize
@@ -69,14 +81,14 @@ class LoadedBase:
             dtype=dtype,
             device=torch.device(device),
         )
-        return cls(weights, cache)
+        return cls(weights, cache, eight=eight)
 
     def retrained(self, folder: Path, dtype: torch.dtype, device: str) -> LoadedBase:
         """The same model with all its weights tuned; it shares the cache. Raises ValueError for another shape."""
         weights, _ = _read(folder, dtype, device)
         if _shape(weights) != _shape(self.weights):
             raise ValueError(f"{folder.name} has another shape than its base")
-        return LoadedBase(weights, self.cache)
+        return LoadedBase(weights, self.cache, eight=self._eight)
 
     def adapter(self, lora: Lora) -> PackedAdapter | TiledAdapter:
         """An adapter as steps of this base read it. Raises ValueError."""
@@ -131,13 +143,18 @@ class Runner:
         self,
         *,
         dtype: torch.dtype = torch.float32,
+        eight: bool = False,
         device: str = "cpu",
         max_running: int = 64,
         step_tokens: int = 512,
         cache_bytes: int = 512 << 20,
     ) -> None:
-        """`step_tokens` trades the pause that a long prompt makes for throughput; `cache_bytes` is for each base."""
-        self._dtype = dtype
+        """`eight`: the weights of bases in 8 bits, all else in `dtype`, which is bf16 then.
+
+        `step_tokens` trades the pause that a long prompt makes for throughput; `cache_bytes` is for each base.
+        """
+        assert not eight or dtype == torch.bfloat16
+        self._dtype, self._eight = dtype, eight
         self._device = device
         self._cache_bytes = cache_bytes
         self._models: dict[str, Model] = {}
@@ -213,7 +230,8 @@ class Runner:
         key = handle_of(base_dir, None)
         base = self._bases.get(key)
         if base is None:
-            base = self._bases[key] = LoadedBase.load(base_dir, self._dtype, self._device, self._cache_bytes)
+            base = LoadedBase.load(base_dir, self._dtype, self._device, self._cache_bytes, eight=self._eight)
+            self._bases[key] = base
         if adapter_dir is None:
             return Model(base, None, handle)
         if holds_all_weights(adapter_dir):

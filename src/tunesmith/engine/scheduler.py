@@ -1,9 +1,13 @@
 """Which tokens of which sequences go into the next step. Knows counts, not tensors.
 
-A sequence is admitted when its place in the key/value cache is free to its very end, so a running sequence never has
-to be thrown out to make room. Each step takes one token of every sequence that is generating, then as much of the
-prompts, oldest first, as the step has room for: a long prompt goes through in chunks and stalls nobody. Those who wait
-are admitted in turns, one of each payer, so that a thousand requests of one hold up no other.
+A sequence is admitted when there is place in the key/value cache for its tokens so far, and takes more as it grows:
+what a request without a limit might come to holds up nobody. Where the cache is full, the sequence that was admitted
+last gives its place up and waits at the head of its line; its tokens are computed again, as far as their blocks are
+gone by then, and it goes on where it was. The oldest always finds room, so all come to their end.
+
+Each step takes one token of every sequence that is generating, then as much of the prompts, oldest first, as the step
+has room for: a long prompt goes through in chunks and stalls nobody. Those who wait are admitted in turns, one of each
+payer, so that a thousand requests of one hold up no other.
 
 Blocks at the head of a prompt that an earlier sequence of the same model has computed are taken from the cache. One
 whose next block is being computed by another waits for it: many that begin alike compute their beginning once.
@@ -72,8 +76,15 @@ class Sequence(Generic[ModelT]):
 
     @property
     def reusable_keys(self) -> list[bytes]:
-        """Of the blocks that need not be computed: the last token of the prompt must be, and all where it is scored."""
-        return [] if self.request.score_prompt else self.keys[: (len(self.request.prompt_ids) - 1) // BLOCK_TOKENS]
+        """Of the blocks that need not be computed: the last token must be, and all of a prompt that is to be scored."""
+        if self.request.score_prompt and self.generated == 0:
+            return []
+        return self.keys[: (len(self.token_ids) - 1) // BLOCK_TOKENS]
+
+    @property
+    def blocks_now(self) -> int:
+        """For its tokens so far."""
+        return -(-len(self.token_ids) // BLOCK_TOKENS)
 
     @property
     def blocks_needed(self) -> int:
@@ -138,8 +149,7 @@ class Scheduler(Generic[ModelT]):
     def remove(self, number: int) -> None:
         """Ends a sequence, wherever it is, and frees its place. Unknown numbers pass."""
         if sequence := self._running.pop(number, None):
-            sequence.model.pool.unannounce(sequence.keys[sequence.shown :])
-            sequence.model.pool.give(sequence.blocks)
+            _give_back(sequence)
         else:
             self._keep({p: deque(one for one in line if one.number != number) for p, line in self._waiting.items()})
 
@@ -154,7 +164,9 @@ class Scheduler(Generic[ModelT]):
             if budget and sequence.pending > 1:
                 chunks.append(Chunk(sequence, min(budget, sequence.pending)))
                 budget -= chunks[-1].length
-        return chunks
+        for sequence in self.running:
+            self._grow(sequence)
+        return [chunk for chunk in chunks if chunk.sequence.number in self._running]
 
     def computed(self, chunk: Chunk[ModelT]) -> None:
         """The keys and values of `chunk` are in the cache: blocks that it has filled are there for others too."""
@@ -167,6 +179,23 @@ class Scheduler(Generic[ModelT]):
             pool.show(sequence.keys[index], sequence.blocks[index])
         pool.unannounce(sequence.keys[sequence.shown : full])
         sequence.shown = full
+
+    def _grow(self, sequence: Sequence[ModelT]) -> None:
+        """Gives a running sequence blocks for its tokens so far, at the cost of the one admitted last, if need be."""
+        pool = sequence.model.pool
+        while sequence.number in self._running and len(sequence.blocks) < sequence.blocks_now:
+            if (more := pool.take(sequence.blocks_now - len(sequence.blocks))) is not None:
+                sequence.blocks += more
+            else:
+                self._put_off(next(one for one in reversed(self._running.values()) if one.model.pool is pool))
+
+    def _put_off(self, sequence: Sequence[ModelT]) -> None:
+        del self._running[sequence.number]
+        _give_back(sequence)
+        sequence.blocks, sequence.shown, sequence.cached = [], 0, 0
+        if sequence.generated == 0:
+            sequence.prompt_scores.clear()
+        self._waiting.setdefault(sequence.request.payer, deque()).appendleft(sequence)
 
     def _admit(self) -> None:
         """Takes from the waiting in turns; one that finds no room holds back only those for the same cache."""
@@ -192,7 +221,10 @@ class Scheduler(Generic[ModelT]):
         if len(shared) < len(keys) and pool.is_announced(keys[len(shared)]):
             pool.give(shared)
             return False
-        own = pool.take(sequence.blocks_needed - len(shared))
+        # One block each for those that will grow: who is let in should not be the next to be put off.
+        growing = sum(one.model.pool is pool and len(one.blocks) < one.blocks_needed for one in self._running.values())
+        missing = sequence.blocks_now - len(shared)
+        own = pool.take(missing) if pool.room >= missing + growing else None
         if own is None:
             pool.give(shared)
             full.append(pool)
@@ -205,3 +237,8 @@ class Scheduler(Generic[ModelT]):
 
     def _keep(self, waiting: dict[str, deque[Sequence[ModelT]]]) -> None:
         self._waiting = {payer: line for payer, line in waiting.items() if line}
+
+
+def _give_back(sequence: Sequence[ModelT]) -> None:
+    sequence.model.pool.unannounce(sequence.keys[sequence.shown :])
+    sequence.model.pool.give(sequence.blocks)

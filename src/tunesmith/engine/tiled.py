@@ -1,4 +1,4 @@
-"""Steps of the engine in bf16, in one call of compiled code, on processors that multiply tiles of it: `tiles.cpp`.
+"""Steps of the engine in bf16 or int8, in one call of compiled code, on processors that multiply tiles: `tiles.cpp`.
 
 Prompts and single tokens, of any sequences and adapters, go through the model together; keys and values lie in the
 cache as tiles, so a cache belongs to these steps alone. Numbers differ from those of fp32 as bf16 does
@@ -24,10 +24,12 @@ from tunesmith.decoder import packed
 from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama
 from tunesmith.decoder.packed import GRID, Address, Count, PackedLlama, Size
+from tunesmith.engine import memory
 from tunesmith.engine.blocks import BLOCK_TOKENS
 from tunesmith.engine.kvcache import KVCache, Span
 
 SOURCE = Path(__file__).with_name("tiles.cpp")
+INCLUDED = tuple(SOURCE.with_name(name) for name in ("factors.h", "products.h", "int8.h", "rows.h"))
 TOKENS_A_THREAD = 64
 """A step is dealt to threads from so many tokens for each on: each reads all weights."""
 
@@ -54,6 +56,7 @@ class _Work(ctypes.Structure):
     _fields_ = [
         ("tokens", Size),
         ("spans", Size),
+        ("eight", ctypes.c_bool),
         ("token_ids", Address),
         ("span", ctypes.POINTER(_Span)),
         ("keys", ctypes.POINTER(Address)),
@@ -64,12 +67,20 @@ class _Work(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = packed.library(SOURCE)
+    library = packed.library(SOURCE, *INCLUDED)
     if library is not None:
         model = ctypes.POINTER(packed.Model)
-        library.tunesmith_engine_step.argtypes = (model, ctypes.POINTER(_Work))
-        library.tunesmith_logits.argtypes = (model, Address, Size, Address)
-        library.tunesmith_engine_step.restype = library.tunesmith_logits.restype = None
+        signatures: dict[str, tuple[list[type], type | None]] = {
+            "engine_step": ([model, ctypes.POINTER(_Work)], None),
+            "logits": ([model, ctypes.c_bool, Address, Size, Address], None),
+            "factors_size": ([model, Size], Size),
+            "factors": ([model, Address, Size, ctypes.c_float, Address], None),
+            "eight_size": ([Size, Size], Size),
+            "eight": ([Address, Size, Size, Address], None),
+        }
+        for name, (parameters, result) in signatures.items():
+            function = getattr(library, f"tunesmith_{name}")
+            function.argtypes, function.restype = parameters, result
     return library
 
 
@@ -81,37 +92,56 @@ def covers(weights: Decoder) -> bool:
 class TiledAdapter:
     """The factors of an adapter, packed for one base."""
 
-    def __init__(self, model: PackedLlama, lora: Lora) -> None:
+    def __init__(self, library: ctypes.CDLL, model: PackedLlama, lora: Lora) -> None:
         """Raises ValueError for factors that are not all numbers: they would spoil what is computed beside them."""
         parts = [lora.parts(layer, site) for layer, sites in enumerate(lora.layout.layers) for site in sites]
         factors = [torch.cat([getattr(part, name) for part in site]) for site in parts for name in ("a_RI", "b_OR")]
         flat = torch.cat([factor.flatten() for factor in factors]).float()
         embedding = [] if lora.embedding is None else [lora.embedding.a_RI.T, lora.embedding.b_OR]
         self._embedding = [factor.float().contiguous() for factor in embedding]
-        if not all(bool(torch.isfinite(values).all()) for values in (flat, *self._embedding)):
+        self._packed = memory.empty(2 * library.tunesmith_factors_size(model.native, lora.rank)).view(torch.bfloat16)
+        library.tunesmith_factors(model.native, flat.data_ptr(), lora.rank, lora.scale, self._packed.data_ptr())
+        if not all(bool(torch.isfinite(values).all()) for values in (self._packed, *self._embedding)):
             raise ValueError("the adapter has weights that are not finite numbers")
-        self._packed = model.pack_factors(flat, lora.rank, lora.scale)
         self.native = _Adapter(packed=self._packed.data_ptr(), rank=lora.rank, scale=lora.scale)
         if self._embedding:
             self.native.embedding_a, self.native.embedding_b = (factor.data_ptr() for factor in self._embedding)
 
 
+class _Eights(PackedLlama):
+    """The weights of a model in 8 bits, as `int8.h` reads them."""
+
+    def _pack(self, weight_OI: Tensor, gain_I: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Without the gain, which goes into what is multiplied: weights that were rounded to 8 bits before stay."""
+        if not bool(torch.isfinite(weight_OI).all()):
+            raise ValueError("the model has weights that are not finite numbers, which 8 bits do not have")
+        into = self._room(self._library.tunesmith_eight_size(*weight_OI.shape))
+        weight_OI = weight_OI.contiguous()
+        self._library.tunesmith_eight(weight_OI.data_ptr(), *weight_OI.shape, into.data_ptr())
+        return into, None
+
+
 class TiledStep:
     """Steps of one base. For one thread."""
 
-    def __init__(self, weights: Llama, cache: KVCache) -> None:
-        """`covers(weights)`; `cache`, of bf16, is that of the base."""
+    def __init__(self, weights: Llama, cache: KVCache, *, eight: bool = False) -> None:
+        """`covers(weights)`; `cache`, of bf16, is that of the base. `eight`: weights in 8 bits, not bf16.
+
+        Raises ValueError for weights that 8 bits cannot hold.
+        """
         library = _library()
         assert library is not None
         self._library = library
-        self._model = PackedLlama(library, weights, trained=False)
+        self._eight = eight
+        pack = _Eights if eight else PackedLlama
+        self._model = pack(library, weights, trained=False, room=memory.Pieces())
         self._cache = cache
         self._width, self._vocabulary = weights.config.width, weights.config.vocabulary_size
         self._threads = ThreadPoolExecutor(max(1, torch.get_num_threads()), "step")
 
     def adapter(self, lora: Lora) -> TiledAdapter:
         """An adapter for steps of this base. Raises ValueError."""
-        return TiledAdapter(self._model, lora)
+        return TiledAdapter(self._library, self._model, lora)
 
     def hidden(
         self, tokens: Sequence[Sequence[int]], spans: Sequence[Span], adapters: Sequence[TiledAdapter | None]
@@ -133,7 +163,7 @@ class TiledStep:
                 span.blocks = (Count * len(spans[index].blocks))(*spans[index].blocks)
                 if adapter is not None:
                     span.adapter = ctypes.pointer(adapter.native)
-            work = _Work(whole, len(members), ids.data_ptr(), native, keys, values, hidden.data_ptr())
+            work = _Work(whole, len(members), self._eight, ids.data_ptr(), native, keys, values, hidden.data_ptr())
             self._library.tunesmith_engine_step(self._model.native, work)
             return hidden[: len(mine)]
 
@@ -144,7 +174,7 @@ class TiledStep:
         """[B, V], fp32."""
         hidden_BD = hidden_BD.contiguous()
         logits_BV = torch.empty(len(hidden_BD), self._vocabulary)
-        arguments = (hidden_BD.data_ptr(), len(hidden_BD), logits_BV.data_ptr())
+        arguments = (self._eight, hidden_BD.data_ptr(), len(hidden_BD), logits_BV.data_ptr())
         self._library.tunesmith_logits(self._model.native, *arguments)
         return logits_BV
 

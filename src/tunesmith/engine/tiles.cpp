@@ -1,20 +1,23 @@
 // A step of the engine on processors that multiply tiles of bf16 (AMX): the next tokens of any sequences, whole prompts and
 // single tokens alike, through a model of the Llama family and each its own adapter, in one call. Keys and values lie in the
-// cache as tiles. What comes of a token depends on its own sequence alone, whatever lies beside it in the step.
+// cache as tiles. What comes of a token depends on its own sequence alone, whatever lies beside it in the step. The weights
+// of the model are bf16, or 8 bits (int8.h); all else is bf16 either way.
 //
 // Legend: N = tokens, rounded up, D = model width, F = feed-forward width, H, K = query and key/value heads, G = H / K,
-// d = head width, W = (H + 2K) d, S = rank rounded up to a block, P = linear layers stacked in a site, V = vocabulary.
+// d = head width, W = (H + 2K) d, R = rank, S = rank rounded up to a block, P = linear layers stacked in a site,
+// V = vocabulary.
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__linux__)
 
 #include <vector>
 
-#include "../decoder/packed.h"
+#include "factors.h"
+#include "products.h"
 
 extern "C" {
 
 struct Adapter {
-    const bf16 *packed;                           // factors of all sites
+    const bf16 *packed;                           // see factors.h
     const float *embedding_a, *embedding_b;       // [V, R] and [D, R], or null
     int32_t rank;
     float scale;
@@ -29,6 +32,7 @@ struct Span {  // tokens of one sequence
 
 struct Work {
     int64_t tokens, spans;  // tokens: a multiple of 32
+    bool eight;             // the weights of the model are of 8 bits
     const int64_t *token_ids;
     const Span *span;
     bf16 *const *keys, *const *values;  // by layers: [blocks, K, 32 d], each a packed block of 32 positions
@@ -39,12 +43,10 @@ struct Work {
 
 namespace {
 
-constexpr int64_t CHUNK = 256;  // tokens that go through products together: their states stay in the cache
-
 // The tokens of one adapter within a block of 32.
 struct Share {
     const Adapter *adapter;
-    const Places *places;
+    const Factors *factors;
     int64_t first, end;
 };
 
@@ -52,36 +54,38 @@ struct Step {
     const Model &m;
     const Work &w;
     const int64_t n, wide, mixed, head_panels, group;
-    int64_t deep = 0, context = 0;
-    std::vector<Places> places;               // of each rank there is
+    int64_t live = 0, deep = 0, context = 0;
+    std::vector<Factors> factors;             // of each rank there is
     std::vector<std::vector<Share>> shares;   // by blocks of tokens
     std::vector<int32_t> place_of;            // by tokens: position in the sequence, or -1
-    float *x, *partial, *scores;
+    float *x, *scores, *sums;
+    Scratch scratch;
     Panels normed, qkv, attention, out, gate_up, product;
     bf16 *low, *queries, *weights;
     int64_t low_block;                        // elements of what A gives one share
-    alignas(64) float c[BLOCK];
+    float *lowered;                           // what A gives a single token, a part of a site
+    alignas(64) float c[BLOCK], added[BLOCK];
 
     Step(const Model &model, const Work &work)
         : m(model), w(work), n(work.tokens), wide((m.heads + 2 * m.kv_heads) * m.head_width),
           mixed(m.heads * m.head_width), head_panels(m.head_width / SIDE), group(m.heads / m.kv_heads),
           shares(n / SIDE), place_of(n, -1) {
-        std::vector<int32_t> ranks;
-        places.reserve(w.spans);
+        factors.reserve(w.spans);
         for (int64_t i = 0; i < w.spans; ++i) {
             const Span &span = w.span[i];
             const int64_t end = span.position + span.tokens;
+            live = span.start + span.tokens;
             context = end > context ? end : context;
             for (int64_t t = 0; t < span.tokens; ++t) place_of[span.start + t] = span.position + t;
             if (!span.adapter) continue;
             const int32_t rank = span.adapter->rank;
             size_t known = 0;
-            while (known < ranks.size() && ranks[known] != rank) ++known;
-            if (known == ranks.size()) ranks.push_back(rank), places.emplace_back(m, rank, false);
+            while (known < factors.size() && factors[known].rank != rank) ++known;
+            if (known == factors.size()) factors.emplace_back(m, rank);
             deep = rounded_up(rank) > deep ? rounded_up(rank) : deep;
             for (int64_t at = span.start, to; at < span.start + span.tokens; at = to) {
                 to = (at / SIDE + 1) * SIDE < span.start + span.tokens ? (at / SIDE + 1) * SIDE : span.start + span.tokens;
-                add_share({span.adapter, &places[known], at % SIDE, (to - 1) % SIDE + 1}, shares[at / SIDE]);
+                add_share({span.adapter, &factors[known], at % SIDE, (to - 1) % SIDE + 1}, shares[at / SIDE]);
             }
         }
         low_block = 3 * deep * SIDE;
@@ -102,11 +106,14 @@ struct Step {
     int64_t lay_out(uint8_t *base) {
         Arena arena{base};
         const int64_t blocks = rounded_up(context) / SIDE;
+        const int64_t inner = wide > 2 * m.feed_width ? wide : 2 * m.feed_width, widest = inner > m.width ? inner : m.width;
         size_t most = 0;
         for (const auto &each : shares) most = each.size() > most ? each.size() : most;
         x = arena.take<float>(n * m.width);
-        partial = arena.take<float>(CHUNK * SIDE);
         scores = arena.take<float>(blocks * BLOCK);
+        sums = arena.take<float>((n < CHUNK ? n : CHUNK) * widest);
+        scratch = take_scratch(arena, widest);
+        lowered = arena.take<float>(deep);
         normed = arena.panels(CHUNK, m.width);
         qkv = arena.panels(n, wide);
         attention = arena.panels(n, mixed);
@@ -140,40 +147,128 @@ struct Step {
         }
     }
 
-    // y = x W^T + (x A^T) B^T for `tokens` from token `first` on; panels given begin there. In a block of several
-    // adapters, each multiplies all 32 tokens, and what it gives of those that are not its own becomes 0.
+    // -- products: y = x W^T + (x A^T) B^T for `tokens` from token `first` on; panels given begin there
+    //
+    // Several tokens of an adapter go through tiles, as a block of 32 in which those of others become 0. For single ones
+    // each adapter is read from its beginning to its end, and its part is added to the sums of the base's weights.
+
+    static bool alone(const Share &share, int64_t tokens) { return tokens <= FEW || share.end - share.first == 1; }
+
     void forward(int64_t index, Panels in, Panels y, int64_t first, int64_t tokens) {
         const Site &site = m.layer[index / 4].sites[index % 4];
+        const int64_t outputs = outputs_of(site);
         bf16 *to = low;
+        bool apart = tokens <= FEW;  // whether the sums of some rows are kept
         for (int64_t at = 0; at < tokens; at += SIDE)
-            for (const Share &share : shares[(first + at) / SIDE]) {
-                const int64_t own = rounded_up(share.adapter->rank);
-                const bf16 *a = share.adapter->packed + share.places->sites[index].a_forward;
-                for (int64_t r = 0; r < site.parts * own; r += SIDE) {
-                    clear();
-                    accumulate(in.block(0, at), in.step(), a + r * site.inputs, site.inputs / SIDE);
-                    take_sums(c);
-                    std::memset(c, 0, sizeof(float) * share.first * SIDE);
-                    std::memset(c + share.end * SIDE, 0, sizeof(float) * (SIDE - share.end) * SIDE);
-                    round_block(c, to + r * SIDE);
+            for (const Share &share : shares[(first + at) / SIDE])
+                if (alone(share, tokens)) {
+                    apart = true;
+                } else {
+                    lower(index, share, in, at, to);
+                    to += low_block;
                 }
-                to += low_block;
+        const bf16 *given = low;
+        int64_t part = 0, ends = site.outputs[0] / SIDE;  // of the panel under way; panels of the parts so far
+        multiply(
+            site.forward, w.eight, site.inputs, outputs, site.gain, in, tokens, scratch, c,
+            [&](int64_t panel, int64_t at, const float *row) {
+                std::memcpy(sums + at * outputs + panel * SIDE, row, sizeof(float) * SIDE);
+            },
+            [&](int64_t panel, int64_t at) {
+                if (at == 0) {
+                    given = low;
+                    if (panel == 0) part = 0, ends = site.outputs[0] / SIDE;
+                    if (panel == ends) ends += site.outputs[++part] / SIDE;
+                }
+                const int64_t within = panel - ends + site.outputs[part] / SIDE;
+                const auto &here = shares[(first + at) / SIDE];
+                bool more = false;
+                for (const Share &share : here) {
+                    if (alone(share, tokens)) continue;
+                    if (w.eight && !more) clear();
+                    more = true;
+                    raise(index, share, part, within, given);
+                    given += low_block;
+                }
+                if (!w.eight) take_sums(c);
+                if (w.eight && more) {
+                    take_sums(added);
+                    for (int64_t i = 0; i < BLOCK; i += 16)
+                        _mm512_store_ps(c + i, plus(_mm512_load_ps(c + i), _mm512_load_ps(added + i)));
+                }
+                round_block(c, y.block(panel, at));
+                for (const Share &share : here)
+                    if (alone(share, tokens))
+                        std::memcpy(sums + (at + share.first) * outputs + panel * SIDE, c + share.first * SIDE,
+                                    sizeof(float) * SIDE);
+            });
+        if (!apart) return;
+        for (int64_t at = 0; at < tokens; at += SIDE)
+            for (const Share &share : shares[(first + at) / SIDE])
+                for (int64_t i = at + share.first; alone(share, tokens) && i < at + share.end; ++i) {
+                    add_adapter(index, share, in, i, sums + i * outputs);
+                    if (tokens > FEW) narrow(sums + i * outputs, outputs, y, i);
+                }
+        for (int64_t i = 0; tokens <= FEW && i < tokens; ++i) narrow(sums + i * outputs, outputs, y, i);
+    }
+
+    // What A gives the tokens of a share: a block for each 32 of depth, part by part.
+    void lower(int64_t index, const Share &share, Panels in, int64_t at, bf16 *to) {
+        const Factors &f = *share.factors;
+        const Site &site = f.site(index);
+        const int64_t column = 16 * site.inputs, columns = site.parts * f.columns;
+        const bf16 *a = share.adapter->packed + f.sites[index];
+        if (f.columns % 2) std::memset(to, 0, sizeof(bf16) * site.parts * f.deep * BLOCK);
+        for (int64_t j = 0; j < columns; j += 2, a += 2 * column) {
+            clear();
+            accumulate_apart(in.block(0, at), in.step(), a, j + 1 < columns ? a + column : a, BLOCK / 2, site.inputs / SIDE);
+            take_sums(c);
+            for (int64_t half = 0; half < 2 && j + half < columns; ++half) {
+                const int64_t part = (j + half) / f.columns, within = (j + half) % f.columns;
+                bf16 *block = to + (part * f.deep + within / 2) * BLOCK + within % 2 * 16;
+                for (int64_t i = 0; i < SIDE; ++i) {
+                    const bool own = i >= share.first && i < share.end;
+                    store_16(block + i * SIDE, own ? _mm512_load_ps(c + i * SIDE + half * 16) : _mm512_setzero_ps());
+                }
             }
-        int64_t panel = 0;
-        for (int part = 0; part < site.parts; panel += site.outputs[part++] / SIDE) {
-            const bf16 *given = low;
-            by_panels(in, site.forward + panel * SIDE * site.inputs, site.inputs / SIDE, site.outputs[part] / SIDE,
-                      tokens, partial, [&](int64_t within, int64_t at) {
-                          if (at == 0) given = low;
-                          for (const Share &share : shares[(first + at) / SIDE]) {
-                              const int64_t own = rounded_up(share.adapter->rank);
-                              const bf16 *b = share.adapter->packed + share.places->sites[index].b_forward[part];
-                              accumulate(given + part * own * SIDE, BLOCK, b + within * SIDE * own, own / SIDE);
-                              given += low_block;
-                          }
-                          take_sums(c);
-                          round_block(c, y.block(panel + within, at));
-                      });
+        }
+    }
+
+    // Adds what B makes of that to the tiles of a panel.
+    void raise(int64_t index, const Share &share, int64_t part, int64_t within, const bf16 *given) {
+        const Factors &f = *share.factors;
+        const Site &site = f.site(index);
+        int64_t before = 2 * within * 16;
+        for (int64_t i = 0; i < part; ++i) before += site.outputs[i];
+        const bf16 *b = share.adapter->packed + f.sites[index] + f.a_size(site) + before * f.pairs * 2;
+        accumulate_apart(given + part * f.deep * BLOCK, BLOCK, b, b + f.pairs * SIDE, BLOCK / 2, f.deep);
+    }
+
+    // Both for a single token, `row` [O] being its sums so far.
+    void add_adapter(int64_t index, const Share &share, Panels in, int64_t token, float *row) {
+        const Factors &f = *share.factors;
+        const Site &site = f.site(index);
+        const int64_t column = 16 * site.inputs;
+        const bf16 *at = share.adapter->packed + f.sites[index];
+        widen(in, token, site.inputs, scratch.row);
+        const bf16 *b = at + f.a_size(site);
+        for (int64_t part = 0; part < site.parts; ++part) {
+            for (int64_t j = 0; j < f.columns; ++j, at += column) {
+                __m512 low_sums = _mm512_setzero_ps();
+                add_columns<1, 4>(scratch.row, at, 0, BLOCK / 2, site.inputs / 2, &low_sums);
+                alignas(32) bf16 rounded[16];
+                store_16(rounded, low_sums);
+                _mm512_store_ps(lowered + 16 * j, load_low(rounded));
+            }
+            if (f.columns % 2) _mm512_store_ps(lowered + 16 * f.columns, _mm512_setzero_ps());
+            for (int64_t o = 0; o < site.outputs[part]; o += SIDE, b += 2 * f.pairs * SIDE, row += SIDE) {
+                const __m512 low_part = _mm512_loadu_ps(row), high_part = _mm512_loadu_ps(row + 16);
+                __m512 both_parts[2] = {low_part, high_part};
+                if (w.eight) both_parts[0] = both_parts[1] = _mm512_setzero_ps();
+                add_columns<2, 1>(lowered, b, f.pairs * SIDE, BLOCK / 2, f.pairs, both_parts);
+                _mm512_storeu_ps(row, w.eight ? plus(low_part, both_parts[0]) : both_parts[0]);
+                _mm512_storeu_ps(row + 16, w.eight ? plus(high_part, both_parts[1]) : both_parts[1]);
+            }
         }
     }
 
@@ -200,32 +295,37 @@ struct Step {
         }
     }
 
-    // What the tokens of a span attend to. The queries that share a head of keys go together, 32 at a time.
-    void attend(int64_t layer, const Span &span) {
+    // What the tokens of a span attend to. The queries that share a head of keys go together, 32 at a time. `next`, where
+    // given, is asked for meanwhile.
+    void attend(int64_t layer, const Span &span, const Span *next) {
         const int64_t rows = span.tokens * group;
-        for (int64_t head = 0; head < m.kv_heads; ++head)
+        for (int64_t head = 0; head < m.kv_heads; ++head) {
+            if (next) ask_for(layer, *next, head);
             for (int64_t first = 0; first < rows; first += SIDE) {
                 const int64_t real = rows - first < SIDE ? rows - first : SIDE;
                 const int64_t blocks = (span.position + (first + real - 1) / group) / SIDE + 1;
+                const bool top = real <= SIDE / 2;  // half of the tiles do
                 float factor[SIDE], unused;
                 for (int64_t i = 0; i < real; ++i)
                     for (int64_t j = 0; j < head_panels; ++j)
                         std::memcpy(queries + j * BLOCK + i * SIDE, row(qkv, span, head, first + i, j), SIDE * 2);
                 for (int64_t at = 0; at < blocks; ++at) {
                     clear();
-                    accumulate(queries, BLOCK, block_of(w.keys[layer], span, at * SIDE, head), head_panels);
-                    take_sums(scores + at * BLOCK);
+                    accumulate_rows(top, queries, block_of(w.keys[layer], span, at * SIDE, head), head_panels);
+                    take_rows(top, scores + at * BLOCK);
                 }
-                std::memset(weights, 0, sizeof(bf16) * blocks * BLOCK);  // early queries see fewer blocks than late ones
-                for (int64_t i = 0; i < real; ++i)
-                    factor[i] = weigh(scores + i * SIDE, weights + i * SIDE, span.position + (first + i) / group + 1,
-                                      &unused);
+                for (int64_t i = 0; i < real; ++i) {
+                    const int64_t seen = span.position + (first + i) / group + 1;
+                    factor[i] = weigh(scores + i * SIDE, weights + i * SIDE, seen, &unused);
+                    for (int64_t at = rounded_up(seen) / SIDE; at < blocks; ++at)  // which later queries see
+                        std::memset(weights + at * BLOCK + i * SIDE, 0, sizeof(bf16) * SIDE);
+                }
                 for (int64_t j = 0; j < head_panels; ++j) {
                     clear();
                     for (int64_t at = 0; at < blocks; ++at)
-                        accumulate(weights + at * BLOCK, 0,
-                                   block_of(w.values[layer], span, at * SIDE, head) + j * BLOCK, 1);
-                    take_sums(c);
+                        accumulate_rows(top, weights + at * BLOCK,
+                                        block_of(w.values[layer], span, at * SIDE, head) + j * BLOCK, 1);
+                    take_rows(top, c);
                     for (int64_t i = 0; i < real; ++i) {
                         const __m512 f = _mm512_set1_ps(factor[i]);
                         store_32(row(attention, span, head, first + i, j),
@@ -234,6 +334,18 @@ struct Step {
                     }
                 }
             }
+        }
+    }
+
+    void ask_for(int64_t layer, const Span &span, int64_t head) const {
+        for (int64_t position = 0; position < span.position + span.tokens; position += SIDE) {
+            const bf16 *keys = block_of(w.keys[layer], span, position, head);
+            const bf16 *values = block_of(w.values[layer], span, position, head);
+            for (int64_t i = 0; i < SIDE * m.head_width; i += SIDE) {
+                _mm_prefetch(keys + i, _MM_HINT_T1);
+                _mm_prefetch(values + i, _MM_HINT_T1);
+            }
+        }
     }
 
     // Panel j of query `index` of those that share a head of keys: token by token, head by head.
@@ -244,48 +356,87 @@ struct Step {
 
     template <typename Do>
     void by_chunks(Do work) {
-        for (int64_t first = 0; first < n; first += CHUNK) work(first, first + CHUNK < n ? CHUNK : n - first);
+        for (int64_t first = 0; first < live; first += CHUNK) work(first, first + CHUNK < live ? CHUNK : live - first);
     }
 
     void run() {
+        const Flush flush;
         configure_tiles();
         embed();
-        std::memset(attention.data, 0, sizeof(bf16) * n * mixed);
         for (int64_t layer = 0; layer < m.layers; ++layer) {
             by_chunks([&](int64_t first, int64_t tokens) {
-                const Panels added = out.from(first);
-                normalise(m, x + first * m.width, layer ? &added : nullptr, normed, nullptr, tokens);
+                const Panels more = out.from(first);
+                normalise(m, x + first * m.width, layer ? &more : nullptr, normed, nullptr, tokens);
                 forward(4 * layer, normed, qkv.from(first), first, tokens);
                 turn(m, qkv.from(first), m.layer[layer].bias, place_of.data() + first, tokens);
             });
             for (int64_t i = 0; i < w.spans; ++i) {
                 remember(layer, w.span[i]);
-                attend(layer, w.span[i]);
+                attend(layer, w.span[i], i + 1 < w.spans ? w.span + i + 1 : nullptr);
             }
             by_chunks([&](int64_t first, int64_t tokens) {
-                const Panels added = out.from(first);
-                forward(4 * layer + 1, attention.from(first), added, first, tokens);
-                normalise(m, x + first * m.width, &added, normed, nullptr, tokens);
+                const Panels more = out.from(first);
+                forward(4 * layer + 1, attention.from(first), more, first, tokens);
+                normalise(m, x + first * m.width, &more, normed, nullptr, tokens);
                 forward(4 * layer + 2, normed, gate_up, first, tokens);
                 gate(m, gate_up, product, tokens);
-                forward(4 * layer + 3, product, added, first, tokens);
+                forward(4 * layer + 3, product, more, first, tokens);
             });
         }
-        for (int64_t i = 0; i < n; ++i) finish(i);
+        for (int64_t i = 0; i < live; ++i) finish(i);
         _tile_release();
     }
 
     void finish(int64_t token) {
         const float *from = x + token * m.width;
-        float *to = w.hidden + token * m.width, squares = 0.0f;
-        for (int64_t j = 0; j < m.width; ++j) {
-            to[j] = from[j] + load(out.block(j / SIDE, token)[j % SIDE]);
-            squares += to[j] * to[j];
+        float *to = w.hidden + token * m.width;
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t j = 0; j < m.width; j += 16) {
+            const __m512 value =
+                _mm512_add_ps(_mm512_loadu_ps(from + j), load_low(out.block(j / SIDE, token) + j % SIDE));
+            squares = _mm512_fmadd_ps(value, value, squares);
+            _mm512_storeu_ps(to + j, value);
         }
-        const float factor = root_of_inverse(squares / static_cast<float>(m.width) + m.epsilon);
-        for (int64_t j = 0; j < m.width; ++j) to[j] *= factor * m.norm[j];
+        const __m512 factor =
+            _mm512_set1_ps(root_of_inverse(sum(squares) / static_cast<float>(m.width) + m.epsilon));
+        for (int64_t j = 0; j < m.width; j += 16)
+            _mm512_storeu_ps(to + j, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(to + j), factor),
+                                                   _mm512_loadu_ps(m.norm + j)));
     }
 };
+
+// logits [rows, V] of states [rows, D] after the last norm.
+void logits_of(const Model &m, bool eight, const float *hidden, int64_t rows, float *logits) {
+    const Flush flush;
+    const int64_t d = m.width, v = m.vocabulary;
+    static thread_local std::vector<uint8_t> memory;
+    alignas(64) float c[BLOCK];
+    Panels in{};
+    Scratch scratch{};
+    const auto lay_out = [&](uint8_t *base) {
+        Arena arena{base};
+        in = arena.panels(CHUNK, d);
+        scratch = take_scratch(arena, d);
+        return arena.used;
+    };
+    const size_t size = lay_out(nullptr) + 64;
+    if (memory.size() < size) memory.resize(size);
+    lay_out(reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64));
+    configure_tiles();
+    for (int64_t first = 0; first < rows; first += CHUNK) {
+        const int64_t live = rows - first < CHUNK ? rows - first : CHUNK;
+        for (int64_t i = 0; i < live; ++i) narrow(hidden + (first + i) * d, d, in, i);
+        const auto put = [&](int64_t panel, int64_t token, const float *row) {
+            const int64_t width = v - panel * SIDE < SIDE ? v - panel * SIDE : SIDE;
+            std::memcpy(logits + (first + token) * v + panel * SIDE, row, sizeof(float) * width);
+        };
+        multiply(m.head_forward, eight, d, v, nullptr, in, live, scratch, c, put, [&](int64_t panel, int64_t at) {
+            if (!eight) take_sums(c);
+            for (int64_t i = at; i < at + SIDE && i < live; ++i) put(panel, i, c + (i - at) * SIDE);
+        });
+    }
+    _tile_release();
+}
 
 }  // namespace
 
@@ -293,27 +444,20 @@ extern "C" {
 
 void tunesmith_engine_step(const Model *model, const Work *work) { Step(*model, *work).run(); }
 
-// logits [rows, V] of states [rows, D] after the last norm.
-void tunesmith_logits(const Model *model, const float *hidden, int64_t rows, float *logits) {
-    const int64_t d = model->width, v = model->vocabulary, panels = rounded_up(v) / SIDE;
-    alignas(64) float c[BLOCK];
-    std::vector<bf16> states(CHUNK * d);
-    std::vector<float> partial(CHUNK * SIDE);
-    configure_tiles();
-    for (int64_t first = 0; first < rows; first += CHUNK) {
-        const int64_t real = rows - first < CHUNK ? rows - first : CHUNK, whole = rounded_up(real);
-        const Panels in{states.data(), whole};
-        for (int64_t i = 0; i < whole; ++i)
-            for (int64_t j = 0; j < d; ++j)
-                store(in.block(j / SIDE, i) + j % SIDE, i < real ? hidden[(first + i) * d + j] : 0.0f);
-        by_panels(in, model->head_forward, d / SIDE, panels, whole, partial.data(), [&](int64_t panel, int64_t at) {
-            take_sums(c);
-            const int64_t width = v - panel * SIDE < SIDE ? v - panel * SIDE : SIDE;
-            for (int64_t i = at; i < at + SIDE && i < real; ++i)
-                std::memcpy(logits + (first + i) * v + panel * SIDE, c + (i - at) * SIDE, sizeof(float) * width);
-        });
-    }
-    _tile_release();
+void tunesmith_logits(const Model *model, bool eight, const float *hidden, int64_t rows, float *logits) {
+    logits_of(*model, eight, hidden, rows, logits);
+}
+
+int64_t tunesmith_factors_size(const Model *model, int64_t rank) { return Factors(*model, rank).size(); }
+
+void tunesmith_factors(const Model *model, const float *flat, int64_t rank, float scale, bf16 *packed) {
+    Factors(*model, rank).pack(flat, scale, packed);
+}
+
+int64_t tunesmith_eight_size(int64_t outputs, int64_t inputs) { return Eight::size(outputs, inputs); }
+
+void tunesmith_eight(const float *from, int64_t outputs, int64_t inputs, uint8_t *packed) {
+    pack_eight(from, outputs, inputs, packed);
 }
 
 }  // extern "C"

@@ -43,7 +43,8 @@ class Worker:
         self._reader = ThreadPoolExecutor(1, "reader")
         self._reading: dict[int, Load] = {}
         """By number; those that were unloaded meanwhile are gone from here."""
-        self._runner = Runner(dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        dtype = torch.float32 if precision == "float32" else torch.bfloat16
+        self._runner = Runner(dtype=dtype, eight=precision == "int8")
 
     def put(self, command: Command) -> None:
         """To be done before the next step."""
