@@ -84,9 +84,8 @@ class ChatTemplate:
         options = _object(folder / OPTIONS)
         names = _object(folder / "special_tokens_map.json") | options
         contents = {mark: _content(names.get(mark)) for mark in MARKS}
-        beside = folder / TEMPLATE
-        source = beside.read_text() if beside.is_file() else _default(options.get("chat_template"))
-        return cls(source, {mark: content for mark, content in contents.items() if content is not None})
+        marks = {mark: content for mark, content in contents.items() if content is not None}
+        return cls(template_source(folder), marks)
 
     def prompt(self, conversation: Conversation, *, now: datetime) -> ChatPrompt:
         """The text after which the assistant's answer comes. Raises ValueError telling why the template refuses."""
@@ -109,6 +108,12 @@ class ChatTemplate:
         except _FAULTS as error:
             raise ValueError(str(error)) from error
         return ChatPrompt(text, has_marks=True)
+
+
+def template_source(folder: Path) -> str | None:
+    """The Jinja that a checkpoint folder comes with, if any."""
+    beside = folder / TEMPLATE
+    return beside.read_text() if beside.is_file() else _default(_object(folder / OPTIONS).get("chat_template"))
 
 
 def _plain(conversation: Conversation) -> ChatPrompt:

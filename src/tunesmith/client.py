@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -113,11 +113,12 @@ class Client:
         """The bytes of a file."""
         return self._ask("GET", ("files", file_id, "content")).content
 
-    def download(self, *segments: str, to: BinaryIO, **query: str) -> None:
-        """Writes the bytes that GET answers with, as they come."""
+    def download(self, *segments: str, to: BinaryIO, **query: str) -> Mapping[str, str]:
+        """Writes the bytes that GET answers with, as they come; the headers of the answer."""
         with self._open("GET", segments, params=query) as response:
             for chunk in response.iter_bytes():
                 to.write(chunk)
+            return response.headers
 
     def import_model(self, package: BinaryIO, base: str, suffix: str | None = None) -> Any:
         """The model object of a zip of weights for `base`."""

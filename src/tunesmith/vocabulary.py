@@ -82,13 +82,13 @@ def read(folder: Path) -> Vocabulary:
         opening_ids=_opening_ids(library, models, options),
         metaspace=kind == "metaspace",
         space_in_front=space_in_front,
-        composes=any(part["type"] == "NFC" for part in _parts(definition["normalizer"])),
+        composes=any(part["type"] == "NFC" for part in parts_of(definition["normalizer"])),
     )
 
 
 def _kind(definition: Json) -> str:
     """`bytes` or `metaspace`: how tokens are spelt. Raises ValueError for any other spelling, or one with gaps."""
-    parts = list(_parts(definition.get("decoder")))
+    parts = list(parts_of(definition.get("decoder")))
     model = definition.get("model") or {}
     vocabulary = model.get("vocab") or {}
     spellings = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
@@ -113,7 +113,7 @@ def _kind(definition: Json) -> str:
 def _leave_text_alone(definition: Json, rows: int | None) -> bool:
     """Takes out of a definition what adds to a text or takes from it; whether it put a space in front of texts."""
     puts_space = False
-    for part in _parts(definition.get("pre_tokenizer")):
+    for part in parts_of(definition.get("pre_tokenizer")):
         if part["type"] == "Metaspace":
             legacy = "always" if part.pop("add_prefix_space", True) else "never"
             puts_space |= part.get("prepend_scheme", legacy) != "never"
@@ -121,8 +121,8 @@ def _leave_text_alone(definition: Json, rows: int | None) -> bool:
         elif part["type"] == "ByteLevel":
             puts_space |= part.get("add_prefix_space", True)
             part["add_prefix_space"] = False
-    kept = [part for part in _parts(definition.get("normalizer")) if part["type"] != "Prepend"]
-    puts_space |= len(kept) < len(list(_parts(definition.get("normalizer"))))
+    kept = [part for part in parts_of(definition.get("normalizer")) if part["type"] != "Prepend"]
+    puts_space |= len(kept) < len(list(parts_of(definition.get("normalizer"))))
     definition["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
     for token in definition.get("added_tokens", []):
         token["lstrip"] = token["rstrip"] = False
@@ -202,7 +202,7 @@ def _named(library: tokenizers.Tokenizer, options: Json, role: str) -> int | Non
     return index
 
 
-def _parts(component: Json | None) -> Iterator[Json]:
+def parts_of(component: Json | None) -> Iterator[Json]:
     """A component of a definition, or those that a sequence is made of."""
     if component is None:
         return
@@ -211,7 +211,7 @@ def _parts(component: Json | None) -> Iterator[Json]:
         return
     for name in ("normalizers", "pretokenizers", "decoders"):
         for part in component.get(name, ()):
-            yield from _parts(part)
+            yield from parts_of(part)
 
 
 def _object(path: Path) -> Json:

@@ -140,6 +140,11 @@ def test_weights_go_out_and_come_in(cli: CommandLine) -> None:
     assert again.returncode == 2
     assert "model.zip is there already; name another with -o." in again.stderr
 
+    wrote = command(cli, "models", "export", name, "--format", "gguf", "--precision", "bf16", "-o", "model.gguf")
+    assert wrote.returncode == 0, wrote.stderr
+    assert re.match(r"Wrote model\.gguf \([\d,]+ bytes\)\nRead back, the file's log-probabilities differ", wrote.stdout)
+    assert (cli.folder / "model.gguf").read_bytes().startswith(b"GGUF")
+
     shutil.unpack_archive(cli.folder / "model.zip", cli.folder / "model")
     for path in ("model.zip", "model"):
         came = command(cli, "models", "import", path, "--base", "ada", "--suffix", path, "--json")

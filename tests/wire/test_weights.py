@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -16,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from tests.engine.models import make_adapter, plain_logprobs
 from tests.tiny import make_tiny_base
 from tests.wire.harness import client_of, create_job, error_of, finish, parts_of, settings_for
+from tunesmith.decoder import gguf_file
+from tunesmith.decoder.llama import load
 from tunesmith.server import Parts
 
 pytestmark = pytest.mark.anyio
@@ -101,6 +105,39 @@ async def test_out_and_in_again_in_every_form_says_the_same(
     assert (await client.get(f"/v1/models/{model['id']}/weights")).status_code == 404
 
 
+async def test_out_as_gguf_the_file_says_the_same(client: httpx.AsyncClient, tiny_base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_base, tmp_path / "adapter", seed=3)
+    name = (await bring(client, package(adapter))).json()["id"]
+    merged = await client.get(f"/v1/models/{name}/weights", params={"format": "merged"})
+    whole = (await bring(client, merged.content)).json()["id"]
+    files = []
+    for model in (name, whole):  # an adapter on its base, and one that is all weights
+        got = await client.get(f"/v1/models/{model}/weights", params={"format": "gguf", "precision": "q8_0"})
+        assert got.headers["content-disposition"].endswith(".gguf")
+        assert got.headers["tunesmith-checked"].startswith(
+            "Read back, the file's log-probabilities differ by at most 0."
+        )
+        files.append(tmp_path / f"{len(files)}.gguf")
+        files[-1].write_bytes(got.content)
+    like = load(tiny_base)
+    one, other = (gguf_file.read(path, replace(like, config=replace(like.config, tied=False))) for path in files)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert not torch.equal(one.embedding_VD, one.head_VD)  # the adapter covers what is read, not what is predicted
+    assert list((tmp_path / "home" / "uploads").iterdir()) == []
+
+
+async def test_what_cannot_be_written_as_gguf_is_refused_with_the_reason(tmp_path: Path, tiny_base: Path) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    definition = json.loads((base / "tokenizer.json").read_text())
+    definition["pre_tokenizer"]["use_regex"] = False
+    (base / "tokenizer.json").write_text(json.dumps(definition))
+    settings = settings_for(tmp_path / "home", base, engine="scripted")
+    async with parts_of(settings) as parts, client_of(parts) as client:
+        refused = await client.get("/v1/models/ada/weights", params={"format": "gguf"})
+    assert refused.status_code == 400
+    assert "`ada` cannot be written as GGUF: its tokenizer splits texts in a way" in error_of(refused)["message"]
+
+
 async def test_what_does_not_fit_is_refused_and_leaves_nothing(
     client: httpx.AsyncClient, served: Parts, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -143,7 +180,14 @@ async def test_the_form_is_checked(client: httpx.AsyncClient, tiny_base: Path, t
     assert (await bring(client, content, model="nope")).status_code == 404
     tuned = (await bring(client, content)).json()["id"]
     assert "is a tuned model" in error_of(await bring(client, content, model=tuned))["message"]
-    assert error_of(await client.get("/v1/models/ada/weights", params={"format": "gguf"}))["param"] == "format"
+    for params, param in [
+        ({"format": "onnx"}, "format"),
+        ({"format": "gguf", "precision": "q4"}, "precision"),
+        ({"format": "merged", "precision": "bf16"}, "precision"),
+        ({"precision": "f32"}, "precision"),
+    ]:
+        refused = await client.get("/v1/models/ada/weights", params=params)
+        assert (refused.status_code, error_of(refused)["param"]) == (400, param)
 
 
 async def test_weights_are_the_organisations_own(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, cast, get_args
 from urllib.parse import quote
 
 from starlette.concurrency import run_in_threadpool
@@ -26,7 +27,10 @@ from tunesmith.core.names import slug
 from tunesmith.errors import InvalidRequest, TunesmithError
 from tunesmith.serving.completer import Completer
 from tunesmith.serving.residency import State
-from tunesmith.serving.weights import Kind, Weights
+from tunesmith.serving.weights import Exported, Form, Kind, Precision, Weights
+
+CHECKED_HEADER = "tunesmith-checked"
+"""Says what the numbers in a file of weights were held against."""
 
 
 class ModelsApi:
@@ -81,13 +85,11 @@ class ModelsApi:
         return JSONResponse(model_to_wire(model))
 
     async def download(self, request: Request, caller: Caller) -> Response:
-        """GET /v1/models/{id}/weights: a zip. `format`: adapter or merged; by default what was trained."""
-        asked = request.query_params.get("format")
-        if asked not in (None, "adapter", "merged"):
-            raise InvalidRequest(f"'format' must be adapter or merged; it is {asked!r}.", param="format")
-        kind: Kind | None = asked  # type: ignore[assignment]
+        """GET /v1/models/{id}/weights: a zip, or with `format=gguf` a GGUF file of the `precision` asked for."""
+        form = _form(request.query_params)
         ref = await run_in_threadpool(self.models.resolve, caller, path_id(request))
-        return _Package(self.weights.exported(ref, kind), slug(ref.name) + ".zip")
+        suffix = "gguf" if form.kind == "gguf" else "zip"
+        return _Package(self.weights.exported(ref, form), f"{slug(ref.name)}.{suffix}")
 
     async def list_engines(self, _request: Request, caller: Caller) -> Response:
         """GET /v1/engines: the same models, as they were called before 2022."""
@@ -99,21 +101,37 @@ class ModelsApi:
         return JSONResponse(engine_to_wire(await run_in_threadpool(self.models.get, caller, path_id(request))))
 
 
+def _form(query: Mapping[str, str]) -> Form:
+    kind, precision = query.get("format"), query.get("precision")
+    for name, value, known in (("format", kind, get_args(Kind)), ("precision", precision, get_args(Precision))):
+        if value is not None and value not in known:
+            raise InvalidRequest(f"{name!r} must be one of {', '.join(known)}; it is {value!r}.", param=name)
+    if kind == "gguf":
+        return Form("gguf", cast(Precision, precision or "f32"))
+    if precision is not None:
+        raise InvalidRequest(
+            "'precision' goes with format gguf; adapters and checkpoints are written as they are.", param="precision"
+        )
+    return Form(cast(Kind | None, kind))
+
+
 class _Package(Response):
     """A file that is made when the answer is sent, and gone when it ends, however it ends."""
 
-    def __init__(self, package: AbstractAsyncContextManager[IO[bytes]], filename: str) -> None:
-        super().__init__(media_type="application/zip")
-        self._package = package
+    def __init__(self, exported: AbstractAsyncContextManager[Exported], filename: str) -> None:
+        super().__init__(media_type="application/zip" if filename.endswith(".zip") else "application/octet-stream")
+        self._exported = exported
         self._filename = quote(filename, safe="")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._package as opened:
+        async with self._exported as exported:
             headers = {
-                "content-length": str(os.fstat(opened.fileno()).st_size),
+                "content-length": str(os.fstat(exported.content.fileno()).st_size),
                 "content-disposition": f"attachment; filename*=UTF-8''{self._filename}",
             }
-            chunks = iter(partial(opened.read, READ_CHUNK_BYTES), b"")
+            if exported.checked:
+                headers[CHECKED_HEADER] = exported.checked
+            chunks = iter(partial(exported.content.read, READ_CHUNK_BYTES), b"")
             await StreamingResponse(chunks, headers=headers, media_type=self.media_type)(scope, receive, send)
 
 

@@ -25,19 +25,23 @@ def list_models(args: argparse.Namespace, output: Output) -> int:
 
 
 def export_model(args: argparse.Namespace, output: Output) -> int:
-    """Writes a zip, whole or not at all. A file that is there stays as it is."""
-    path = Path(args.output or re.sub(r"[^\w.-]", "-", args.model) + ".zip")
-    query = {} if args.format is None else {"format": args.format}
+    """Writes a zip or a GGUF file, whole or not at all. A file that is there stays as it is."""
+    suffix = ".gguf" if args.format == "gguf" else ".zip"
+    path = Path(args.output or re.sub(r"[^\w.-]", "-", args.model) + suffix)
+    query = {name: value for name in ("format", "precision") if (value := getattr(args, name)) is not None}
     try:
         with connect(args) as client, whole_or_nothing(path) as file:
-            client.download("models", args.model, "weights", to=file, **query)
+            headers = client.download("models", args.model, "weights", to=file, **query)
     except FileExistsError as error:
         raise UsageError(f"{path} is there already; name another with -o.") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
+    checked = headers.get("tunesmith-checked")
     if output.machine:
-        output.show({"model": args.model, "file": str(path), "bytes": path.stat().st_size})
+        output.show({"model": args.model, "file": str(path), "bytes": path.stat().st_size, "checked": checked})
     output.say(f"Wrote {path} ({path.stat().st_size:,} bytes)")
+    if checked:
+        output.say(checked)
     return 0
 
 

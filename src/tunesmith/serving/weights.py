@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
@@ -21,9 +22,30 @@ from tunesmith.engine.base import Engine, GenerateRequest, SampledToken, Samplin
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import holds_all_weights
 
-Kind = Literal["adapter", "merged"]
+Kind = Literal["adapter", "merged", "gguf"]
+Precision = Literal["f32", "bf16", "q8_0"]
 PACKED_AT_ONCE = 2
 """Exports under way; each may hold the weights of a base in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What to export a model as."""
+
+    kind: Kind | None = None
+    """An adapter in PEFT's format; a checkpoint that needs no adapter; llama.cpp's GGUF. None: what was trained."""
+    precision: Precision | None = None
+    """Of GGUF, and of nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A model on its way out."""
+
+    content: IO[bytes]
+    """A zip, or a GGUF file; to be read from where it stands."""
+    checked: str = ""
+    """A sentence: what its numbers were held against, and how far they are from the model's."""
 
 
 class Weights:
@@ -38,30 +60,31 @@ class Weights:
         self._packing = anyio.CapacityLimiter(PACKED_AT_ONCE)
 
     @asynccontextmanager
-    async def exported(self, ref: ModelRef, kind: Kind | None) -> AsyncGenerator[IO[bytes], None]:
-        """A zip of the model, read from its start: its adapter in PEFT's format, or a checkpoint that needs no adapter.
+    async def exported(self, ref: ModelRef, form: Form) -> AsyncGenerator[Exported, None]:
+        """The model as one file.
 
-        Without `kind`, what was trained. Raises InvalidRequest where the model has no adapter, or none that can be
-        merged here.
+        Raises InvalidRequest where the model has no adapter, or cannot be merged or written as GGUF here.
         """
         whole = ref.adapter_dir is None or holds_all_weights(ref.adapter_dir)
-        if whole and kind == "adapter":
+        if whole and form.kind == "adapter":
             raise InvalidRequest(
                 f"`{ref.name}` has no adapter: it is all weights. Ask for format merged.", param="format"
             )
         async with self._packing:
-            with tempfile.TemporaryFile(dir=self._spool) as package:
-                if whole:
-                    await run_in_threadpool(packages.pack, ref.adapter_dir or ref.base_dir, package)
-                elif kind == "merged":
-                    with tempfile.TemporaryDirectory(dir=self._spool) as folder:
-                        await _merge(ref, Path(folder))
-                        await run_in_threadpool(packages.pack, Path(folder), package)
-                else:
-                    assert ref.adapter_dir is not None
-                    await run_in_threadpool(packages.pack, ref.adapter_dir, package)
-                package.seek(0)
-                yield package
+            with tempfile.TemporaryDirectory(dir=self._spool) as beside:
+                out = Path(beside) / "model"
+                folder, said = ref.adapter_dir or ref.base_dir, ""
+                if form.kind == "gguf" or (form.kind == "merged" and not whole):
+                    said = await _export(ref, out, form.precision)
+                    folder = out
+                if form.kind == "gguf":
+                    with out.open("rb") as written:
+                        yield Exported(written, said)
+                    return
+                with tempfile.TemporaryFile(dir=self._spool) as package:
+                    await run_in_threadpool(packages.pack, folder, package)
+                    package.seek(0)
+                    yield Exported(package)
 
     async def imported(self, caller: Caller, package: IO[bytes], base_name: str, suffix: str | None) -> Model:
         """Makes a model of a zip, once the engine has loaded it and it says numbers.
@@ -98,12 +121,24 @@ class Weights:
             )
 
 
-async def _merge(ref: ModelRef, folder: Path) -> None:
-    command = [sys.executable, "-m", "tunesmith.decoder.export", str(ref.base_dir), str(ref.adapter_dir), str(folder)]
+async def _export(ref: ModelRef, out: Path, precision: Precision | None) -> str:
+    """Has a model written whole, as GGUF if it is of a precision; what it was held against."""
+    whole = ref.adapter_dir is not None and holds_all_weights(ref.adapter_dir)
+    command = [
+        sys.executable,
+        "-m",
+        "tunesmith.decoder.export",
+        str(ref.adapter_dir if whole else ref.base_dir),
+        str(out),
+    ]
+    if ref.adapter_dir is not None and not whole:
+        command += ["--adapter", str(ref.adapter_dir)]
+    if precision is not None:
+        command += ["--gguf", precision, "--tokenizer", str(ref.base_dir), "--name", ref.name]
     done = await anyio.run_process(command, check=False)
     if done.returncode == 1 and done.stderr.count(b"\n") == 1:  # a sentence; more lines are a fault of ours
-        raise InvalidRequest(
-            f"`{ref.name}` cannot be merged: {done.stderr.decode().strip()}. Ask for format adapter.", param="format"
-        )
+        form = "merged" if precision is None else "written as GGUF"
+        raise InvalidRequest(f"`{ref.name}` cannot be {form}: {done.stderr.decode().strip()}.", param="format")
     if done.returncode != 0:
         raise RuntimeError(f"the export of {ref.name} ended with {done.returncode}: {done.stderr.decode()[-2000:]}")
+    return done.stdout.decode().strip()

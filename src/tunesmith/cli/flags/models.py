@@ -25,15 +25,25 @@ def add_models(commands: Commands) -> None:
     export = verbs.add_parser(
         "export",
         parents=[EVERYWHERE],
-        help="Write the weights of a model as a zip.",
+        help="Write the weights of a model: adapter or checkpoint as a zip, or a GGUF file for llama.cpp.",
         description="By default what was trained: an adapter in PEFT's format, or a whole checkpoint where all weights "
-        "were. Both are safetensors that other engines load.",
+        "were. Both are safetensors that other engines load. GGUF is for llama.cpp and what is built on it, such as "
+        "Ollama; the file's log-probabilities are held against the model's before you get it.",
     )
     add_name(export, "model", of="model", metavar="MODEL", help="Name of the model.")
     export.add_argument(
-        "--format", choices=["adapter", "merged"], help="The adapter alone, or a checkpoint with the adapter in it."
+        "--format",
+        choices=["adapter", "merged", "gguf"],
+        help="The adapter alone, a checkpoint with the adapter in it, or that as GGUF.",
     )
-    export.add_argument("-o", "--output", metavar="FILE", help="File to write (default: the model's name, .zip).")
+    export.add_argument(
+        "--precision",
+        choices=["f32", "bf16", "q8_0"],
+        help="Of the matrices in a GGUF file; smaller ones lose some digits (default: f32).",
+    )
+    export.add_argument(
+        "-o", "--output", metavar="FILE", help="File to write (default: the model's name, with .zip or .gguf)."
+    )
     export.set_defaults(run="tunesmith.cli.models:export_model")
 
     importing = verbs.add_parser(
