@@ -39,6 +39,13 @@ class ModelShape:
         return self.width * (2 * self.width + 2 * keys + 3 * self.feed_forward_width)
 
     @property
+    def adapter_weights(self) -> int:
+        """Of the adapters of one decoder layer: as many columns and rows as each linear layer has inputs and outputs."""
+        keys = self.width // self.heads * self.kv_heads
+        attention = 4 * self.width + 2 * (self.width + keys)
+        return RANK * (attention + 3 * (self.width + self.feed_forward_width))
+
+    @property
     def parameters(self) -> int:
         """Of the whole model, norms aside."""
         return self.layers * self.layer_weights + VOCABULARY_SIZE * self.width
@@ -139,14 +146,16 @@ def read_tokens(path: Path) -> list[Tokens]:
 
 
 def useful_flops(model: ModelShape, rows: Sequence[Tokens]) -> float:
-    """The least arithmetic of a pass over `rows` with frozen weights: forward, and the gradient of what is passed on.
+    """The arithmetic that a pass over `rows`, forward and backward, asks of whoever trains: model FLOPs utilisation.
 
-    4 a weight and token; causal attention 4 forward and 8 backward for each pair of tokens and width, of which half are
-    in the past; the head for predictions of completion tokens alone. The factors' own products are left out.
+    2 FLOPs a weight and token forward and 2 for the gradient of what it is given; frozen weights have no gradient of their
+    own, adapters, counted at their rank, 2 more. Causal attention 4 forward and 8 backward for each pair of tokens and
+    width, of which half are in the past. The head for predictions that carry loss alone. Padding, of rows or of ranks,
+    and what is computed a second time to save memory do not count, and neither do norms, gates and softmaxes.
     """
     total = 0.0
     for row in rows:
         n = len(row.token_ids)
-        total += model.layers * (4 * model.layer_weights * n + 6 * model.width * n * n)
+        total += model.layers * ((4 * model.layer_weights + 6 * model.adapter_weights) * n + 6 * model.width * n * n)
         total += 4 * VOCABULARY_SIZE * model.width * (n - row.completion_start)
     return total

@@ -118,16 +118,19 @@ inline void normalise(const Model &m, float *x, const Panels *added, Panels to, 
     const int64_t d = m.width;
     for (int64_t i = 0; i < tokens; ++i) {
         float *row = x + i * d;
-        __m512 squares = _mm512_setzero_ps();
-        for (int64_t j = 0; j < d; j += 16) {
-            __m512 value = _mm512_loadu_ps(row + j);
-            if (added) {
-                value = _mm512_add_ps(value, load_low(added->block(j / SIDE, i) + j % SIDE));
-                _mm512_storeu_ps(row + j, value);
+        __m512 squares[2] = {};
+        for (int64_t j = 0; j < d; j += SIDE)
+            for (int64_t half = 0; half < 2; ++half) {
+                float *at = row + j + 16 * half;
+                __m512 value = _mm512_loadu_ps(at);
+                if (added) {
+                    value = _mm512_add_ps(value, load_low(added->block(j / SIDE, i) + 16 * half));
+                    _mm512_storeu_ps(at, value);
+                }
+                squares[half] = _mm512_fmadd_ps(value, value, squares[half]);
             }
-            squares = _mm512_fmadd_ps(value, value, squares);
-        }
-        const float factor = root_of_inverse(sum(squares) / static_cast<float>(d) + m.epsilon);
+        const float mean = sum(_mm512_add_ps(squares[0], squares[1])) / static_cast<float>(d);
+        const float factor = root_of_inverse(mean + m.epsilon);
         const __m512 f = _mm512_set1_ps(factor);
         if (inverses) inverses[i] = factor;
         for (int64_t j = 0; j < d; j += SIDE)

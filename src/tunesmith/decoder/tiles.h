@@ -211,6 +211,14 @@ inline void accumulate(const bf16 *a, int64_t stride, const bf16 *b, int64_t ste
     }
 }
 
+// The same where it is known while it runs which halves of the sums are nothing.
+inline void accumulate_part(bool bottom, bool right, const bf16 *a, int64_t stride, const bf16 *b, int64_t steps) {
+    if (bottom)
+        right ? accumulate(a, stride, b, steps) : accumulate<true, false>(a, stride, b, steps);
+    else
+        right ? accumulate<false, true>(a, stride, b, steps) : accumulate<false, false>(a, stride, b, steps);
+}
+
 inline void take_sums(float *c) {  // [32, 32]
     _tile_stored(0, c, 128);
     _tile_stored(1, c + 16, 128);

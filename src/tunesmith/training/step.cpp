@@ -51,7 +51,8 @@ constexpr int64_t HEAD_CHUNK = 128;  // positions whose logits are held at once
 struct Saved {
     Panels normed, qkv, attention, feed_normed, gate_up;  // [N, D], [N, W] turned, [N, H d], [N, D], [N, 2F]
     Panels low[4];                                        // [P S, N]: what A gave, by sites
-    float *inverse, *feed_inverse, *log_sum;              // [N], [N], [H, N]
+    float *inverse, *feed_inverse;                        // [N]
+    Softmax softmax;
 };
 
 struct Step {
@@ -87,20 +88,24 @@ struct Step {
         lay_out();
     }
 
+    // Rows of panels that are read side by side: an odd number of blocks, so that their lines do not all compete for the
+    // same half of the places of the cache.
+    static int64_t uneven(int64_t rows) { return rows | SIDE; }
+
     void lay_out() {
         Arena arena{p.memory};
         const int64_t slack = n + SIDE;  // attention reads beyond a row
         for (int64_t i = 0; i < m.layers; ++i) {
             Saved s{};
-            s.normed = arena.panels(n, m.width);
-            s.qkv = arena.panels(slack, wide);
-            s.attention = arena.panels(n, mixed);
-            s.feed_normed = arena.panels(n, m.width);
-            s.gate_up = arena.panels(n, 2 * m.feed_width);
+            s.normed = arena.panels(uneven(n), m.width);
+            s.qkv = arena.panels(uneven(slack), wide);
+            s.attention = arena.panels(uneven(n), mixed);
+            s.feed_normed = arena.panels(uneven(n), m.width);
+            s.gate_up = arena.panels(uneven(n), 2 * m.feed_width);
             for (int site = 0; site < 4; ++site) s.low[site] = arena.panels(m.layer[i].sites[site].parts * deep, n);
             s.inverse = arena.take<float>(n);
             s.feed_inverse = arena.take<float>(n);
-            s.log_sum = arena.take<float>(n * m.heads);
+            s.softmax = {arena.take<float>(n * m.heads), arena.take<float>(n * m.heads), n};
             saved.push_back(s);
         }
         x = arena.take<float>(n * m.width);
@@ -109,16 +114,16 @@ struct Step {
         grad_states = arena.take<float>(HEAD_CHUNK * m.width);
         low_in = arena.take<float>(n * embedded);
         partial = arena.take<float>(CHUNK * SIDE);
-        out = arena.panels(n, m.width);
-        states = arena.panels(HEAD_CHUNK, m.width);
-        logits = arena.panels(HEAD_CHUNK, rounded_up(m.vocabulary));
-        low = arena.panels(CHUNK, 3 * deep);
-        grad_low = arena.panels(CHUNK, 3 * deep);
+        out = arena.panels(uneven(n), m.width);
+        states = arena.panels(uneven(HEAD_CHUNK), m.width);
+        logits = arena.panels(uneven(HEAD_CHUNK), rounded_up(m.vocabulary));
+        low = arena.panels(uneven(CHUNK), 3 * deep);
+        grad_low = arena.panels(uneven(CHUNK), 3 * deep);
         grad_low_turned = arena.panels(3 * deep, CHUNK);
-        product = arena.panels(CHUNK, m.feed_width);
-        grad_wide = arena.panels(CHUNK, 2 * m.feed_width);
-        grad_normed = arena.panels(CHUNK, m.width);
-        grad_mixed = arena.panels(slack, mixed);
+        product = arena.panels(uneven(CHUNK), m.feed_width);
+        grad_wide = arena.panels(uneven(CHUNK), 2 * m.feed_width);
+        grad_normed = arena.panels(uneven(CHUNK), m.width);
+        grad_mixed = arena.panels(uneven(slack), mixed);
         attention.emplace(m, longest, arena);
         used = arena.used;
     }
@@ -127,8 +132,8 @@ struct Step {
 
     const Site &site_at(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
 
-    // y = x W^T + (x A^T) B^T, its panels in the order of place(0), place(1), ...: write(panel, token, i, sums) is given row i of
-    // each block. Keeps x A^T in `kept`.
+    // y = x W^T + (x A^T) B^T, its panels in the order of place(0), place(1), ...: write(panel, token, i, sums) is given
+    // row i of each block. Keeps x A^T in `kept`.
     template <typename Place, typename Write>
     void forward(int64_t index, Panels in, Panels kept, int64_t first, int64_t tokens, Place place, Write write) {
         const Site &site = site_at(index);
@@ -138,7 +143,10 @@ struct Step {
                 const int64_t own = rounded_up(p.piece[which].rank);
                 const bf16 *a = p.piece[which].packed + places[which].sites[index].a_forward + part * own * site.inputs;
                 for (int64_t r = 0; r < own; r += SIDE) {
-                    narrow(in.block(0, at), in.step(), a + r * site.inputs, site.inputs / SIDE, p.piece[which].rank - r);
+                    clear();
+                    accumulate_part(true, p.piece[which].rank > r + SIDE / 2, in.block(0, at), in.step(),
+                                    a + r * site.inputs, site.inputs / SIDE);
+                    take_sums(c);
                     round_block(c, low.block((part * deep + r) / SIDE, at));
                     round_turned(c, kept.block((first + at) / SIDE, part * deep + r));
                 }
@@ -168,8 +176,10 @@ struct Step {
                 const int64_t own = rounded_up(p.piece[which].rank);
                 const bf16 *b = p.piece[which].packed + places[which].sites[index].b_backward[part];
                 for (int64_t r = 0; r < own; r += SIDE) {
-                    narrow(of_part.block(0, at), gy.step(), b + r * site.outputs[part], site.outputs[part] / SIDE,
-                           p.piece[which].rank - r);
+                    clear();
+                    accumulate_part(true, p.piece[which].rank > r + SIDE / 2, of_part.block(0, at), gy.step(),
+                                    b + r * site.outputs[part], site.outputs[part] / SIDE);
+                    take_sums(c);
                     round_block(c, grad_low.block((part * own + r) / SIDE, at));  // as deep as the piece has them
                     round_turned(c, grad_low_turned.block(at / SIDE, part * deep + r));
                 }
@@ -182,16 +192,6 @@ struct Step {
         };
         by_panels_written(gy, site.backward, outputs / SIDE, site.inputs / SIDE, tokens, partial, one_by_one, factors,
                           write);
-    }
-
-    // A product with factors of which `rank` rows are left: half of one of up to 16 is nothing.
-    void narrow(const bf16 *a, int64_t stride, const bf16 *b, int64_t steps, int64_t rank) {
-        clear();
-        if (rank > SIDE / 2)
-            accumulate(a, stride, b, steps);
-        else
-            accumulate<true, false>(a, stride, b, steps);
-        take_sums(c);
     }
 
     static int64_t one_by_one(int64_t panel) { return panel; }
@@ -225,7 +225,9 @@ struct Step {
             for (int64_t end = column + site.outputs[part]; column < end; column += SIDE) {
                 for (int64_t s = 0; s < steps; ++s) pack_rows_mixed(gy.block(column / SIDE, s * SIDE), panel + s * BLOCK);
                 for (int64_t r = 0; r < rank; r += SIDE) {
-                    low_sums(kept.block(0, part * deep + r), kept.step(), panel, steps, rank - r);
+                    clear();
+                    accumulate_part(rank > r + SIDE / 2, true, kept.block(0, part * deep + r), kept.step(), panel, steps);
+                    take_sums(c);
                     add_turned(of_b + column * rank + r, rank, rank - r, piece.scale);
                 }
             }
@@ -233,23 +235,15 @@ struct Step {
             for (int64_t s = 0; s < steps; ++s) pack_rows_mixed(in.block(i / SIDE, s * SIDE), panel + s * BLOCK);
             for (int part = 0; part < site.parts; ++part)
                 for (int64_t r = 0; r < rank; r += SIDE) {
-                    low_sums(back.block(0, part * deep + r), back.step(), panel, steps, rank - r);
+                    clear();
+                    accumulate_part(rank > r + SIDE / 2, true, back.block(0, part * deep + r), back.step(), panel, steps);
+                    take_sums(c);
                     const int64_t real = rank - r < SIDE ? rank - r : SIDE;
                     for (int64_t k = 0; k < real; ++k)
                         add_row(of_a + (part * rank + r + k) * site.inputs + i, c + k * SIDE,
                                 site.gain ? site.gain + i : nullptr);
                 }
         }
-    }
-
-    // As `narrow`, where the rows of `a` are those of factors.
-    void low_sums(const bf16 *a, int64_t stride, const bf16 *b, int64_t steps, int64_t rank) {
-        clear();
-        if (rank > SIDE / 2)
-            accumulate(a, stride, b, steps);
-        else
-            accumulate<false, true>(a, stride, b, steps);
-        take_sums(c);
     }
 
     static void add_row(float *to, const float *mixed, const float *gain) {
@@ -282,18 +276,24 @@ struct Step {
         const int64_t d = m.width;
         for (int64_t i = 0; i < tokens; ++i) {
             float *row = grad + (first + i) * d;
-            __m512 along = _mm512_setzero_ps();
-            for (int64_t j = 0; j < d; j += 16)
-                along = _mm512_fmadd_ps(load_low(dy.block(j / SIDE, i) + j % SIDE),
-                                        load_low(y.block(j / SIDE, i) + j % SIDE), along);
-            const __m512 mean = _mm512_set1_ps(sum(along) / static_cast<float>(d));
+            __m512 along[2] = {};
+            for (int64_t j = 0; j < d; j += SIDE) {
+                const bf16 *g = dy.block(j / SIDE, i), *v = y.block(j / SIDE, i);
+                along[0] = _mm512_fmadd_ps(load_low(g), load_low(v), along[0]);
+                along[1] = _mm512_fmadd_ps(load_low(g + 16), load_low(v + 16), along[1]);
+            }
+            const __m512 mean = _mm512_set1_ps(sum(_mm512_add_ps(along[0], along[1])) / static_cast<float>(d));
             const __m512 factor = _mm512_set1_ps(inverses[first + i]);
-            for (int64_t j = 0; j < d; j += 16) {
-                const __m512 g = load_low(dy.block(j / SIDE, i) + j % SIDE), v = load_low(y.block(j / SIDE, i) + j % SIDE);
-                const __m512 through = _mm512_fnmadd_ps(v, mean, g);
-                const __m512 value = _mm512_fmadd_ps(through, factor, _mm512_loadu_ps(row + j));
-                _mm512_storeu_ps(row + j, value);
-                store_16(out.block(j / SIDE, first + i) + j % SIDE, value);
+            for (int64_t j = 0; j < d; j += SIDE) {
+                __m512 value[2];
+                for (int64_t half = 0; half < 2; ++half) {
+                    float *to = row + j + 16 * half;
+                    const __m512 g = load_low(dy.block(j / SIDE, i) + 16 * half);
+                    const __m512 v = load_low(y.block(j / SIDE, i) + 16 * half);
+                    value[half] = _mm512_fmadd_ps(_mm512_fnmadd_ps(v, mean, g), factor, _mm512_loadu_ps(to));
+                    _mm512_storeu_ps(to, value[half]);
+                }
+                store_32(out.block(j / SIDE, first + i), value[0], value[1]);
             }
         }
     }
@@ -357,10 +357,10 @@ struct Step {
             forward(4 * layer, normed, s.low[0], first, tokens, one_by_one, into(s.qkv.from(first)));
             turn(m, s.qkv.from(first), m.layer[layer].bias, turn_of.data() + first, tokens);
         });
-        std::memset(s.attention.data, 0, sizeof(bf16) * n * mixed);
+        std::memset(s.attention.data, 0, sizeof(bf16) * s.attention.rows * mixed);
         for (int64_t row = 0; row < p.rows; ++row) {
             const int64_t start = p.row_start[row];
-            attention->forward(s.qkv.from(start), s.attention.from(start), s.log_sum + start, n, p.row_length[row]);
+            attention->forward(s.qkv.from(start), s.attention.from(start), s.softmax.from(start), p.row_length[row]);
         }
         by_chunks([&](int64_t first, int64_t tokens) {
             const Panels normed = s.feed_normed.from(first);
@@ -384,11 +384,11 @@ struct Step {
             backward(4 * layer + 1, of_out, first, tokens, into(grad_mixed.from(first)));
             learn(4 * layer + 1, of_out, s.attention.from(first), s.low[1], first, tokens);
         });
-        const Panels grad_qkv{s.gate_up.data, n};  // no longer needed, and large enough: see covers() in step.py
-        std::memset(grad_qkv.data, 0, sizeof(bf16) * n * wide);
+        const Panels grad_qkv = s.gate_up;  // no longer needed, and large enough: see covers() in step.py
+        std::memset(grad_qkv.data, 0, sizeof(bf16) * grad_qkv.rows * wide);
         for (int64_t row = 0; row < p.rows; ++row) {
             const int64_t start = p.row_start[row];
-            attention->backward(s.qkv.from(start), s.attention.from(start), grad_mixed.from(start), s.log_sum + start, n,
+            attention->backward(s.qkv.from(start), s.attention.from(start), grad_mixed.from(start), s.softmax.from(start),
                                 p.row_length[row], grad_qkv.from(start));
         }
         by_chunks([&](int64_t first, int64_t tokens) {
