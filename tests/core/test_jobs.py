@@ -62,6 +62,7 @@ def test_a_new_job_is_pending_with_what_was_asked_and_one_event(world: World) ->
         paused=False,
         started_unix=None,
         finished_unix=None,
+        trained_tokens=None,
     )
     assert job.id.startswith("ft-")
     assert len(job.id) == 27

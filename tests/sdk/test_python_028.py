@@ -114,6 +114,10 @@ SAME_OUTPUT = [
     ["fine_tuning.job.list"],
     ["fine_tuning.job.get", "-i", "JOB"],
     ["fine_tuning.job.results", "-i", "JOB"],
+    ["fine_tuning.job.events", "-i", "JOB"],
+    ["fine_tuning.job.events", "-i", "JOB", "--limit", "3"],
+    ["fine_tuning.job.cancel", "-i", "JOB"],
+    ["fine_tuning.job.get", "-i", "ftjob-nope"],
     ["completions.create", "-m", "ada", "-p", "Once upon", "-M", "3", "-t", "0"],
     ["completions.create", "-m", "ada", "-p", "Once upon", "-M", "3", "-t", "0", "-n", "2"],
     ["completions.create", "-e", "ada", "-p", "Once upon", "-M", "3", "-t", "0", "--stop", "q", "--stream"],
@@ -183,6 +187,26 @@ def test_both_ask_the_same_of_a_file_that_was_uploaded_before(cli: CommandLine, 
         assert json.loads("{" + job)["training_files"][0]["id"] == file_id
         cli.run("fine_tunes.cancel", "-i", json.loads("{" + job)["id"])
     assert asked[0] == asked[1]
+
+
+def test_both_make_jobs_in_the_dialect_of_late_2023(cli: CommandLine, data: Path) -> None:
+    jobs = []
+    for number, program in enumerate((cli.program, OURS)):
+        write_rows(data / f"job-{number}.jsonl", reviews(8, 20 + number))
+        client = CommandLine(program, cli.environment, data)
+        made = client.run(
+            *("fine_tuning.job.create", "-t", f"job-{number}.jsonl", "-m", "ada"),
+            *("--n_epochs", "3", "--suffix", "late 2023"),
+        )
+        job = json.loads(made[made.index("{") :])
+        cancelled = json.loads(client.run("fine_tuning.job.cancel", "-i", job["id"]))
+        assert (cancelled["id"], cancelled["status"]) == (job["id"], "cancelled")
+        jobs.append(job)
+    differing = ("id", "created_at", "training_file", "estimated_finish", "status")
+    theirs, ours = ({name: job[name] for name in job.keys() - set(differing)} for job in jobs)
+    assert ours == theirs
+    assert ours["hyperparameters"]["n_epochs"] == 3
+    assert ours["user_provided_suffix"] == "late 2023"
 
 
 def test_both_send_the_same_requests_in_the_same_order(cli: CommandLine, server: Server, data: Path) -> None:

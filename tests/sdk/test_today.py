@@ -55,6 +55,24 @@ def test_newest_python_chats(python_newest: Path, environment: dict[str, str], d
     assert seen["too_long"] == [400, "messages", "context_length_exceeded"]
 
 
+def test_newest_python_fine_tunes(python_newest: Path, environment: dict[str, str], data: Path) -> None:
+    seen = report([python_newest, HERE / "programs" / "jobs.py"], environment, data)
+    assert seen["created"] == ["fine_tuning.job", "ftjob-", "ada", {"team": "blue"}, None]
+    assert seen["n_epochs"] == [2, 2]
+    assert seen["statuses"][-1] == "succeeded"
+    assert set(seen["statuses"]) <= {"queued", "running", "succeeded"}
+    assert seen["found"] == 1
+    assert seen["events"][0] == "The job has successfully completed"
+    assert seen["events"][-1].startswith("Created fine-tuning job: ftjob-")
+    assert seen["losses"] == seen["steps"] > 0
+    assert seen["checkpoints"] == [[80, True], [40, True]]
+    assert seen["trained_tokens"] > 0
+    assert seen["results"] is True
+    assert len(seen["answer"]) > 0
+    assert seen["cancelled"] == "cancelled"
+    assert seen["wrong_method"] == [400, "method.type"]
+
+
 def test_npm_330(node_folder: Path, environment: dict[str, str], data: Path, tuned: str) -> None:
     program = node_folder / "programs" / "npm_330.js"
     seen = report(["node", program, tuned, "long.jsonl"], environment, data)

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.wire.harness import FILE, create_job, error_of, finish, masked, upload
-from tunesmith.api.fine_tunes import CONCURRENT_ADMISSIONS
+from tunesmith.api.app import CONCURRENT_ADMISSIONS
 from tunesmith.core.accounts import Caller
 from tunesmith.core.jobs import Claim, FineTuneRequest, Job
 from tunesmith.errors import InvalidRequest

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import anyio
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Route
@@ -33,6 +34,10 @@ from tunesmith.core.models import Models
 from tunesmith.core.store import Clock, NewId
 from tunesmith.serving.completer import Completer
 from tunesmith.serving.weights import Weights
+
+CONCURRENT_ADMISSIONS = 4
+"""Requests for jobs being checked at once; the others wait. Each reads whole files in a thread, and must not take all
+threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +99,11 @@ def routes(services: Services) -> list[BaseRoute]:
         )
         for verb in (CompletionsApi, ChatApi)
     )
+    admitting = anyio.CapacityLimiter(CONCURRENT_ADMISSIONS)
     fine_tunes = FineTunesApi(
-        services.jobs, services.events, heartbeat_s=services.heartbeat_s, is_stopping=services.is_stopping
+        services.jobs, services.events, admitting, heartbeat_s=services.heartbeat_s, is_stopping=services.is_stopping
     )
-    fine_tuning_jobs = FineTuningJobsApi(services.jobs)
+    fine_tuning_jobs = FineTuningJobsApi(services.jobs, services.events, admitting)
     return [
         Route("/healthz", health.alive),
         Route("/readyz", health.ready),
@@ -114,8 +120,13 @@ def routes(services: Services) -> list[BaseRoute]:
         at("/v1/fine-tunes/{id}/resume", POST=fine_tunes.resume),
         at("/v1/fine-tunes/{id}/events", GET=fine_tunes.list_events),
         at("/v1/fine-tunes/{id}/checkpoints", GET=fine_tunes.list_checkpoints),
-        at("/v1/fine_tuning/jobs", GET=fine_tuning_jobs.list),
+        at("/v1/fine_tuning/jobs", GET=fine_tuning_jobs.list, POST=fine_tuning_jobs.create),
         at("/v1/fine_tuning/jobs/{id}", GET=fine_tuning_jobs.get),
+        at("/v1/fine_tuning/jobs/{id}/cancel", POST=fine_tuning_jobs.cancel),
+        at("/v1/fine_tuning/jobs/{id}/pause", POST=fine_tuning_jobs.pause),
+        at("/v1/fine_tuning/jobs/{id}/resume", POST=fine_tuning_jobs.resume),
+        at("/v1/fine_tuning/jobs/{id}/events", GET=fine_tuning_jobs.list_events),
+        at("/v1/fine_tuning/jobs/{id}/checkpoints", GET=fine_tuning_jobs.list_checkpoints),
         at("/v1/models", GET=models.list, POST=models.create),
         at("/v1/models/{id}", GET=models.get, DELETE=models.delete),
         at("/v1/models/{id}/weights", GET=models.download),

@@ -145,6 +145,19 @@ class Fields:
         """The fields of an object within; none if it is absent."""
         return Fields(self._of_kind(name, dict, "an object") or {}, within=f"{self._within}{name}.")
 
+    def strings(self, name: str) -> dict[str, str]:
+        """An object of strings; empty if it is absent."""
+        value = self._of_kind(name, dict, "an object of strings") or {}
+        for key, text in value.items():
+            if not isinstance(text, str) or "\0" in key + text:
+                raise self.wrong(name, "an object of strings without NUL characters", value)
+        return dict(value)
+
+    def without(self, word: str) -> Fields:
+        """The same, fields whose value is `word` being absent: it stands for the default."""
+        self._left = {name: value for name, value in self._left.items() if value != word}
+        return self
+
     def each(self, name: str) -> list[Fields]:
         """The fields of each object in a list; none if it is absent."""
         value = self.take(name)

@@ -26,9 +26,6 @@ from tunesmith.core.requests import DEFAULT_MODEL, DEFAULT_N_EPOCHS, DEFAULT_PRO
 from tunesmith.core.statuses import ENDED
 from tunesmith.errors import EngineUnavailable, InvalidRequest
 
-CONCURRENT_ADMISSIONS = 4
-"""Requests for fine-tunes being checked at once; the others wait. Each reads whole files in a thread, and must not take
-all threads."""
 OUR_OWN = ("seed", "method", "lora_targets", "best_epoch", "early_stopping_patience", "epoch_checkpoints")
 """Fields that the published API of 2021-2023 did not have."""
 POLL_S = 0.2
@@ -40,12 +37,20 @@ EventToWire = Callable[[Event], dict[str, Any] | None]
 class FineTunesApi:
     """The verbs of fine-tunes."""
 
-    def __init__(self, jobs: Jobs, events: Events, *, heartbeat_s: float, is_stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        jobs: Jobs,
+        events: Events,
+        admitting: anyio.CapacityLimiter,
+        *,
+        heartbeat_s: float,
+        is_stopping: Callable[[], bool],
+    ) -> None:
         self.jobs = jobs
         self.events = events
         self.heartbeat_s = heartbeat_s
         self.is_stopping = is_stopping
-        self._admitting = anyio.CapacityLimiter(CONCURRENT_ADMISSIONS)
+        self._admitting = admitting
 
     async def create(self, request: Request, caller: Caller) -> Response:
         """POST /v1/fine-tunes."""
@@ -133,8 +138,8 @@ class FineTunesApi:
 
 def request_from_wire(fields: Fields) -> FineTuneRequest:
     """The fields of POST /v1/fine-tunes by kind; whether their values go together, `Jobs.create` says."""
-    hyperparameters = fields.nested("hyperparameters")
-    nested_epochs = _number_or_auto(hyperparameters, "n_epochs")
+    hyperparameters = fields.nested("hyperparameters").without("auto")  # as the clients of late 2023 send it
+    nested_epochs = hyperparameters.integer("n_epochs")
     hyperparameters.done()
     n_epochs = fields.integer("n_epochs")
     fields.take("use_packing")  # sent by the 2021 clients; it changes how fast training goes, not what it learns
@@ -160,7 +165,7 @@ def request_from_wire(fields: Fields) -> FineTuneRequest:
         early_stopping_patience=fields.integer("early_stopping_patience"),
         epoch_checkpoints=fields.integer("epoch_checkpoints"),
         alias=fields.text("alias"),
-        integrations=tuple(_integration(one) for one in fields.each("integrations")),
+        integrations=tuple(integration_from_wire(one) for one in fields.each("integrations")),
     )
     fields.done()
     return request
@@ -261,7 +266,7 @@ def hyperparams_to_wire(job: Job) -> dict[str, Any]:
     return values | {name: value for name, value in ours.items() if value is not None and value is not False}
 
 
-def _integration(fields: Fields) -> Integration:
+def integration_from_wire(fields: Fields) -> Integration:
     """One entry of `integrations`, in the shape of the API of today."""
     kind = fields.required_text("type")
     check_kind(kind, fields.path("type"))
@@ -276,16 +281,6 @@ def _integration(fields: Fields) -> Integration:
     details.done()
     fields.done()
     return integration
-
-
-def _number_or_auto(fields: Fields, name: str) -> int | None:
-    """A whole number; None for "auto", which the clients of late 2023 send for the default."""
-    value = fields.take(name)
-    if value is None or value == "auto":
-        return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise fields.wrong(name, 'an integer or "auto"', value)
-    return value
 
 
 def _flag(request: Request, name: str) -> bool:

@@ -10,9 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Select, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, func, insert, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core import requests
@@ -22,59 +21,27 @@ from tunesmith.core.base_fit import check_base, codec, count_tokens
 from tunesmith.core.bases import Bases
 from tunesmith.core.blobs import read_chunks
 from tunesmith.core.events import Events
-from tunesmith.core.files import DELETED, FINE_TUNE, FINE_TUNE_RESULTS, File, Files, file_from_row
-from tunesmith.core.integrations import integrations_from_json
+from tunesmith.core.files import DELETED, FINE_TUNE, FINE_TUNE_RESULTS, File, Files
+from tunesmith.core.job_rows import Job, job_from_row, with_files
 from tunesmith.core.models import Model, Models
 from tunesmith.core.notices import Notice, about_job
 from tunesmith.core.outlook import Outlook, outlook
 from tunesmith.core.queue import queue
 from tunesmith.core.requests import FineTuneRequest
-from tunesmith.core.schema import files, jobs, organizations
+from tunesmith.core.schema import jobs, organizations
 from tunesmith.core.statuses import ENDED, MOVES, JobStatus
 from tunesmith.core.store import Store
 from tunesmith.core.trackings import insert_trackings
 from tunesmith.core.usage import Ledger
 from tunesmith.data.sample import Sample
 from tunesmith.errors import InvalidRequest, LeaseLost, NotFound
-from tunesmith.rundir import ProgressLine, ResolvedHyperparameters, Snapshot, hyperparameters_from_json
+from tunesmith.rundir import ProgressLine, ResolvedHyperparameters, Snapshot
 
 __all__ = ["MOVES", "Claim", "FineTuneRequest", "Job", "JobStatus", "Jobs"]
 
 RESULTS_FILENAME = "compiled_results.csv"
 INTERRUPTED = "Training was interrupted and goes on from what it had saved"
 """Said for each trainer after the first: of one that died, or was stopped with the server."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A fine-tune as clients see it."""
-
-    id: str
-    organization_id: str
-    model: str
-    """As asked."""
-    base_name: str
-    parent_name: str | None
-    """The tuned model that training goes on from; None when it starts from the base."""
-    status: JobStatus
-    created_unix: int
-    updated_unix: int
-    fine_tuned_model: str | None
-    """Set by success; kept when that model is deleted."""
-    asked: FineTuneRequest
-    hyperparameters: ResolvedHyperparameters | None
-    """None until training has started."""
-    training_file: File
-    validation_file: File | None
-    result_files: tuple[File, ...]
-    error: str | None
-    seed: int
-    training_examples: int
-    queue_number: int | None
-    """How many pending jobs were before it when it was last told; None before it was, and once it has started."""
-    paused: bool
-    started_unix: int | None
-    finished_unix: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +91,7 @@ class Jobs:
         check_base(request, model.base_name, self._bases.folder(model.base_name))
         training_examples, notices = self._admit(request, model, training, validation)
         cost_usd = self._cost_usd(request, model, training, training_examples)
-        job_id = self._store.new_id("ft-")
+        job_id = self._store.new_id(request.job_prefix)
         now = int(self._store.clock())
         with self._store.transaction() as connection:
             self._named(connection, caller, request)  # again: what was deleted meanwhile is unknown now
@@ -243,9 +210,9 @@ class Jobs:
                     run_id=func.coalesce(jobs.c.run_id, self._store.new_id("run-")),
                 )
             )
-            row = connection.execute(_with_files(jobs.c.id == job_id)).mappings().one()
+            row = connection.execute(with_files(jobs.c.id == job_id)).mappings().one()
             return Claim(
-                job=_job(row),
+                job=job_from_row(row),
                 lease=row[jobs.c.lease],
                 run_id=row[jobs.c.run_id],
                 handle=row[jobs.c.handle],
@@ -359,9 +326,9 @@ class Jobs:
 
     def list(self, caller: Caller) -> list[Job]:
         """The organisation's jobs, oldest first."""
-        query = _with_files(jobs.c.organization_id == caller.organization_id).order_by(jobs.c.position)
+        query = with_files(jobs.c.organization_id == caller.organization_id).order_by(jobs.c.position)
         with self._store.reading() as connection:
-            return [_job(row) for row in connection.execute(query).mappings()]
+            return [job_from_row(row) for row in connection.execute(query).mappings()]
 
     def _rest(self, caller: Caller, job_id: str, *, at_unix: int | None, message: str) -> Job:
         with self._store.transaction() as connection:
@@ -432,11 +399,11 @@ class Jobs:
         return base.price_per_1k_training_tokens * tokens * epochs / 1_000
 
     def _get(self, connection: Connection, caller: Caller, job_id: str) -> Job:
-        query = _with_files(jobs.c.id == job_id, jobs.c.organization_id == caller.organization_id)
+        query = with_files(jobs.c.id == job_id, jobs.c.organization_id == caller.organization_id)
         row = connection.execute(query).mappings().one_or_none()
         if row is None:
             raise NotFound(f"No such fine-tune: {job_id}", param="id")
-        return _job(row)
+        return job_from_row(row)
 
     def _announce(self, connection: Connection) -> None:
         for number, waiting in enumerate(queue(connection)):
@@ -457,7 +424,7 @@ class Jobs:
         return connection.scalar(query.limit(1))
 
     def _one(self, connection: Connection, job_id: str) -> Job:
-        return _job(connection.execute(_with_files(jobs.c.id == job_id)).mappings().one())
+        return job_from_row(connection.execute(with_files(jobs.c.id == job_id)).mappings().one())
 
     def _start_next(self, connection: Connection, fits: Callable[[Job], bool]) -> str | None:
         """Move the first pending job of the queue to running; jobs on the way that have lost their data fail."""
@@ -515,8 +482,15 @@ class Jobs:
         self._ledger.record(connection, key_id, name, trained_tokens=trained_tokens)
         for message in (f"Uploaded model: {name}", f"Uploaded result file: {file_id}", "Fine-tune succeeded"):
             self._events.append(connection, job.id, "info", message)
-        self._move(connection, job.id, JobStatus.SUCCEEDED, fine_tuned_model=name, result_file_id=file_id)
-        return _job(connection.execute(_with_files(jobs.c.id == job.id)).mappings().one())
+        self._move(
+            connection,
+            job.id,
+            JobStatus.SUCCEEDED,
+            fine_tuned_model=name,
+            result_file_id=file_id,
+            trained_tokens=trained_tokens,
+        )
+        return job_from_row(connection.execute(with_files(jobs.c.id == job.id)).mappings().one())
 
     def _fail(self, connection: Connection, job_id: str, error: str) -> None:
         self._move(connection, job_id, JobStatus.FAILED, error=error)
@@ -545,53 +519,8 @@ class Jobs:
 
 
 _NOBODY: dict[str, object] = {"lease_holder": None, "lease_expires_unix": None}
-_training, _validation, _result = (files.alias(name) for name in ("training", "validation", "result"))
 
 
 def _held_by(claim: Claim) -> tuple[ColumnElement[bool], ...]:
     # A holder means the job is running: the table has a constraint.
     return jobs.c.id == claim.job.id, jobs.c.lease == claim.lease, jobs.c.lease_holder.is_not(None)
-
-
-def _with_files(*conditions: ColumnElement[bool]) -> Select[Any]:
-    return (
-        select(jobs, _training, _validation, _result)
-        .join(_training, _training.c.id == jobs.c.training_file_id)
-        .outerjoin(_validation, _validation.c.id == jobs.c.validation_file_id)
-        .outerjoin(_result, _result.c.id == jobs.c.result_file_id)
-        .where(*conditions)
-    )
-
-
-def _job(row: RowMapping) -> Job:
-    asked, resolved = dict(row[jobs.c.asked]), row[jobs.c.hyperparameters]
-    if asked["classification_betas"] is not None:  # JSON has no tuples
-        asked["classification_betas"] = tuple(asked["classification_betas"])
-    if asked.get("lora_targets") is not None:
-        asked["lora_targets"] = tuple(asked["lora_targets"])
-    asked["integrations"] = integrations_from_json(asked.get("integrations", ()))
-    if resolved is not None:
-        resolved = hyperparameters_from_json(resolved)
-    return Job(
-        id=row[jobs.c.id],
-        organization_id=row[jobs.c.organization_id],
-        model=row[jobs.c.model],
-        base_name=row[jobs.c.base_name],
-        parent_name=row[jobs.c.parent_name],
-        status=JobStatus(row[jobs.c.status]),
-        created_unix=row[jobs.c.created_unix],
-        updated_unix=row[jobs.c.updated_unix],
-        fine_tuned_model=row[jobs.c.fine_tuned_model],
-        asked=FineTuneRequest(**asked),
-        hyperparameters=resolved,
-        training_file=file_from_row(row, _training),
-        validation_file=None if row[_validation.c.id] is None else file_from_row(row, _validation),
-        result_files=() if row[_result.c.id] is None else (file_from_row(row, _result),),
-        error=row[jobs.c.error],
-        seed=row[jobs.c.seed],
-        training_examples=row[jobs.c.training_examples],
-        queue_number=row[jobs.c.queue_number] if row[jobs.c.status] == JobStatus.PENDING else None,
-        paused=row[jobs.c.paused_unix] is not None,
-        started_unix=row[jobs.c.started_unix],
-        finished_unix=row[jobs.c.finished_unix],
-    )

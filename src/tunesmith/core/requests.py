@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tunesmith.core.integrations import Integration, check_integrations
@@ -13,6 +13,12 @@ from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import ResolvedHyperparameters
 
 MAX_SUFFIX_CHARACTERS = 40
+"""Of the API of 2021-2023."""
+MAX_MODERN_SUFFIX_CHARACTERS = 64
+MAX_METADATA = 16
+MAX_METADATA_KEY_CHARACTERS = 64
+MAX_METADATA_VALUE_CHARACTERS = 512
+"""The last four: source: the published API of fine-tuning jobs."""
 DEFAULT_N_EPOCHS = 4
 MAX_N_EPOCHS = 50
 MAX_BATCH_SIZE = 256
@@ -89,6 +95,15 @@ class FineTuneRequest:
     """Trackers that follow the job."""
     alias: str | None = None
     """Another name for the model, such as one that it had elsewhere."""
+    modern: bool = False
+    """Whether it was asked for in the dialect of fine-tuning jobs, which came after that of fine-tunes."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Whatever the user wants to find with the job."""
+
+    @property
+    def job_prefix(self) -> str:
+        """What the ids of such jobs begin with."""
+        return "ftjob-" if self.modern else "ft-"
 
     @property
     def n_classes(self) -> int | None:
@@ -100,7 +115,7 @@ class FineTuneRequest:
 
 def check(request: FineTuneRequest) -> None:
     """Raises InvalidRequest for the first field that is out of bounds or does not go with the others."""
-    check_suffix(request.suffix)
+    check_suffix(request.suffix, MAX_MODERN_SUFFIX_CHARACTERS if request.modern else MAX_SUFFIX_CHARACTERS)
     _check_range("n_epochs", request.n_epochs, 1, MAX_N_EPOCHS)
     _check_range("batch_size", request.batch_size, 1, MAX_BATCH_SIZE)
     multiplier = request.learning_rate_multiplier
@@ -123,6 +138,7 @@ def check(request: FineTuneRequest) -> None:
     _check_epochs(request)
     check_integrations(request.integrations)
     check_alias(request.alias)
+    _check_metadata(request.metadata)
     if request.compute_classification_metrics:
         _check_metrics(request)
     else:
@@ -205,13 +221,13 @@ def default_learning_rate_multiplier(batch_size: int) -> float:
     return max(multiplier for least, multiplier in DEFAULT_LEARNING_RATE_MULTIPLIERS if batch_size >= least)
 
 
-def check_suffix(suffix: str | None) -> None:
+def check_suffix(suffix: str | None, most: int = MAX_SUFFIX_CHARACTERS) -> None:
     """Raises InvalidRequest for one that is too long, or of which nothing is left in a name."""
     if suffix is None:
         return
-    if not 1 <= len(suffix) <= MAX_SUFFIX_CHARACTERS:
+    if not 1 <= len(suffix) <= most:
         raise InvalidRequest(
-            f"suffix must have 1 to {MAX_SUFFIX_CHARACTERS} characters; yours has {len(suffix)}. "
+            f"suffix must have 1 to {most} characters; yours has {len(suffix)}. "
             + ("Leave it out for a name without suffix." if not suffix else "Shorten it."),
             param="suffix",
         )
@@ -260,6 +276,21 @@ def _check_method(request: FineTuneRequest) -> None:
             f"{list(targets)[:20]!r}. Leave it out to cover all.",
             param="lora_targets",
         )
+
+
+def _check_metadata(metadata: dict[str, str]) -> None:
+    if len(metadata) > MAX_METADATA:
+        raise InvalidRequest(
+            f"metadata may have {MAX_METADATA} entries; yours has {len(metadata)}. Leave some out.", param="metadata"
+        )
+    for key, value in metadata.items():
+        if not 1 <= len(key) <= MAX_METADATA_KEY_CHARACTERS or len(value) > MAX_METADATA_VALUE_CHARACTERS:
+            raise InvalidRequest(
+                f"metadata has keys of 1 to {MAX_METADATA_KEY_CHARACTERS} characters and values of at most "
+                f"{MAX_METADATA_VALUE_CHARACTERS}; {key[:MAX_METADATA_KEY_CHARACTERS]!r} has {len(key)} and its value "
+                f"{len(value)}. Shorten it.",
+                param="metadata",
+            )
 
 
 def _check_no_metrics(request: FineTuneRequest) -> None:

@@ -110,6 +110,7 @@ jobs = Table(
     Column("paused_unix", BigInteger),  # null: not paused
     Column("started_unix", BigInteger),
     Column("finished_unix", BigInteger),
+    Column("trained_tokens", BigInteger),  # null until it has succeeded
     Column("lease", BigInteger, nullable=False),  # fencing token: 0, then grows with every claim
     Column("lease_holder", String),
     Column("lease_expires_unix", Double),

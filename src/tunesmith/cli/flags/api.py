@@ -14,9 +14,6 @@ from tunesmith.cli.flags.fine_tunes import add_fields, add_files
 REFUSED = {
     "engines.update": "it set how many machines OpenAI ran a model on; here the server sees to that",
     "engines.generate": "it is the completions.create of 2020, which is here",
-    "fine_tuning.job.create": "jobs are made by fine_tunes.create, and shown by fine_tuning.job.get too",
-    "fine_tuning.job.cancel": "jobs are cancelled by fine_tunes.cancel, whichever way they are shown",
-    "fine_tuning.job.events": "events are shown by fine_tunes.events, and as they come by fine_tunes.follow",
     "fine_tuning.job.follow": "the published command line refuses it too; fine_tunes.follow does it",
     "deployments.list": "deployments belong to Azure; models.list shows what can be called",
     "deployments.get": "deployments belong to Azure; models.get shows a model",
@@ -74,10 +71,15 @@ def add_api(commands: Commands) -> None:
     with_id(add("fine_tunes.results", "fine_tunes:results", "Show results.csv, one row per step."), "job")
     with_id(add("fine_tunes.delete", "fine_tunes:delete", "Delete a fine-tune job."), "job")
 
-    add_list(
-        "fine_tuning.job.list", "fine_tuning_jobs:list_jobs", "List the jobs in the shape of late 2023, newest first."
+    since_2023 = "in the shape of late 2023"
+    add_list("fine_tuning.job.list", "fine_tuning_jobs:list_jobs", f"List the jobs {since_2023}, newest first.")
+    _add_job_create(add("fine_tuning.job.create", "fine_tuning_jobs:create", f"Make a job, shown {since_2023}."))
+    with_id(add("fine_tuning.job.get", "fine_tuning_jobs:get", f"Show a job {since_2023}."), "job")
+    with_id(add("fine_tuning.job.cancel", "fine_tuning_jobs:cancel", f"Cancel a job, shown {since_2023}."), "job")
+    newest = with_id(
+        add_list("fine_tuning.job.events", "fine_tuning_jobs:events", f"List the events of a job {since_2023}."), "job"
     )
-    with_id(add("fine_tuning.job.get", "fine_tuning_jobs:get", "Show a job in the shape of late 2023."), "job")
+    newest.add_argument("--limit", type=int, help="So many of them, the newest first (default: all).")
     with_id(add("fine_tuning.job.results", "fine_tunes:results", "The same as fine_tunes.results."), "job")
 
     _add_completion_create(add("completions.create", "api:create_completion", "Complete a prompt."))
@@ -99,14 +101,26 @@ def add_api(commands: Commands) -> None:
 
 def _add_fine_tune_create(verb: argparse.ArgumentParser) -> None:
     add_files(verb)
+    _add_no_check(verb)
+    verb.add_argument("--no_follow", action="store_true", help="Return once the job is created; do not follow it.")
+    add_fields(verb)
+
+
+def _add_job_create(verb: argparse.ArgumentParser) -> None:
+    add_files(verb)
+    _add_no_check(verb)
+    add_name(verb, "-m", "--model", of="model", help="The model to start from: a base, or a fine-tuned model.")
+    verb.add_argument("--suffix", help="Up to 64 characters that go into the name of the tuned model.")
+    verb.add_argument("--n_epochs", type=int, help="How often to go through the training file.")
+
+
+def _add_no_check(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--no_check_if_files_exist",
         dest="check_if_files_exist",
         action="store_false",
         help="Upload local files at once, without looking for one of the same name and size on the server.",
     )
-    verb.add_argument("--no_follow", action="store_true", help="Return once the job is created; do not follow it.")
-    add_fields(verb)
 
 
 def _add_completion_create(verb: argparse.ArgumentParser) -> None:
