@@ -35,6 +35,7 @@ class Case:
 
 CASES = (
     Case("decode", 1, 300, 65, 3, beyond_first=True),
+    Case("first token", 1, 300, 1, 8),
     Case("classify x1", 1, 300, 1, 8, logprobs=True),
     Case("classify x8", 8, 300, 1, 24, logprobs=True),
     Case("classify x32", 32, 300, 1, 64, logprobs=True),
