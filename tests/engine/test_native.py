@@ -33,7 +33,7 @@ def answers(
     loaded = {id(model.base): model.base for model in runner._models.values()}
     assert all(one.native is not None for one in loaded.values())
     for one in loaded.values():
-        one.native = one.native if native else None
+        one.native, one.prompts = (one.native, one.prompts) if native else (None, None)
     found: list[list[TokenScore]] = [[] for _ in prompts]
     for number, prompt in enumerate(prompts):
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0)

@@ -121,6 +121,14 @@ class Mixture:
             torch.bmm(torch.bmm(x_STI, a_SIR), b_SRO, out=delta_NO[rows].view(run.segments, run.tokens, outputs))
         return delta_NO
 
+    def add(self, layer: int, site: Site, x_NI: Tensor, into_NO: Tensor) -> None:
+        """Adds `delta` in place."""
+        for run in self.runs:
+            a_SIR, b_SRO = run.stack[layer][site]
+            rows = slice(run.start, run.start + run.segments * run.tokens)
+            low_STR = torch.bmm(x_NI[rows].view(run.segments, run.tokens, -1), a_SIR)
+            into_NO[rows].view(run.segments, run.tokens, -1).baddbmm_(low_STR, b_SRO)
+
     def embedding_delta(self, token_ids_N: Tensor) -> Tensor | None:
         """See `Adapters`. Not stacked: it is one look-up a pass, and A is as long as the vocabulary."""
         delta_ND: Tensor | None = None

@@ -6,9 +6,9 @@
 // Legend: rows = sequences, D = width, H, K = query and key/value heads, d = head width, F = feed-forward width,
 // V = vocabulary, I, O = inputs and outputs of a product, R = rank, P = linear layers stacked in a product.
 
-#include <cmath>
-#include <cstdint>
 #include <vector>
+
+#include "lanes.h"
 
 extern "C" {
 
@@ -48,18 +48,9 @@ struct Step {
 
 namespace {
 
-float dot(const float *__restrict a, const float *__restrict b, int n) {
-    float sum = 0.0f;
-    for (int i = 0; i < n; ++i) sum += a[i] * b[i];
-    return sum;
-}
-
 void add_scaled(float *__restrict y, const float *__restrict x, float factor, int n) {
     for (int i = 0; i < n; ++i) y[i] += factor * x[i];
 }
-
-using Lanes = float __attribute__((vector_size(64), aligned(4)));
-constexpr int LANES = 16;
 
 float total(Lanes lanes) {
     float sum = 0.0f;
@@ -117,25 +108,9 @@ void add_delta(const Factors &factors, int rank, const float *x, float *y, int i
             add_scaled(y + first, factors.b + int64_t(r) * outputs + first, low[r], sizes[part]);
 }
 
-void norm(const float *x, const float *gain, float *y, int n, float epsilon) {
-    const float scale = 1.0f / std::sqrt(dot(x, x, n) / n + epsilon);
-    for (int i = 0; i < n; ++i) y[i] = x[i] * scale * gain[i];
-}
-
-void rotate(float *x, const float *cosines, const float *sines, int half) {
-    for (int i = 0; i < half; ++i) {
-        const float first = x[i], second = x[i + half];
-        x[i] = first * cosines[i] - second * sines[i];
-        x[i + half] = second * cosines[i] + first * sines[i];
-    }
-}
-
 void softmax(float *x, int n) {
-    float highest = x[0], sum = 0.0f;
-    for (int i = 1; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
-    for (int i = 0; i < n; ++i) x[i] = std::exp(x[i] - highest);
-    for (int i = 0; i < n; ++i) sum += x[i];
-    for (int i = 0; i < n; ++i) x[i] /= sum;
+    const float inverse = 1.0f / exponentials(x, n);
+    for (int i = 0; i < n; ++i) x[i] *= inverse;
 }
 
 struct Work {
@@ -242,7 +217,7 @@ struct Work {
             for (int row = 0; row < s.rows; ++row) {
                 const float *gate = wide.data() + int64_t(row) * 2 * m.feed_width, *up = gate + m.feed_width;
                 float *to = y.data() + int64_t(row) * m.feed_width;
-                for (int i = 0; i < m.feed_width; ++i) to[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+                gated(gate, up, to, m.feed_width);
             }
             site(layer, 3, l.down, nullptr, y.data(), out.data(), m.feed_width, of_width, 1);
             add_out();

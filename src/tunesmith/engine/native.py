@@ -24,6 +24,7 @@ from tunesmith.engine.blocks import BLOCK_TOKENS
 from tunesmith.engine.kvcache import KVCache, Span
 
 SOURCE = Path(__file__).with_name("decode.cpp")
+INCLUDED = (SOURCE.with_name("lanes.h"),)
 MOST_ROWS = 64
 """Up to so many sequences this is faster than torch's step (benchmarks/decode.py)."""
 ROWS_A_THREAD = 2
@@ -185,7 +186,7 @@ def native_step(weights: Decoder, cache: KVCache) -> NativeStep | None:
     """What does the steps of a base; None where nothing here can."""
     if not isinstance(weights, Llama) or not covers(weights):
         return None
-    library = compiled.load(SOURCE)
+    library = compiled.load(SOURCE, *INCLUDED)
     return None if library is None else NativeStep(library, weights, cache)
 
 

@@ -30,6 +30,7 @@ from tunesmith.engine.handles import handle_of
 from tunesmith.engine.kvcache import KVCache
 from tunesmith.engine.messages import Ended, Event, Produced
 from tunesmith.engine.native import MOST_ROWS, NativeStep, native_step
+from tunesmith.engine.prompts import PromptStep, prompt_step
 from tunesmith.engine.scheduler import Chunk, Scheduler
 from tunesmith.engine.tiled import TiledAdapter, TiledStep
 from tunesmith.rundir import holds_all_weights
@@ -55,10 +56,12 @@ class LoadedBase:
         self.stacks = AdapterStacks()
         self.tiled: TiledStep | None = None
         self.native: NativeStep | None = None
+        self.prompts: PromptStep | None = None
         if cache.dtype == torch.bfloat16 and isinstance(weights, Llama) and tiled.covers(weights):
             self.tiled = TiledStep(weights, cache, eight=eight)
         else:
             self.native = native_step(weights, cache)
+            self.prompts = prompt_step(weights, cache)
 
     @classmethod
     def load(
@@ -251,8 +254,11 @@ class Runner:
             chunks, mixture = _arrange(base.stacks, chunks)
             tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
             token_ids_N = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=self._device)
-            attention = base.cache.attend(chunks)
-            hidden_ND = base.weights.hidden(token_ids_N, attention.positions_N, attention, mixture)
+            if base.prompts is not None:
+                hidden_ND = base.prompts.hidden(token_ids_N, chunks, mixture)
+            else:
+                attention = base.cache.attend(chunks)
+                hidden_ND = base.weights.hidden(token_ids_N, attention.positions_N, attention, mixture)
 
         ends = list(itertools.accumulate(chunk.length for chunk in chunks))
         for chunk, end in zip(chunks, ends, strict=True):
