@@ -83,7 +83,7 @@ def random_llama(config: LlamaConfig, generator: torch.Generator) -> Llama:
     layers = [
         Layer(
             attention_norm_D=torch.ones(config.width),
-            qkv=matrix(config.query_width + 2 * config.key_width, config.width),
+            qkv_parts=[matrix(config.query_width + 2 * config.key_width, config.width)],
             qkv_bias=None,
             q_norm_d=None,
             k_norm_d=None,

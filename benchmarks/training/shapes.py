@@ -40,7 +40,7 @@ class ModelShape:
 
     @property
     def adapter_weights(self) -> int:
-        """Of the adapters of one decoder layer: as many columns and rows as each linear layer has inputs and outputs."""
+        """Of the adapters of one decoder layer: a rank's worth of inputs and outputs for each linear layer."""
         keys = self.width // self.heads * self.kv_heads
         attention = 4 * self.width + 2 * (self.width + keys)
         return RANK * (attention + 3 * (self.width + self.feed_forward_width))
@@ -148,10 +148,10 @@ def read_tokens(path: Path) -> list[Tokens]:
 def useful_flops(model: ModelShape, rows: Sequence[Tokens]) -> float:
     """The arithmetic that a pass over `rows`, forward and backward, asks of whoever trains: model FLOPs utilisation.
 
-    2 FLOPs a weight and token forward and 2 for the gradient of what it is given; frozen weights have no gradient of their
-    own, adapters, counted at their rank, 2 more. Causal attention 4 forward and 8 backward for each pair of tokens and
-    width, of which half are in the past. The head for predictions that carry loss alone. Padding, of rows or of ranks,
-    and what is computed a second time to save memory do not count, and neither do norms, gates and softmaxes.
+    2 FLOPs a weight and token forward and 2 for the gradient of what it is given; frozen weights have no gradient of
+    their own, adapters, counted at their rank, 2 more. Causal attention 4 forward and 8 backward for a pair of tokens
+    and width, of which half are in the past. The head for predictions that carry loss alone. Padding, of rows or of
+    ranks, and what is computed a second time to save memory do not count; nor do norms, gates and softmaxes.
     """
     total = 0.0
     for row in rows:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tunesmith.adapters.lora import Adapters, Layout, Linear, Site
 from tunesmith.decoder.base import Attend
+from tunesmith.decoder.mapped import stacked
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -146,7 +147,7 @@ class Layer:
     """The weights of one layer; products that read the same input are stacked along their outputs."""
 
     attention_norm_D: Tensor
-    qkv: Tensor  # [(H + 2K) d, D]
+    qkv_parts: Sequence[Tensor]  # [(H + 2K) d, D] in all
     qkv_bias: Tensor | None
     q_norm_d: Tensor | None
     k_norm_d: Tensor | None
@@ -154,6 +155,13 @@ class Layer:
     feed_norm_D: Tensor
     gate_up: Tensor  # [2 F, D]
     down: Tensor  # [D, F]
+
+    @property
+    def qkv(self) -> Tensor:
+        """[(H + 2K) d, D]. Parts read from a file are stacked when this is first asked for: not all need it."""
+        if len(self.qkv_parts) > 1:
+            self.qkv_parts = [stacked(self.qkv_parts)]
+        return self.qkv_parts[0]
 
 
 @dataclass(slots=True)
@@ -210,7 +218,7 @@ class Llama:
         layers = [
             Layer(
                 attention_norm_D=next(supply),
-                qkv=next(supply),
+                qkv_parts=[next(supply)],
                 qkv_bias=None if layer.qkv_bias is None else next(supply),
                 q_norm_d=None if layer.q_norm_d is None else next(supply),
                 k_norm_d=None if layer.k_norm_d is None else next(supply),
@@ -274,13 +282,13 @@ def from_state(config: LlamaConfig, state: dict[str, Tensor]) -> Llama:
         layers.append(
             Layer(
                 attention_norm_D=state[f"{prefix}input_layernorm.weight"],
-                qkv=torch.cat(attention),
+                qkv_parts=attention,
                 qkv_bias=torch.cat(biases) if biases else None,
                 q_norm_d=state[f"{prefix}self_attn.q_norm.weight"] if config.qk_norm else None,
                 k_norm_d=state[f"{prefix}self_attn.k_norm.weight"] if config.qk_norm else None,
                 o=state[f"{prefix}self_attn.o_proj.weight"],
                 feed_norm_D=state[f"{prefix}post_attention_layernorm.weight"],
-                gate_up=torch.cat([state[f"{prefix}mlp.{part}_proj.weight"] for part in ("gate", "up")]),
+                gate_up=stacked([state[f"{prefix}mlp.{part}_proj.weight"] for part in ("gate", "up")]),
                 down=state[f"{prefix}mlp.down_proj.weight"],
             )
         )

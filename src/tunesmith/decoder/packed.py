@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tunesmith import compiled
 from tunesmith.decoder.llama import Llama, rotation
+from tunesmith.decoder.mapped import release, stacked
 
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("packed.h", "tiles.h", "bf16.h"))
 """What sources that work on packed models include."""
@@ -86,10 +87,11 @@ def covers(model: Llama) -> bool:
     """Whether the widths of `model` are whole blocks, and its weights fp32 in memory of the processor."""
     config = model.config
     widths = (config.width, config.head_width, config.feed_forward_width)
+    weights = (model.embedding_VD, *(layer.down for layer in model.layers))  # the others are as they are
     return (
         not config.qk_norm
         and all(width % GRID == 0 for width in widths)
-        and all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in model.parameters())
+        and all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
     )
 
 
@@ -97,7 +99,10 @@ class PackedLlama:
     """The weights of a model, packed. Threads may share it."""
 
     def __init__(self, library: ctypes.CDLL, model: Llama, *, trained: bool, room: Room = _plain) -> None:
-        """`covers(model)`; with `trained` also for the way back, which takes as much again. `room`: for the weights."""
+        """`covers(model)`; with `trained` also for the way back, which takes as much again. `room`: for the weights.
+
+        The memory of weights in mapped files is given back as they are packed.
+        """
         self._library = library
         self._room = room
         self._trained = trained
@@ -106,12 +111,14 @@ class PackedLlama:
         config = model.config
         layers = (_Layer * config.layers)()
         for native_layer, layer, sites in zip(layers, model.layers, config.layout.layers, strict=True):
-            weights = (layer.qkv, layer.o, layer.gate_up, layer.down)
+            weights = (stacked(layer.qkv_parts), layer.o, layer.gate_up, layer.down)
             gains = (layer.attention_norm_D, None, layer.feed_norm_D, None)
             outputs = ([linear.outputs for linear in linears] for linears in sites.values())
             native_layer.sites = (_Site * 4)(*map(self._site, weights, gains, outputs))
             native_layer.bias = self._address(layer.qkv_bias)
+            release([*layer.qkv_parts, *weights[1:]])
         forward, backward = self._pack(model.head_VD, None)
+        release([model.head_VD])
         turns = rotation(torch.arange(config.context_tokens + 1), config, torch.float32)
         cos, sin = (x[:, 0, : config.head_width // 2].contiguous() for x in turns)
         self.native = Model(
