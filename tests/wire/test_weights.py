@@ -13,7 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests.engine.models import make_adapter, plain_logprobs
 from tests.tiny import make_tiny_base
@@ -21,6 +23,7 @@ from tests.wire.harness import client_of, create_job, error_of, finish, parts_of
 from tunesmith.decoder import gguf_file
 from tunesmith.decoder.llama import load
 from tunesmith.server import Parts
+from tunesmith.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.anyio
 PROMPT = [17, 300, 4_000, 5, 6, 7]
@@ -67,6 +70,14 @@ def expected(base: Path, adapter: Path | None) -> list[float]:
     return [float(table[place, token]) for place, token in enumerate(PROMPT[1:])]
 
 
+@torch.inference_mode()
+def plain_transformers(model: torch.nn.Module) -> list[float]:
+    """Log-probabilities of PROMPT's tokens after the first."""
+    ids = torch.tensor([PROMPT])
+    table = model.eval()(input_ids=ids).logits[0].float().log_softmax(-1)
+    return [float(table[place, token]) for place, token in enumerate(PROMPT[1:])]
+
+
 async def test_out_and_in_again_in_every_form_says_the_same(
     client: httpx.AsyncClient, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +114,35 @@ async def test_out_and_in_again_in_every_form_says_the_same(
     assert "`ada` has no adapter" in error_of(refused)["message"]
     assert (await client.delete(f"/v1/models/{model['id']}")).json()["deleted"] is True
     assert (await client.get(f"/v1/models/{model['id']}/weights")).status_code == 404
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers for it
+async def test_peft_and_transformers_on_the_other_side(
+    client: httpx.AsyncClient, tiny_base: Path, tmp_path: Path
+) -> None:
+    """An adapter that PEFT saved comes in; what goes out, PEFT and transformers load and say the same."""
+    options = LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    theirs = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_base), options)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:  # zeros, as they are made
+                parameter.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    said = plain_transformers(theirs)
+    assert said != pytest.approx(expected(tiny_base, None), abs=0.1)
+    name = (await bring(client, package(tmp_path / "theirs"))).json()["id"]
+    assert await numbers(client, name) == pytest.approx(said, abs=NATS)
+    for kind in ("adapter", "merged"):
+        got = await client.get(f"/v1/models/{name}/weights", params={"format": kind})
+        with zipfile.ZipFile(io.BytesIO(got.content)) as opened:
+            opened.extractall(tmp_path / kind)
+    again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_base), str(tmp_path / "adapter"))
+    assert plain_transformers(again) == pytest.approx(said, abs=NATS)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert plain_transformers(merged) == pytest.approx(said, abs=NATS)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode("yes") == Tokenizer.from_folder(tiny_base).encode(
+        "yes"
+    )
 
 
 async def test_out_as_gguf_the_file_says_the_same(client: httpx.AsyncClient, tiny_base: Path, tmp_path: Path) -> None:
