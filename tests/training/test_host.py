@@ -258,6 +258,53 @@ def test_a_dropped_run_writes_nothing_more(tiny_base: Path, tmp_path: Path) -> N
     assert {name: (other.path / name).read_bytes() for name in before} == before
 
 
+def test_one_of_a_busy_group_is_let_go_of_within_two_seconds_and_the_others_keep_their_bytes(
+    alone: list[RunDir], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = _runs(tmp_path, tiny_base)
+    asked = replace(PLAIN, batch_size=64, prompt_loss_weight=1.0)
+    busy = [
+        make_run(tmp_path / f"busy-{index}", tiny_base, train=examples(128), hyperparameters=asked)
+        for index in range(4)
+    ]  # each step of theirs has as many tokens as the pass of a processor holds
+    for run_dir in busy:
+        run_dir.write_spec(replace(run_dir.read_spec(), precision="bfloat16"))
+    reading, writing = os.pipe()
+    learn, steps, dropped_at = Learner.learn, 0, 0.0
+
+    def learn_and_drop(self: Learner, lessons: list[Lesson]) -> list[Tally]:
+        nonlocal steps, dropped_at
+        steps += 1
+        if steps == 3:  # while the step of all is under way
+            os.write(writing, f"drop {busy[2].path}\n".encode())
+            dropped_at = time.process_time()
+        return learn(self, lessons)
+
+    monkeypatch.setattr(Learner, "learn", learn_and_drop)
+
+    took_s = None
+    with Shared(time.monotonic) as shared:
+        host = Host(shared, lambda: False, Orders(reading))
+        for run_dir in [*busy, *runs]:
+            host.take(run_dir)
+        while host.working:
+            host.step()
+            if took_s is None and busy[2].released.exists():
+                took_s = time.process_time() - dropped_at
+    os.close(writing)
+    os.close(reading)
+
+    assert took_s is not None
+    assert took_s < 2.0  # of processor time: what else runs on the machine is no matter here
+    assert _steps(busy[2]) == 2
+    assert busy[2].read_outcome() is None
+    for run_dir in (busy[0], busy[1], busy[3]):
+        assert (run_dir.path / "results.csv").read_bytes() == (busy[0].path / "results.csv").read_bytes()
+        assert _steps(run_dir) == 4
+    for run_dir, expected in zip(runs, alone, strict=True):
+        _assert_same(run_dir, expected)
+
+
 def test_orders_are_read_as_they_come() -> None:
     reading, writing = os.pipe()
     orders = Orders(reading)
