@@ -138,6 +138,45 @@ def test_an_option_that_is_not_computed_is_refused(tiny_base: Path, tmp_path: Pa
         checkpoint.load(tmp_path, llama.load(tiny_base).config.layout)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("r", "4"),
+        ("r", 0),
+        ("r", 10**12),
+        ("r", True),
+        ("lora_alpha", None),
+        ("lora_alpha", float("inf")),
+        ("target_modules", 3),
+        ("target_modules", [1]),
+    ],
+)
+def test_an_option_that_is_no_such_thing_is_named(tiny_base: Path, tmp_path: Path, option: str, value: object) -> None:
+    _save_tiny(tiny_base, tmp_path)
+    _change_config(tmp_path, **{option: value})
+
+    with pytest.raises(ValueError, match=f"{option} must be .* it is "):
+        checkpoint.load(tmp_path, llama.load(tiny_base).config.layout)
+
+
+@pytest.mark.parametrize(("content", "reason"), [("[]", "no JSON object but a list"), ("[" * 99_999, "is not JSON")])
+def test_a_config_that_is_none_is_refused(tiny_base: Path, tmp_path: Path, content: str, reason: str) -> None:
+    _save_tiny(tiny_base, tmp_path)
+    (tmp_path / checkpoint.CONFIG).write_text(content)
+
+    with pytest.raises(ValueError, match=reason):
+        checkpoint.load(tmp_path, llama.load(tiny_base).config.layout)
+
+
+def test_a_pattern_that_would_never_end_is_not_tried(tiny_base: Path, tmp_path: Path) -> None:
+    _save_tiny(tiny_base, tmp_path)
+    _change_config(tmp_path, target_modules=r"(.*.*)*(.*.*)*(.*.*)*x")
+
+    loaded, _ = checkpoint.load(tmp_path, llama.load(tiny_base).config.layout)
+
+    assert len(list(loaded.covered())) == 8
+
+
 def test_a_missing_layer_a_stray_tensor_and_a_damaged_file_are_named(tiny_base: Path, tmp_path: Path) -> None:
     _save_tiny(tiny_base, tmp_path)
     weights = tmp_path / checkpoint.WEIGHTS

@@ -6,8 +6,8 @@ Knows files and names. Reads safetensors only: a pickled `adapter_model.bin` cou
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,24 @@ _PLAIN_OPTIONS: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, []),
 }
 """Options of PEFT that change what an adapter computes, with the values that leave it as it is here."""
+
+MAX_RANK = 4_096
+"""Layers that an adapter leaves alone get zeros of its rank: a larger one from elsewhere could fill the memory."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _names_modules(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+_NEEDED_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda value: type(value) is int and 0 < value <= MAX_RANK, f"a whole number from 1 to {MAX_RANK}"),
+    "lora_alpha": (_is_number, "a number"),
+    "target_modules": (_names_modules, "a list of names, or a pattern"),
+}
 
 
 def save(lora: Lora, folder: Path, *, base_name_or_path: str, rank: int, alpha: float) -> None:
@@ -76,13 +94,12 @@ def load(folder: Path, layout: Layout) -> tuple[Lora, dict[str, Any]]:
     """The adapter in `folder` for a base of that layout, fp32 on the CPU, and its configuration.
 
     Raises FileNotFoundError without safetensors, and ValueError naming what an adapter here cannot have: a kind other
-    than LoRA, an option of `_PLAIN_OPTIONS`, a module unknown to the base, a tensor that is missing or of the wrong
-    shape, a damaged file. Linear layers that its `target_modules` do not name get factors of zeros.
+    than LoRA, an option of `_PLAIN_OPTIONS` or one that is no such thing, a module unknown to the base, a tensor that
+    is missing or of the wrong shape, a damaged file. Linear layers that it does not cover get factors of zeros.
     """
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"no {WEIGHTS} in {folder}; pickled weights are never read")
-    config = json.loads((folder / CONFIG).read_text())
-    _check_options(folder, config)
+    config = _config(folder)
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
     try:
@@ -92,15 +109,16 @@ def load(folder: Path, layout: Layout) -> tuple[Lora, dict[str, Any]]:
 
     factors: tuple[dict[str, LowRank], ...] = tuple({} for _ in layout.layers)
     for layer, linear in layout.linears():
-        if _is_target(config, f"{layout.path}.{layer}.{linear.name}"):
-            keys = [_key(layout, layer, linear.name, letter) for letter in "AB"]
+        keys = [_key(layout, layer, linear.name, letter) for letter in "AB"]
+        if _is_target(config, f"{layout.path}.{layer}.{linear.name}", keys, state):
             factors[layer][linear.name] = _take(folder, state, keys, linear, rank)
         else:
             factors[layer][linear.name] = LowRank(torch.zeros(rank, linear.inputs), torch.zeros(linear.outputs, rank))
     embedding = None
-    if layout.embedding is not None and _is_target(config, layout.embedding.name):
+    if layout.embedding is not None:
         keys = [_embedding_key(layout, letter) for letter in "AB"]
-        embedding = _take(folder, state, keys, layout.embedding, rank)
+        if _is_target(config, layout.embedding.name, keys, state):
+            embedding = _take(folder, state, keys, layout.embedding, rank)
     if state:
         raise ValueError(
             f"{folder / WEIGHTS} holds tensors of no module that it covers: {', '.join(sorted(state)[:3])}"
@@ -108,11 +126,14 @@ def load(folder: Path, layout: Layout) -> tuple[Lora, dict[str, Any]]:
     return Lora(layout, factors, scale, embedding), config
 
 
-def _is_target(config: dict[str, Any], name: str) -> bool:
-    """Whether the adapter covers a module. Source: PEFT `check_target_module_exists`."""
+def _is_target(config: dict[str, Any], name: str, keys: Sequence[str], state: Mapping[str, Tensor]) -> bool:
+    """Whether the adapter covers a module. Source: PEFT `check_target_module_exists`.
+
+    A pattern is taken at its word that it covers what the file holds: one from elsewhere may take for ever to match.
+    """
     targets = config["target_modules"]
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return any(key in state for key in keys)
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -125,12 +146,23 @@ def _embedding_key(layout: Layout, letter: str) -> str:
     return f"base_model.model.{layout.embedding.name}.lora_embedding_{letter}"
 
 
-def _check_options(folder: Path, config: dict[str, Any]) -> None:
+def _config(folder: Path) -> dict[str, Any]:
+    """What `adapter_config.json` says, once every option that matters is known to be one that is computed."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / CONFIG} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} holds no JSON object but a {type(config).__name__}")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r} is not supported, only 'LORA'")
     for option, plain in _PLAIN_OPTIONS.items():
         if config.get(option) not in plain:
             raise ValueError(f"{folder / CONFIG}: {option} = {config[option]!r} is not supported, only {plain[0]!r}")
+    for option, (holds, rule) in _NEEDED_OPTIONS.items():
+        if not holds(config.get(option)):
+            raise ValueError(f"{folder / CONFIG}: {option} must be {rule}; it is {config.get(option)!r}")
+    return config
 
 
 def _take(folder: Path, state: dict[str, Tensor], keys: Sequence[str], linear: Linear, rank: int) -> LowRank:
