@@ -64,6 +64,8 @@ DISPATCHER_SILENT_S = 60.0
 """A dispatcher that has not ticked for so long is not ready; one tick may wait for the engine to load a model."""
 PARITY_WITHIN_S = 300.0
 """An engine that has not scored the parity rows by then is stuck; the dispatcher must not be, and asks again later."""
+WARM_WITHIN_S = 10.0
+"""So long a model's announcement waits for the model to be loaded, where every place is taken."""
 SEED_BITS = 63
 OPEN_NETWORK_KEY_CHARACTERS = 20
 """Fewer could be guessed by whoever can send requests; nothing slows guesses down."""
@@ -127,6 +129,13 @@ def build(
     jobs = Jobs(store, files, models, bases, events, settings.max_concurrent_runs)
     logger.info("swept files=%d adapters=%d", files.sweep(), models.sweep())
     engine = _make_engine(settings, bases, engine_process)
+    completer = Completer(
+        engine,
+        max_resident_adapters=settings.max_resident_adapters,
+        max_resident_full_models=settings.max_resident_full_models,
+        max_sequences=settings.max_sequences,
+        new_seed=lambda: secrets.randbits(SEED_BITS),
+    )
     dispatcher = Dispatcher(
         jobs=jobs,
         files=files,
@@ -141,6 +150,7 @@ def build(
         trainer_threads=settings.trainer_threads,
         checkpoint_interval_s=settings.checkpoint_interval_s,
         lease_s=settings.lease_s,
+        warm=_warm(completer, loop),
     )
     trackers = Trackers(jobs, events, Trackings(store, events), home / "tracking")
     spool = home / "uploads"
@@ -151,13 +161,7 @@ def build(
         models=models,
         jobs=jobs,
         events=events,
-        completer=Completer(
-            engine,
-            max_resident_adapters=settings.max_resident_adapters,
-            max_resident_full_models=settings.max_resident_full_models,
-            max_sequences=settings.max_sequences,
-            new_seed=lambda: secrets.randbits(SEED_BITS),
-        ),
+        completer=completer,
         weights=Weights(models, engine, spool=spool, limit_bytes=settings.max_upload_bytes),
         clock=store.clock,
         new_id=store.new_id,
@@ -286,6 +290,20 @@ def _parity(settings: Settings, engine: Engine, loop: asyncio.AbstractEventLoop)
             raise
 
     return check
+
+
+def _warm(completer: Completer, loop: asyncio.AbstractEventLoop) -> Callable[[Path, Path], None]:
+    """Loads what the dispatcher thread is about to announce; on the event loop, as all that is loaded."""
+
+    def warm(base_dir: Path, adapter_dir: Path) -> None:
+        asked = asyncio.run_coroutine_threadsafe(completer.warm(base_dir, adapter_dir), loop)
+        try:
+            asked.result(WARM_WITHIN_S)
+        except (TimeoutError, ValueError, TunesmithError) as error:
+            asked.cancel()  # its first call will load it, or say why not
+            logger.warning("model not loaded before it was announced folder=%s reason=%r", adapter_dir.name, error)
+
+    return warm
 
 
 def _open_store(url: str) -> Store:

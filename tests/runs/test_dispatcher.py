@@ -245,6 +245,24 @@ def test_an_engine_that_is_starting_again_delays_a_job_and_does_not_fail_it(plat
     assert platform.get(job).status is JobStatus.SUCCEEDED
 
 
+def test_a_model_is_loaded_before_anybody_hears_of_it(platform: Platform) -> None:
+    job = platform.create()
+    seen = []
+
+    def warm(base_dir: Path, adapter_dir: Path) -> None:
+        seen.append((base_dir, sorted(path.name for path in adapter_dir.iterdir()), platform.get(job).status))
+
+    dispatcher = platform.dispatcher(InlineExecutor(finish), warm=warm)
+    for _ in range(2):
+        dispatcher.tick()
+
+    assert platform.get(job).status is JobStatus.SUCCEEDED
+    ((base_dir, files, status),) = seen
+    assert base_dir.is_dir()
+    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    assert status is JobStatus.RUNNING
+
+
 def test_leases_are_renewed_before_expired_ones_are_taken_over(platform: Platform) -> None:
     job = platform.create()
     dispatcher = platform.dispatcher(Watched(), max_concurrent_runs=2, lease_s=60.0)

@@ -275,8 +275,11 @@ class Jobs:
         results_csv: Path,
         trained_tokens: int,
         snapshots: Sequence[tuple[Snapshot, Path]] = (),
+        warm: Callable[[Path], None] = lambda folder: None,
     ) -> Job:
         """Make the adapter a model and the results a file, and end the job, all or nothing.
+
+        `warm` is called with the folder where the model will be, before anybody can ask for it.
 
         `snapshots` are the epochs that become models too, with their adapters. All is copied, so that after a crash it
         can be done again. Raises LeaseLost and StorageFull: then nothing of it is left.
@@ -290,6 +293,7 @@ class Jobs:
             checkpoints = {one: snapshot for one, (snapshot, _) in zip(checkpoint_ids, snapshots, strict=True)}
             file_id, size_bytes = self._files.keep(read_chunks(results_csv))
             undo.callback(self._files.discard, file_id)
+            warm(self._models.folder(model_id))
             try:
                 with self._store.transaction() as connection:
                     self._held(connection, claim)

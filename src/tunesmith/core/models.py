@@ -171,13 +171,17 @@ class Models:
             pass  # as it should be
         take_alias(connection, organization_id, name, job_id, int(self._store.clock()))
 
+    def folder(self, model_id: str) -> Path:
+        """Where a tuned model lies."""
+        return self._adapters / model_id
+
     def keep(self, adapter_dir: Path) -> str:
         """Copy a finished adapter to where models live; return the new model's id. `insert` or `discard` comes next.
 
         Durable before it returns. Raises StorageFull: then nothing is left.
         """
         model_id = self._store.new_id("model-")
-        folder = self._adapters / model_id
+        folder = self.folder(model_id)
         with full_disk_is_storage_full():
             folder.mkdir(parents=True)
         try:

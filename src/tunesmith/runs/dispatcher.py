@@ -98,6 +98,8 @@ class Dispatcher:
     tick_s: float = 0.25
     """Pause between rounds; a cancelled job's trainer is gone after about this long."""
     monotonic: Callable[[], float] = time.monotonic
+    warm: Callable[[Path, Path], None] = lambda base_dir, adapter_dir: None
+    """Loads a model that is about to be announced, so that its first call is answered at once. Never raises."""
     _gate_is_free: bool = field(default=True, init=False)
     """One job a round passes the gate: it takes seconds, and cancelled jobs and leases wait meanwhile."""
     _tidied_at: float = field(default=-math.inf, init=False)
@@ -335,6 +337,7 @@ class Dispatcher:
             results_csv=run.run_dir.results,
             trained_tokens=outcome.trained_tokens,
             snapshots=[(snapshot, folder.adapter) for snapshot, folder in run.run_dir.snapshots()],
+            warm=lambda folder: self.warm(Path(run.run_dir.read_spec().base_dir), folder),
         )
         self._part(run)
 

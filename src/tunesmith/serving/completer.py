@@ -145,6 +145,10 @@ class Completer:
             self._leave(n_sequences)
             raise
 
+    async def warm(self, base_dir: Path, adapter_dir: Path) -> None:
+        """Loads a model before anybody asks for it. Raises as `Residency.acquire`."""
+        (await self._residency.acquire(base_dir, adapter_dir)).release()
+
     def state(self, model: ModelRef) -> State:
         """Whether a model can answer at once."""
         return self._residency.state(model.base_dir, model.adapter_dir)
