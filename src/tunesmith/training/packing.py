@@ -9,6 +9,7 @@ C = those of them that predict completion tokens, H, K = query and key/value hea
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,38 +87,34 @@ def micro_batches(
 
 
 def _pack(rows: Sequence[Row], source: tuple[int, ...], prompt_loss_weight: float) -> MicroBatch:
-    width = max(len(row.token_ids) for row in rows)
-    token_ids: list[int] = []
-    token_of_cell: list[int] = []
-    cell_of_token: list[int] = []
-    positions: list[int] = []
+    token_ids = array("i")
     predicting: list[int] = []
     weights: list[float] = []
     completion: list[int] = []
-    for index, row in enumerate(rows):
-        start, length = len(token_ids), len(row.token_ids)
+    for row in rows:
         token_ids += row.token_ids
-        token_of_cell += [*range(start, start + length), *([0] * (width - length))]
-        cell_of_token += range(index * width, index * width + length)
-        positions += range(length)
         # The first token of a row has no predictor; the completion's first is predicted by the prompt's last.
         n_prompt = row.completion_start - 1 if prompt_loss_weight > 0 else 0
         n_weighed = n_prompt + row.n_completion
         completion += range(len(predicting) + n_prompt, len(predicting) + n_weighed)
-        predicting += range(start + length - 1 - n_weighed, start + length - 1)
+        predicting += range(len(token_ids) - 1 - n_weighed, len(token_ids) - 1)
         weights += [prompt_loss_weight] * n_prompt + [1.0] * row.n_completion
-    token_ids_N, predicting_M = torch.tensor(token_ids), torch.tensor(predicting)
+    token_ids_N, predicting_M = torch.frombuffer(token_ids, dtype=torch.int32).long(), torch.tensor(predicting)
+    row_lengths = tuple(len(row.token_ids) for row in rows)
+    length_B1 = torch.tensor(row_lengths)[:, None]
+    column_BT = torch.arange(max(row_lengths)).expand(len(rows), -1)
+    real_BT = column_BT < length_B1
     return MicroBatch(
         token_ids_N=token_ids_N,
-        positions_N=torch.tensor(positions),
-        token_of_cell_BT=torch.tensor(token_of_cell).view(len(rows), width),
-        cell_of_token_N=torch.tensor(cell_of_token),
+        positions_N=column_BT[real_BT],
+        token_of_cell_BT=(column_BT + length_B1.cumsum(0) - length_B1) * real_BT,
+        cell_of_token_N=real_BT.flatten().nonzero()[:, 0],
         predicting_M=predicting_M,
         target_M=token_ids_N[predicting_M + 1],
         weight_M=torch.tensor(weights),
         completion_C=torch.tensor(completion),
         completion_lengths=tuple(row.n_completion for row in rows),
-        row_lengths=tuple(len(row.token_ids) for row in rows),
+        row_lengths=row_lengths,
         source=source,
     )
 
