@@ -53,7 +53,7 @@ def test_a_template_gives_what_transformers_gives(
     assert got.text == expected
     assert got.has_marks
     ids = theirs.apply_chat_template(plain, chat_template=source, add_generation_prompt=True)["input_ids"]
-    assert (BOX.marked_ids(got.text) or [0]) == (ids or [0])
+    assert (BOX.prompt_ids(got.text, marked=True) or [0]) == (ids or [0])
 
 
 def test_the_plain_template_reads_like_a_play() -> None:

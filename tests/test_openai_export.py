@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tunesmith.chat_rows import NotChat, chat_rows
 from tunesmith.openai_export import Export, read_export, suffix_of
 
 OLD_NAME = "curie:ft-acme:sentiment-2023-01-31-10-20-30"
@@ -181,34 +180,3 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 )
 def test_suffix(name: str | None, suffix: str | None) -> None:
     assert suffix_of(name) == suffix
-
-
-def test_a_conversation_gives_a_row_for_each_answer() -> None:
-    talk = [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "Hi!"},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Bye."},
-        {"role": "assistant", "content": "Hm.", "weight": 0},
-        {"role": "user", "content": [{"type": "text", "text": "Bye!"}]},
-        {"role": "assistant", "content": "Goodbye."},
-    ]
-    first, second = chat_rows({"messages": talk})
-    assert first == {"prompt": "Be kind.\n\nUser: Hi!\nAssistant:", "completion": " Hello.\nUser:"}
-    assert second["prompt"].endswith("User: Bye.\nAssistant: Hm.\nUser: Bye!\nAssistant:")
-    assert second["completion"] == " Goodbye.\nUser:"
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {},
-        {"messages": "hello"},
-        {"messages": [{"role": "user", "content": "Hi!"}]},
-        {"messages": [{"role": "tool", "content": "4"}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-    ],
-)
-def test_what_is_no_conversation(row: Any) -> None:
-    with pytest.raises(NotChat):
-        list(chat_rows(row))

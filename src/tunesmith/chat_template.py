@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -91,14 +91,27 @@ class ChatTemplate:
         """The text after which the assistant's answer comes. Raises ValueError telling why the template refuses."""
         if self._template is None:
             return _plain(conversation)
+        return ChatPrompt(self._rendered(self._template, conversation, now, add_generation_prompt=True), has_marks=True)
+
+    def told(self, conversation: Conversation, *, now: datetime) -> str:
+        """A conversation that an answer has ended, with its marks. For templates alone; raises ValueError as `prompt`.
+
+        It begins with the prompt of what was said before, where the template is made to be trained with.
+        """
+        assert self._template is not None
+        return self._rendered(self._template, conversation, now, add_generation_prompt=False)
+
+    def _rendered(
+        self, template: Template, conversation: Conversation, now: datetime, *, add_generation_prompt: bool
+    ) -> str:
         messages = [
             {"role": one.role, "content": one.content} | ({} if one.name is None else {"name": one.name})
             for one in conversation.messages
         ]
         try:
-            text = self._template.render(
+            return template.render(
                 messages=messages,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
                 strftime_now=now.strftime,
@@ -107,7 +120,6 @@ class ChatTemplate:
             )
         except _FAULTS as error:
             raise ValueError(str(error)) from error
-        return ChatPrompt(text, has_marks=True)
 
 
 def template_source(folder: Path) -> str | None:

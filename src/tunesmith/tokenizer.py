@@ -27,6 +27,8 @@ TRIALS = (
 COMPOSED_BYTES = 3
 """So many bytes may become one where a tokenizer composes characters first: nine of a Korean syllable become three."""
 
+_NONE = itertools.repeat(False)
+"""No text holds its own marks."""
 _MISREAD = re.compile(rf"({METASPACE})|(?<=<)(?=0x[0-9A-F]{{2}}>)")
 """In a text: what a metaspace vocabulary would take for a space, and where it could take four characters for a byte."""
 
@@ -91,25 +93,19 @@ class Tokenizer:
         ids_of = ([self._spelt.get(piece, next(encoded)) for piece in pieces] for pieces in split)
         return [list(itertools.chain(*ids)) for ids in ids_of]
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, marked: bool = False) -> list[int]:
         """The ids of a prompt: what begins a text, then the text. An empty one that nothing begins: `end_of_text_id`.
 
-        Raises UnicodeEncodeError as `encode`.
+        A text that is `marked` holds its own marks: what begins a text is in it, or is not wanted. Raises
+        UnicodeEncodeError as `encode`.
         """
-        return self.prompt_ids_many([text])[0]
+        return self.prompt_ids_many([text], [marked])[0]
 
-    def prompt_ids_many(self, texts: Sequence[str]) -> list[list[int]]:
+    def prompt_ids_many(self, texts: Sequence[str], marked: Iterable[bool] = _NONE) -> list[list[int]]:
         """`prompt_ids` for each text; several times faster than one by one."""
-        opening = self._known.opening_ids
+        openings = (() if holds_it else self._known.opening_ids for holds_it in marked)
         encoded = self.encode_many([self._with_space(text) for text in texts])
-        return [[*opening, *ids] or [self.end_of_text_id] for ids in encoded]
-
-    def marked_ids(self, text: str) -> list[int]:
-        """The ids of a prompt that holds its own marks: what begins a text is in it, or is not wanted.
-
-        Raises UnicodeEncodeError as `encode`.
-        """
-        return self.encode(self._with_space(text)) or [self.end_of_text_id]
+        return [[*opening, *ids] or [self.end_of_text_id] for ids, opening in zip(encoded, openings, strict=False)]
 
     def prompt_pieces(self, token_ids: Sequence[int]) -> list[bytes | None]:
         """What each token of a prompt shows: None for one that the tokenizer itself puts before texts.

@@ -12,6 +12,7 @@ from sqlalchemy import select
 from tests.core.conftest import World, rows, trained
 from tunesmith.core.files import PURPOSES, SWEEP_AFTER_S, Files
 from tunesmith.core.schema import files
+from tunesmith.data.chat import Chat
 from tunesmith.data.formats import Example
 from tunesmith.errors import InvalidRequest, NotFound
 
@@ -33,7 +34,7 @@ def test_an_upload_is_kept_as_it_came(world: World) -> None:
     assert (file.status, file.status_details, file.created_unix) == ("processed", None, world.clock.now)
     assert world.files.get(world.owner, file.id) == file
     assert b"".join(world.files.content(world.owner, file.id)) == GOOD
-    assert list(world.files.examples(file)) == [Example("a ->", " b"), Example("c ->", " d")]
+    assert list(world.files.examples(file, Chat.plain())) == [Example("a ->", " b"), Example("c ->", " d")]
 
 
 def test_lists_are_oldest_first_and_filter_by_purpose(world: World) -> None:
@@ -210,7 +211,7 @@ def test_lost_bytes_are_told_in_words(world: World, tmp_path: Path) -> None:
     for call in (
         lambda: world.files.content(world.owner, file.id),
         lambda: world.files.fetch(file, tmp_path / "train.jsonl"),
-        lambda: world.files.examples(file),
+        lambda: world.files.examples(file, Chat.plain()),
     ):
         with pytest.raises(NotFound, match="no longer on the server"):
             call()

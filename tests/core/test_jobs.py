@@ -8,6 +8,7 @@ from sqlalchemy import select
 from tests.core.conftest import START_UNIX, World, rows, trained
 from tunesmith.core.jobs import FineTuneRequest, Job, JobStatus
 from tunesmith.core.schema import events, jobs
+from tunesmith.data.chat import Chat
 from tunesmith.data.formats import Example
 from tunesmith.errors import InvalidRequest, NotFound, TunesmithError
 
@@ -196,8 +197,8 @@ def test_what_is_deleted_between_check_and_insert_is_unknown(world: World, monke
     training = world.upload(SPORTS)
     examples = world.files.examples
 
-    def read_then_lose(file: object) -> list[Example]:
-        found = list(examples(training))
+    def read_then_lose(file: object, chat: Chat) -> list[Example]:
+        found = list(examples(training, chat))
         world.files.delete(world.owner, training.id)
         return found
 

@@ -151,7 +151,7 @@ def test_coming_home(server: Server, client: Client, export: Path) -> None:
     assert files["ft-first.json"]["purpose"] == "user_data"
     assert json.loads(client.content(files["ft-first.json"]["id"]))["fine_tuned_model"] == LEGACY
     rows = client.content(files["chat.jsonl"]["id"]).decode().splitlines()
-    assert json.loads(rows[0]) == {"prompt": "User: Hi!\nAssistant:", "completion": " Hello.\nUser:"}
+    assert json.loads(rows[0]) == {"messages": TALK}
     assert ids(client, "fine-tunes") == before[1]
 
     # A second time nothing changes; what is left out is named.

@@ -190,7 +190,8 @@ def _hunk(change: Change) -> list[str]:
 
 
 def _line(row: Example) -> str:
-    shown = Example(*(redacted(text, _NEVER_SHOWN, _masked) for text in (row.prompt, row.completion)))
+    prompt, completion = (redacted(text, _NEVER_SHOWN, _masked) for text in (row.prompt, row.completion))
+    shown = Example(prompt, completion)
     return b"".join(write_jsonl([shown])).decode().rstrip("\n")
 
 

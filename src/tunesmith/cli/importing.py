@@ -9,17 +9,17 @@ import filecmp
 import json
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.chat_rows import NotChat, chat_rows
 from tunesmith.cli.connection import connect
 from tunesmith.cli.output import Output, UsageError
 from tunesmith.cli.uploads import upload
 from tunesmith.client import ApiError, Client
 from tunesmith.core.requests import MAX_SUFFIX_CHARACTERS
+from tunesmith.data.chat import Chat
 from tunesmith.data.formats import read_examples
 from tunesmith.errors import InvalidRequest
 from tunesmith.openai_export import FINE_TUNE, RESULTS, Export, OldFile, OldJob, read_export
@@ -91,12 +91,7 @@ class _Homecoming:
             if file.path is None:
                 self._refuse(file.id, f"{file.id} ({name})", "its content is not in the folder")
                 continue
-            try:
-                content = _as_taken(file, self.beside)
-            except (ValueError, NotChat) as error:
-                self._refuse(file.id, f"{file.id} ({name})", str(error))
-                continue
-            self._bring_file(file.id, content, name, file.purpose)
+            self._bring_file(file.id, _as_taken(file, self.beside), name, file.purpose)
         for job in self.export.jobs:
             record = self.beside / f"{job.id}.json"
             record.write_text(json.dumps(job.record, indent=2, sort_keys=True))
@@ -239,7 +234,7 @@ def _check(content: Path, purpose: str) -> None:
     """As the server does when training data arrives. Raises InvalidRequest."""
     if purpose == FINE_TUNE:
         with content.open("rb") as lines:
-            for _ in read_examples(lines):
+            for _ in read_examples(lines, Chat.plain()):
                 pass
 
 
@@ -249,20 +244,13 @@ def _is_stale(model: Mapping[str, Any]) -> bool:
 
 
 def _as_taken(file: OldFile, beside: Path) -> Path:
-    """The content as this server takes it: plain results, and a row for each answer of a conversation.
-
-    Raises ValueError and NotChat with the reason where it cannot be made so.
-    """
+    """The content as this server takes it: results as they are, without base64."""
     assert file.path is not None
     with file.path.open("rb") as opened:
         head = opened.read(4096)
     plain = _decoded(head, file.path) if file.purpose == RESULTS else None
     if plain is not None:
         (beside / file.id).write_bytes(plain)
-        return beside / file.id
-    if file.purpose == FINE_TUNE and b'"messages"' in head.partition(b"\n")[0]:
-        with (beside / file.id).open("w") as rows:
-            rows.writelines(json.dumps(row) + "\n" for row in _chat_file_rows(file.path))
         return beside / file.id
     return file.path
 
@@ -276,16 +264,6 @@ def _decoded(head: bytes, path: Path) -> bytes | None:
     except (binascii.Error, ValueError):
         return None
     return plain if plain.startswith(b"step,") else None
-
-
-def _chat_file_rows(path: Path) -> Iterator[dict[str, str]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield from chat_rows(json.loads(line))
-                except (ValueError, NotChat) as error:
-                    raise NotChat(f"line {number}: {error}") from error
 
 
 def _command(body: Mapping[str, Any]) -> str:

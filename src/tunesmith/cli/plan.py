@@ -9,14 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tunesmith.api.body import Fields
 from tunesmith.api.fine_tunes import request_from_wire
 from tunesmith.cli.connection import connect
-from tunesmith.cli.datafile import base_and_folder, lengths_of, watching
+from tunesmith.cli.datafile import base_and_folder, watching
 from tunesmith.cli.home import home_settings
 from tunesmith.cli.jobs import fields_of
 from tunesmith.cli.output import Output, UsageError
@@ -26,20 +25,18 @@ from tunesmith.client import ServerUnreachable
 from tunesmith.core import requests
 from tunesmith.core.admission import admit
 from tunesmith.core.base_check import check_base as report_on
-from tunesmith.core.base_fit import check_base, count_tokens
+from tunesmith.core.base_fit import chat, check_base, count_all_tokens, count_tokens
 from tunesmith.core.bases import Bases
 from tunesmith.core.requests import FineTuneRequest, Start
 from tunesmith.data.advice import duration
 from tunesmith.data.analysis import Progress
-from tunesmith.data.formats import Example, read_examples, split_lines
+from tunesmith.data.formats import Chat, Example, read_examples, split_lines
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import ResolvedHyperparameters, steps_of
 from tunesmith.tokenizer import Tokenizer
 
 GIB = 1 << 30
 READ_BYTES = 1 << 20
-COUNTED_AT_ONCE = 1_000
-"""Examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +88,18 @@ def _plan(args: argparse.Namespace, request: FineTuneRequest, output: Output) ->
     check_base(request, base_name, folder)
 
     tokenizer = Tokenizer.from_folder(folder)
-    lengths = lengths_of(base, tokenizer)
     with _local(args, request.training_file) as training, _local(args, request.validation_file) as validation:
         examples = admit(
             request,
-            _read("training_file", training),
-            None if request.validation_file is None else _read("validation_file", validation),
+            _read("training_file", training, chat(folder)),
+            None if request.validation_file is None else _read("validation_file", validation, chat(folder)),
             count_tokens=lambda example: count_tokens(folder, example),
             limit_tokens=base.context_tokens,
             encode=tokenizer.encode_many,
         )
         with watching(output, "Counting tokens", training.stat().st_size) as progress:
-            read = _read("training_file", training, progress)
-            pairs = ((example.prompt, example.completion) for example in read)
-            tokens = 0
-            while some := list(islice(pairs, COUNTED_AT_ONCE)):
-                tokens += sum(lengths.count_tokens(some))
+            read = _read("training_file", training, chat(folder), progress)
+            tokens = count_all_tokens(folder, read)
     resolved = requests.resolve(request, examples, None if start is None else start.name)
     trained = tokens * resolved.n_epochs
     expected = speed(home, folder)
@@ -167,7 +160,7 @@ def _local(args: argparse.Namespace, name: str | None) -> Iterator[Path]:
         yield path
 
 
-def _read(param: str, path: Path, progress: Progress = lambda read_bytes: None) -> Iterator[Example]:
+def _read(param: str, path: Path, chat: Chat, progress: Progress = lambda read_bytes: None) -> Iterator[Example]:
     def chunks(file: BinaryIO) -> Iterator[bytes]:
         while chunk := file.read(READ_BYTES):
             yield chunk
@@ -175,7 +168,7 @@ def _read(param: str, path: Path, progress: Progress = lambda read_bytes: None) 
 
     try:
         with path.open("rb") as file:
-            yield from read_examples(split_lines(chunks(file)))
+            yield from read_examples(split_lines(chunks(file)), chat)
     except InvalidRequest as error:
         raise InvalidRequest(
             f"{param} {path.name} cannot be trained on as it is: {error.message} `tunesmith prepare` mends what can be "

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from tunesmith.core.architectures import OWN_MODEL_TYPES, OWN_TARGETS, ForwardPass, architecture_of
 from tunesmith.core.checkpoint_folder import read_config
 from tunesmith.core.requests import FineTuneRequest
+from tunesmith.data.chat import Chat
 from tunesmith.data.doctor import Codec
 from tunesmith.data.formats import Example
 from tunesmith.errors import InvalidRequest
 from tunesmith.tokenizer import Tokenizer
+
+COUNTED_AT_ONCE = 1_000
 
 
 def check_base(request: FineTuneRequest, base_name: str, folder: Path) -> None:
@@ -29,8 +34,28 @@ def check_base(request: FineTuneRequest, base_name: str, folder: Path) -> None:
 
 def count_tokens(folder: Path, example: Example) -> int:
     """Tokens of prompt and completion, as they are trained on."""
-    tokenizer = _tokenizer(folder)
-    return len(tokenizer.prompt_ids(example.prompt)) + len(tokenizer.encode(example.completion))
+    return count_all_tokens(folder, [example])
+
+
+def count_all_tokens(folder: Path, examples: Iterable[Example]) -> int:
+    """The sum of `count_tokens`, several times faster."""
+    tokenizer, left, count = _tokenizer(folder), iter(examples), 0
+    while block := list(islice(left, COUNTED_AT_ONCE)):
+        prompts = tokenizer.prompt_ids_many([one.prompt for one in block], [one.marked for one in block])
+        completions = tokenizer.encode_many([one.completion for one in block])
+        count += sum(map(len, prompts)) + sum(map(len, completions))
+    return count
+
+
+@lru_cache(maxsize=8)
+def chat(folder: Path) -> Chat:
+    """How the base reads conversations."""
+    try:
+        return Chat.of(folder)
+    except ValueError as error:
+        raise InvalidRequest(
+            f"Conversations cannot be put to the base {folder.name}: {error}.", param="model"
+        ) from error
 
 
 def codec(folder: Path) -> Codec:

@@ -20,6 +20,7 @@ from tunesmith.core.notices import about_upload
 from tunesmith.core.schema import files, jobs
 from tunesmith.core.statuses import LIVE
 from tunesmith.core.store import Store
+from tunesmith.data.chat import Chat
 from tunesmith.data.formats import Example, ExampleParser, LineSplitter, read_examples, split_lines
 from tunesmith.data.sample import Sample
 from tunesmith.errors import InvalidRequest, NotFound
@@ -122,9 +123,12 @@ class Files:
             connection.execute(update(files).where(files.c.id == file_id).values(status=DELETED))
         self._blobs.delete(file_id)
 
-    def examples(self, file: File) -> Iterator[Example]:
-        """The rows of a training file. Raises NotFound."""
-        return read_examples(split_lines(self._read(file)))
+    def examples(self, file: File, chat: Chat) -> Iterator[Example]:
+        """The examples of a training file, conversations in the words of `chat`. Raises NotFound.
+
+        Raises InvalidRequest for a conversation that those words cannot tell: the file was checked in others.
+        """
+        return read_examples(split_lines(self._read(file)), chat)
 
     def fetch(self, file: File, path: Path) -> None:
         """Copy the bytes to a local file, whole or not at all. Raises NotFound and StorageFull."""
@@ -204,7 +208,7 @@ class Files:
 
     def _checked(self, purpose: str, chunks: Iterable[bytes], sample: Sample) -> Iterator[bytes]:
         """Passes the chunks on, and examples to `sample`; raises InvalidRequest at the first that breaks a rule."""
-        splitter, parser = LineSplitter(), ExampleParser()
+        splitter, parser = LineSplitter(), ExampleParser(Chat.plain())
         size_bytes = 0
         for chunk in chunks:
             size_bytes += len(chunk)
@@ -216,11 +220,11 @@ class Files:
                 )
             if purpose == FINE_TUNE:
                 for line in splitter.feed(chunk):
-                    _take(parser.read(line), sample)
+                    sample.take(parser.read(line))
             yield chunk
         if purpose == FINE_TUNE:
             for line in splitter.end():
-                _take(parser.read(line), sample)
+                sample.take(parser.read(line))
             parser.end()
         elif not size_bytes:
             raise InvalidRequest("The file is empty. Check what was sent as `file`.", param="file")
@@ -230,11 +234,6 @@ def file_from_row(row: RowMapping, table: FromClause = files) -> File:
     """The file in a row that selects all columns of `table`, an alias of `files`."""
     values: dict[str, Any] = {name: row[table.c[name]] for name in File.__slots__}
     return File(**values)
-
-
-def _take(example: Example | None, sample: Sample) -> None:
-    if example is not None:
-        sample.add(example)
 
 
 def _check_purpose(purpose: str) -> None:

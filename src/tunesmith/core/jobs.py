@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tunesmith.core import requests
 from tunesmith.core.accounts import Caller
 from tunesmith.core.admission import admit
-from tunesmith.core.base_fit import check_base, codec, count_tokens
+from tunesmith.core.base_fit import chat, check_base, codec, count_all_tokens, count_tokens
 from tunesmith.core.bases import Bases
 from tunesmith.core.blobs import read_chunks
 from tunesmith.core.events import Events
@@ -384,8 +384,8 @@ class Jobs:
         trained, tried = Sample(), None if validation is None else Sample()
         training_examples = admit(
             request,
-            trained.of(self._files.examples(training)),
-            None if validation is None or tried is None else tried.of(self._files.examples(validation)),
+            trained.of(self._files.examples(training, chat(folder))),
+            None if validation is None or tried is None else tried.of(self._files.examples(validation, chat(folder))),
             count_tokens=lambda example: count_tokens(folder, example),
             limit_tokens=self._bases.get(model.base_name).context_tokens,
             encode=codec(folder).encode,
@@ -398,7 +398,7 @@ class Jobs:
         if base.price_per_1k_training_tokens == 0:
             return 0.0
         folder = self._bases.folder(base.name)
-        tokens = sum(count_tokens(folder, example) for example in self._files.examples(training))
+        tokens = count_all_tokens(folder, self._files.examples(training, chat(folder)))
         epochs = requests.resolve(request, training_examples).n_epochs
         return base.price_per_1k_training_tokens * tokens * epochs / 1_000
 

@@ -6,7 +6,7 @@ A file is read as it arrives, in flat memory: one line is held at a time, and no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,6 +16,9 @@ MAX_LINE_BYTES = 1 << 20
 """Hundreds of times what a model reads as one example; a longer line is a file of another kind."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 FIELDS = ("prompt", "completion")
+MESSAGES = "messages"
+CHAT_FIELDS = (MESSAGES, "parallel_tool_calls")
+"""The second is written by exports of today's service; it says nothing where there are no tools."""
 
 _EXPECTED = 'Each line holds one JSON object such as {"prompt": "...", "completion": "..."}.'
 
@@ -26,6 +29,12 @@ class Example:
 
     prompt: str
     completion: str
+    marked: bool = False
+    """Whether the prompt holds whatever begins a text for the model, as those of chat templates do."""
+
+
+Chat = Callable[[dict[str, Any]], Iterable[Example]]
+"""The examples of a row with `messages`. Raises ValueError with the reason if there is nothing to learn in it."""
 
 
 class LineSplitter:
@@ -67,28 +76,35 @@ class LineSplitter:
 class ExampleParser:
     """Lines in, examples out. Keeps count, to name the line that is wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, chat: Chat | None = None) -> None:
+        """Without `chat` conversations are refused."""
+        self._chat = chat
         self._line = 0
         self._blank_line: int | None = None
         self.examples = 0
         """How many have been read."""
 
-    def read(self, line: bytes) -> Example | None:
-        """The example of the next line, without its ending; None for a blank line, which may only follow the last.
+    def read(self, line: bytes) -> list[Example]:
+        """The examples of the next line, without its ending: one, or those of a conversation.
 
-        Raises InvalidRequest with param `file`, naming line and fault.
+        None are in a blank line, which may only follow the last. Raises InvalidRequest with param `file`, naming line
+        and fault.
         """
         self._line += 1
         if self._line == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)
         if not line.strip():
             self._blank_line = self._blank_line or self._line
-            return None
+            return []
         if self._blank_line is not None:
             _refuse(self._blank_line, "is blank. Remove it; blank lines may only stand at the end.")
-        example = _example(self._line, line)
-        self.examples += 1
-        return example
+        row = _object(self._line, line)
+        if self._chat is not None and MESSAGES in row:
+            examples = _conversation(self._line, row, self._chat)
+        else:
+            examples = [_example(self._line, row)]
+        self.examples += len(examples)
+        return examples
 
     def end(self) -> None:
         """Raises InvalidRequest if there was no example at all."""
@@ -104,17 +120,16 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield from splitter.end()
 
 
-def read_examples(lines: Iterable[bytes]) -> Iterator[Example]:
+def read_examples(lines: Iterable[bytes], chat: Chat | None = None) -> Iterator[Example]:
     """The examples of a JSONL file: UTF-8, one object a line with the strings `prompt` and `completion`.
 
+    With `chat`, also conversations, objects with `messages`.
     A byte order mark before and blank lines after are passed over. Raises InvalidRequest with param `file`, naming
     the line, counted from 1, and its fault; also for a file without any example.
     """
-    parser = ExampleParser()
+    parser = ExampleParser(chat)
     for line in lines:
-        example = parser.read(line)
-        if example is not None:
-            yield example
+        yield from parser.read(line)
     parser.end()
 
 
@@ -125,8 +140,22 @@ def write_jsonl(examples: Iterable[Example]) -> Iterator[bytes]:
         yield json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
-def _example(number: int, line: bytes) -> Example:
-    row = _object(number, line)
+def _conversation(number: int, row: dict[str, Any], chat: Chat) -> list[Example]:
+    for name in row:
+        if name not in CHAT_FIELDS:
+            _refuse(number, f"has a field {name[:40]!r} beside `messages`, which is not read. Remove it.")
+    try:
+        examples = list(chat(row))
+        for example in examples:
+            (example.prompt + example.completion).encode()
+    except UnicodeEncodeError:
+        _refuse(number, "has half a character in `messages`. Write it as a surrogate pair or as UTF-8.")
+    except ValueError as error:
+        _refuse(number, f"is no conversation to train on: {error}.")
+    return examples
+
+
+def _example(number: int, row: dict[str, Any]) -> Example:
     for name in FIELDS:
         if name not in row:
             _refuse(number, f"has no field `{name}`. {_EXPECTED}")

@@ -45,6 +45,11 @@ class Sample:
             self._left -= len(example.prompt) + len(example.completion)
             self._examples.append(example)
 
+    def take(self, examples: Iterable[Example]) -> None:
+        """The next rows."""
+        for example in examples:
+            self.add(example)
+
     def of(self, examples: Iterable[Example]) -> Iterator[Example]:
         """Passes rows on and takes the first of them."""
         for example in examples:

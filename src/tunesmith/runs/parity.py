@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunesmith.data.chat import Chat
 from tunesmith.data.formats import read_examples
 from tunesmith.engine.base import Engine, GenerateRequest, PromptScored, SamplingParams
 from tunesmith.rundir import RunDir, RunSpec
@@ -82,11 +83,13 @@ def check_text(run_dir: RunDir, spec: RunSpec) -> str | None:
 
     The trainer leaves the first rows of its file; here they are encoded as a request for a completion is.
     """
-    tokenizer = Tokenizer.from_folder(Path(spec.base_dir))
+    base_dir = Path(spec.base_dir)
+    tokenizer = Tokenizer.from_folder(base_dir)
     path = run_dir.validation_file if run_dir.validation_file.exists() else run_dir.training_file
     with path.open("rb") as lines:
-        for index, (row, example) in enumerate(zip(read_rows(run_dir), read_examples(lines), strict=False)):
-            prompt_ids = tuple(tokenizer.prompt_ids(example.prompt))
+        examples = read_examples(lines, Chat.of(base_dir))
+        for index, (row, example) in enumerate(zip(read_rows(run_dir), examples, strict=False)):
+            prompt_ids = tuple(tokenizer.prompt_ids(example.prompt, example.marked))
             asked = prompt_ids + tuple(tokenizer.encode(example.completion))
             if (asked, len(prompt_ids)) != (row.token_ids, row.completion_start):
                 return (

@@ -90,7 +90,7 @@ def _rendered(template: ChatTemplate, conversation: Conversation, now: datetime)
 
 def _encode_chat(request: CompletionRequest, tokenizer: Tokenizer, prompt: ChatPrompt) -> EncodedPrompt:
     _refuse_what_cannot_fit(request, tokenizer.fewest_tokens(prompt.text))
-    ids = (tokenizer.marked_ids if prompt.has_marks else tokenizer.prompt_ids)(prompt.text)
+    ids = tokenizer.prompt_ids(prompt.text, prompt.has_marks)
     return EncodedPrompt(tuple(ids), prompt.text, prompt.stops, prompt.unshown)
 
 

@@ -53,7 +53,7 @@ def encode_rows(
     rows: list[Row] = []
     left = iter(examples)
     while block := list(itertools.islice(left, _BLOCK)):
-        prompts = tokenizer.prompt_ids_many([example.prompt for example in block])
+        prompts = tokenizer.prompt_ids_many([one.prompt for one in block], [one.marked for one in block])
         completions = tokenizer.encode_many([example.completion for example in block])
         for prompt_ids, completion in zip(prompts, completions, strict=True):
             _check(len(rows) + 1, len(prompt_ids), len(completion), context_tokens, param)

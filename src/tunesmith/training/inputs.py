@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from tunesmith.adapters import checkpoint as adapter_checkpoint
 from tunesmith.adapters.lora import Lora, initial
+from tunesmith.data.chat import Chat
 from tunesmith.data.formats import read_examples
 from tunesmith.decoder import loading
 from tunesmith.decoder.base import Decoder
@@ -37,10 +41,42 @@ class Inputs:
     """What training changes, as it is before the first step."""
 
 
+class _Rows(list[Row]):
+    """Rows that can be referred to weakly. Nobody changes them: runs share them."""
+
+
+class Encoded:
+    """Rows of files, by the content of the file and what they were encoded with, as long as a run has them.
+
+    So runs side by side over one file, as when rates are tried, encode it once. Between runs nothing is kept
+    (docs/design/decisions/training-step.md).
+    """
+
+    def __init__(self) -> None:
+        self._known: WeakValueDictionary[tuple[bytes, Hashable], _Rows] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def rows(self, path: Path, using: Hashable, encode: Callable[[], list[Row]]) -> list[Row]:
+        """What `encode` gave for this content before, or gives now."""
+        with path.open("rb") as file:
+            key = hashlib.file_digest(file, "sha256").digest(), using
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = _Rows(encode())
+        return known
+
+
 def read_inputs(
-    run_dir: RunDir, spec: RunSpec, beat: Callable[[], None], base: Callable[[Path], ReadBase] | None = None
+    run_dir: RunDir,
+    spec: RunSpec,
+    beat: Callable[[], None],
+    base: Callable[[Path], ReadBase] | None = None,
+    encoded: Encoded | None = None,
 ) -> Inputs:
-    """Reads and checks all of them. `base`, where given, is `read_base`, or gives what that gave before.
+    """Reads and checks all of them. `base`, where given, is `read_base`, or gives what that gave before; `encoded` has
+    what runs beside read.
 
     Raises InvalidRequest where the data contradict the model or the hyperparameters, and with the reason for a base
     that cannot be trained here; OSError and ValueError for a parent adapter that cannot be read.
@@ -52,9 +88,15 @@ def read_inputs(
     beat()
     context_tokens = min(spec.context_tokens, model.config.context_tokens)
 
-    def read(path: Path, param: str) -> list[Row]:
+    known = Encoded() if encoded is None else encoded
+
+    def encode(path: Path, param: str) -> list[Row]:
         with path.open("rb") as lines:
-            return encode_rows(read_examples(lines), tokenizer, context_tokens=context_tokens, param=param, beat=beat)
+            examples = read_examples(lines, Chat.of(Path(spec.base_dir)))
+            return encode_rows(examples, tokenizer, context_tokens=context_tokens, param=param, beat=beat)
+
+    def read(path: Path, param: str) -> list[Row]:
+        return known.rows(path, (spec.base_dir, context_tokens), partial(encode, path, param))
 
     rows = read(run_dir.training_file, "training_file")
     validation = read(run_dir.validation_file, "validation_file") if run_dir.validation_file.exists() else []
