@@ -100,6 +100,10 @@ def test_a_line_without_end_is_refused_in_little_memory(tmp_path: Path, name: st
     assert peak_bytes < 24 << 20
 
 
+def test_conversations_need_no_preparing(tmp_path: Path) -> None:
+    assert "upload the file as it is" in refusal(write(tmp_path, "data.jsonl", '{"messages": []}\n' * 2))
+
+
 def test_a_nul_byte_is_refused_with_its_line(tmp_path: Path) -> None:
     assert refusal(write(tmp_path, "data.csv", b"prompt,completion\na,b\nc\0,d\n")).startswith("Line 3 of the file")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from tunesmith.data.formats import MESSAGES
 from tunesmith.errors import InvalidRequest
 
 BATCH_ROWS = 4_096
@@ -90,6 +91,12 @@ def _choose(names: Sequence[str], field_name: str, asked: str | None) -> str:
         for name in names:
             if name.lower() == field_name:
                 return name
+    if asked is None and MESSAGES in names:
+        raise InvalidRequest(
+            "The rows are conversations (`messages`), which need no preparing: upload the file as it is.",
+            param="file",
+            code="conversations",
+        )
     listed = ", ".join(f"`{name[:40]}`" for name in names[:SHOWN_ROWS]) or "none"
     raise InvalidRequest(
         f"The column/key `{wanted}` is missing; there are: {listed}. Name the right one with --{field_name}-column, or "
