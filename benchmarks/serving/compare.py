@@ -26,7 +26,7 @@ from benchmarks.common import conclude, table
 from benchmarks.serving import servers
 from benchmarks.serving.cases import CASES, INTERLEAVED, Case, Seconds
 from benchmarks.training import ours as training
-from benchmarks.training.forks import Competitor
+from benchmarks.training.forks import Competitor, Task
 from benchmarks.training.shapes import RANK
 from tests.engine.models import make_adapter
 
@@ -49,10 +49,10 @@ Rates = dict[str, dict[str, list[float]]]
 class Contestant:
     """An engine at one precision, with what it is asked."""
 
-    engine: str
-    precision: str
+    name: str
     cases: Sequence[Case]
-    start: Callable[[], AbstractContextManager[Seconds]]
+    rate: Callable[[Case, int], float]
+    """(case, round) -> requests, or tokens, a second of processor time."""
 
 
 def main() -> int:
@@ -66,16 +66,14 @@ def main() -> int:
         base = scratch / "base"
         training.make_base(MODEL, str(base))
         models = [make_adapter(base, scratch / "adapters" / str(i), seed=2 * i, rank=RANK) for i in range(ADAPTERS)]
-        called = list(_called(options, stack))
+        contestants = [*_called(options, stack, base), *_servers(options, stack, base, models, scratch)]
         for number in range(options.rounds):
-            for one in _servers(options, base, models, scratch / str(number)):
-                with one.start() as ask:
-                    for case in one.cases:
-                        _note(rates, one.engine, one.precision, case.name, case.rate(ask))
-            for engine, precision, peer in called:
-                task = {"engine": engine, "precision": precision, "base": str(base), "seed": number}
-                for name, rate in peer.perform(task).items():
-                    _note(rates, engine, precision, name, rate)
+            for case in (*CASES, *INTERLEAVED):  # one case of all, then the next: others may keep the machine busy
+                for one in contestants:
+                    if case in one.cases:
+                        rate = one.rate(case, number)
+                        print(f"{one.name}, {case.name}: {rate:.1f}", file=sys.stderr, flush=True)
+                        rates[one.name][case.name].append(rate)
     medians = {engine: {case: statistics.median(found) for case, found in by.items()} for engine, by in rates.items()}
     ratios = dict(_ratios(medians))
     if not options.json:
@@ -104,24 +102,30 @@ def _options() -> argparse.Namespace:
     return options.parse_args()
 
 
-def _servers(options: argparse.Namespace, base: Path, models: Sequence[Path], scratch: Path) -> Iterator[Contestant]:
+def _servers(
+    options: argparse.Namespace, stack: ExitStack, base: Path, models: Sequence[Path], scratch: Path
+) -> Iterator[Contestant]:
     """Ours serves the base and all tuned models at once; peers that slow down for adapters get a server without."""
-    scratch.mkdir()
+
+    def asked(name: str, cases: Sequence[Case], server: AbstractContextManager[Seconds]) -> Contestant:
+        ask = stack.enter_context(server)
+        print(f"{name} is there", file=sys.stderr, flush=True)
+        return Contestant(name, cases, lambda case, _: case.rate(ask))
+
     for precision in options.precision or PRECISIONS:
-        ours = partial(servers.ours, scratch / f"home-{precision}", base, precision, models)
-        yield Contestant("tunesmith", precision, (*CASES, *INTERLEAVED), ours)
-        if options.llama:
-            start = partial(servers.llama_cpp, options.llama, base, precision, scratch=scratch)
-            yield Contestant("llama.cpp", precision, CASES, partial(start, adapters=()))
-            yield Contestant("llama.cpp", precision, INTERLEAVED, partial(start, adapters=models))
-        if options.vllm and precision != "int8":
-            start = partial(servers.vllm, options.vllm, base, precision, scratch=scratch)
-            yield Contestant("vLLM", precision, CASES, partial(start, adapters=()))
-            yield Contestant("vLLM", precision, INTERLEAVED, partial(start, adapters=models))
+        ours = servers.ours(scratch / f"home-{precision}", base, precision, models)
+        yield asked(f"tunesmith {precision}", (*CASES, *INTERLEAVED), ours)
+        for cases, adapters in ((CASES, ()), (INTERLEAVED, models)):
+            if options.llama:
+                server = servers.llama_cpp(options.llama, base, precision, adapters, scratch)
+                yield asked(f"llama.cpp {precision}", cases, server)
+            if options.vllm and precision != "int8":
+                server = servers.vllm(options.vllm, base, precision, adapters, scratch)
+                yield asked(f"vLLM {precision}", cases, server)
 
 
-def _called(options: argparse.Namespace, stack: ExitStack) -> Iterator[tuple[str, str, Competitor]]:
-    """(engine, precision, process) of those that are called in their own process."""
+def _called(options: argparse.Namespace, stack: ExitStack, base: Path) -> Iterator[Contestant]:
+    """Those that are called in their own process, loaded anew for each case."""
     if options.peers is None:
         return
     plain = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -129,14 +133,16 @@ def _called(options: argparse.Namespace, stack: ExitStack) -> Iterator[tuple[str
     for engine in options.engine or CALLED:
         for precision in options.precision or PRECISIONS:
             if engine == "ctranslate2" or precision != "int8":
-                yield engine, precision, peer
+                task = {"engine": engine, "precision": precision, "base": str(base)}
+                yield Contestant(f"{engine} {precision}", CASES, partial(_performed, peer, task))
 
 
-def _note(rates: Rates, engine: str, precision: str, case: str, rate: float | str) -> None:
-    """Keeps a rate; an error, which is a rate of no case, is only shown."""
-    print(f"{engine} {precision}, {case}: {rate}", file=sys.stderr, flush=True)
-    if not isinstance(rate, str):
-        rates[f"{engine} {precision}"][case].append(rate)
+def _performed(peer: Competitor, task: Task, case: Case, number: int) -> float:
+    """0 for what the engine cannot do at this precision."""
+    result = peer.perform({**task, "case": case.name, "seed": number})
+    if "error" in result:
+        print(f"{task['engine']} {task['precision']}: {result['error']}", file=sys.stderr)
+    return float(result.get("rate", 0.0))
 
 
 def _ratios(medians: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, float]]:
@@ -150,7 +156,7 @@ def _ratios(medians: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, f
             }
             ours = [rate for engine, rate in alike.items() if engine.startswith("tunesmith")]
             theirs = [rate for engine, rate in alike.items() if not engine.startswith("tunesmith")]
-            if ours and theirs:
+            if ours and any(theirs):
                 yield f"{case.name}, {precision}", round(max(ours) / max(theirs), 2)
     for kind in ("classify x32", "generate x32"):
         for precision in PRECISIONS:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving.engines
 
-Runs in the environment of the peers; tasks come from `compare`, see `benchmarks.training.forks`. A task is one engine
-at one precision; its result has the rate of every case.
+Runs in the environment of the peers; tasks come from `compare`, see `benchmarks.training.forks`. A task is one case of
+one engine at one precision.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ Generate = Callable[[Sequence[Sequence[int]], int, bool], None]
 
 
 def perform(task: forks.Task) -> forks.Result:
-    """Tokens a second of every case."""
+    """The rate of a case."""
     torch.set_num_threads(1)
     engine, precision = task["engine"], task["precision"]
     base = Path(task["base"])
     generate = {"generate": _generate, "batching": _batching, "ctranslate2": _ctranslate2}[engine](base, precision)
     chance = random.Random(task["seed"])
     generate(_prompts(chance, 2, 32), 2, False)
-    return {case.name: case.rate(partial(_seconds, generate, chance)) for case in CASES}
+    case = next(case for case in CASES if case.name == task["case"])
+    return {"rate": case.rate(partial(_seconds, generate, chance))}
 
 
 def _prompts(chance: random.Random, count: int, length: int) -> list[list[int]]:

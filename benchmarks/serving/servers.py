@@ -51,7 +51,7 @@ def ours(home: Path, base: Path, precision: str, adapters: Sequence[Path]) -> It
 
 @contextmanager
 def llama_cpp(program: Path, base: Path, precision: str, adapters: Sequence[Path], scratch: Path) -> Iterator[Seconds]:
-    """`llama-server` on files written here; with adapters, each a `--lora` that counts only where it is asked for."""
+    """`llama-server` on files written here; with adapters, each a `--lora`, one of which a request asks for."""
     kind, model = GGUF[precision], load(base)
     path = scratch / f"{kind}.gguf"
     if not path.exists():
@@ -59,7 +59,7 @@ def llama_cpp(program: Path, base: Path, precision: str, adapters: Sequence[Path
         gguf_file.write(model, words, path, gguf_file.Precision(kind), name="base")
     files = [_adapter_as_gguf(model, adapter, scratch / f"{adapter.name}.gguf") for adapter in adapters]
     port = _free_port()
-    loras = ["--lora", ",".join(map(str, files)), "--lora-init-without-apply"] if files else []
+    loras = ["--lora", ",".join(map(str, files))] if files else []
     options = f"-c 16384 -np 32 -t 1 -tb 1 --poll 0 -b 2048 -ub 512 --host 127.0.0.1 --port {port}"
     command = [str(program), "-m", str(path), *options.split(), *loras]
 
