@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import make_tiny_base
 from tests.wire.harness import client_of, error_of, masked, parts_of, settings_for
+from tests.wire.published import check, needs_spec
 from tests.wire.test_completions import chunks_of
 from tunesmith.server import Parts
 
@@ -21,10 +21,6 @@ pytestmark = pytest.mark.anyio
 
 Body = dict[str, Any]
 HELLO = [{"role": "user", "content": "Hello"}]
-SPEC = Path(__file__).parents[3] / "shared" / "contract" / "openapi" / "openai-2026-08-21-newest-cut.yaml"
-"""OpenAI's description of its API: read where a copy lies beside the checkout."""
-
-
 WORDS = ["role", "content", "name", "type", "text", "user", "assistant", "refusal", "include_usage", "0", "17"]
 FIELDS = ["messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "best_of", "stop"]
 FIELDS += ["logprobs", "top_logprobs", "echo", "logit_bias", "presence_penalty", "seed", "stream_options", "tools"]
@@ -290,15 +286,8 @@ async def test_no_value_of_any_field_is_a_fault_of_ours(
         assert error_of(response)["message"]
 
 
-@pytest.mark.skipif(not SPEC.exists(), reason="no copy of the API description here")
+@needs_spec
 async def test_answers_keep_the_published_schema(shared: httpx.AsyncClient) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    yaml = pytest.importorskip("yaml")
-    spec = _as_json_schema(yaml.load(SPEC.read_text(), yaml.CSafeLoader))
-
-    def check(name: str, value: Body) -> None:
-        jsonschema.Draft202012Validator(spec | {"$ref": f"#/components/schemas/{name}"}).validate(value)
-
     asked: Body = {"max_tokens": 4, "logprobs": True, "top_logprobs": 2, "n": 2}
     check("CreateChatCompletionResponse", await chat(shared, **asked))
     check("CreateChatCompletionResponse", await chat(shared, max_tokens=1))
@@ -306,13 +295,3 @@ async def test_answers_keep_the_published_schema(shared: httpx.AsyncClient) -> N
     for chunk in chunks_of(await shared.post("/v1/chat/completions", json=body | asked)):
         check("CreateChatCompletionStreamResponse", chunk)
     check("CreateCompletionResponse", await complete(shared, prompt=["a", "b"], n=2, max_tokens=3, logprobs=2))
-
-
-def _as_json_schema(value: Any) -> Any:
-    """OpenAPI 3.0's `nullable` in words of JSON Schema."""
-    if isinstance(value, list):
-        return [_as_json_schema(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    plain = {key: _as_json_schema(item) for key, item in value.items() if key != "nullable"}
-    return {"anyOf": [plain, {"type": "null"}]} if value.get("nullable") is True else plain

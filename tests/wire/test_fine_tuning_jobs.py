@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tests.wire.harness import ROWS, error_of, finish, upload
+from tests.wire.published import check, needs_spec
 from tunesmith.core.jobs import Claim
 from tunesmith.rundir import ProgressLine, Snapshot
 from tunesmith.server import Parts
@@ -255,3 +256,19 @@ async def test_checkpoints(client: httpx.AsyncClient, parts: Parts, tmp_path: Pa
         "step_number": 4,
         "metrics": {"step": 4, "train_loss": 0.25, "full_valid_loss": 2.0},
     }
+
+
+@needs_spec
+async def test_answers_keep_the_published_schema(client: httpx.AsyncClient, parts: Parts, tmp_path: Path) -> None:
+    job = (await ask(client, metadata={"a": "b"}, suffix="x")).json()
+    check("FineTuningJob", job)
+    claim = start(parts)
+    parts.services.jobs.record(claim, [ProgressLine(1, "info", "Step 1/1: training loss=0.50", {"step": 1}, "metrics")])
+    check("FineTuningJob", (await client.get(f"{JOBS}/{job['id']}")).json())
+    finish(parts, claim, tmp_path)
+    check("FineTuningJob", (await client.get(f"{JOBS}/{job['id']}")).json())
+    await ask(client)
+    parts.services.jobs.fail(start(parts), "It could not be.")
+    check("ListPaginatedFineTuningJobsResponse", (await client.get(JOBS)).json())
+    check("ListFineTuningJobEventsResponse", (await client.get(f"{JOBS}/{job['id']}/events")).json())
+    check("ListFineTuningJobCheckpointsResponse", (await client.get(f"{JOBS}/{job['id']}/checkpoints")).json())

@@ -194,7 +194,7 @@ def event_to_wire(job_id: str, event: Event) -> dict[str, Any]:
         "level": event.level,
         "message": _reworded(event.message),
         "type": event.kind,
-        "data": event.data,
+        "data": event.data or {},
     }
 
 
