@@ -1,53 +1,85 @@
 // Factors of an adapter as the engine reads them: no wider than their rank, for with many adapters a step is as long as what
-// it reads.
+// it reads. In bf16, or with weights of 8 bits in 8 bits too.
 //
-// A part of A [R, I] is ceil(R / 16) columns of 16, each I / 32 tiles. A part of B [O, R] is O / 16 columns, each ceil(R / 2)
-// rows of pairs: what tiles read beyond them is multiplied by 0.
+// bf16: a part of A [R, I] is ceil(R / 16) columns of 16, each I / 32 tiles; a part of B [O, R] is O / 16 columns, each
+// ceil(R / 2) rows of pairs. 8 bits: the same columns by rows of four (int8.h), after their scales: those of A in fp32, those
+// of B in bf16. What tiles read beyond a column is multiplied by 0.
 
 #pragma once
 
 #include "../decoder/packed.h"
+#include "int8.h"
 
 namespace {
 
 struct Factors {
     const Model &m;
-    const int64_t rank, columns = (rank + 15) / 16, pairs = (rank + 1) / 2, deep = rounded_up(rank) / SIDE;
-    std::vector<int64_t> sites;  // where each begins, and their end
+    const bool eight;
+    const int64_t rank, columns = (rank + 15) / 16, pairs = (rank + 1) / 2, fours = (rank + 3) / 4;
+    const int64_t deep = eight ? rounded_deep(rank) / DEEP : rounded_up(rank) / SIDE;  // of what B reads, in tiles
+    std::vector<int64_t> sites;  // where each begins, and their end, in bytes
 
-    Factors(const Model &model, int64_t of_rank) : m(model), rank(of_rank), sites{0} {
-        for (int64_t index = 0; index < 4 * m.layers; ++index)
-            sites.push_back(sites.back() + a_size(site(index)) + outputs_of(site(index)) * pairs * 2);
-    }
-
-    const Site &site(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
-    int64_t a_size(const Site &of) const { return of.parts * columns * 16 * of.inputs; }
-    int64_t size() const { return sites.back() + BLOCK / 2; }  // tiles of the last rows of B end there
-
-    void pack(const float *flat, float scale, bf16 *to) const {
-        std::memset(to + sites.back(), 0, sizeof(bf16) * BLOCK / 2);
+    Factors(const Model &model, int64_t of_rank, bool in_eight) : m(model), eight(in_eight), rank(of_rank), sites{0} {
         for (int64_t index = 0; index < 4 * m.layers; ++index) {
             const Site &of = site(index);
-            for (int part = 0; part < of.parts; ++part, flat += rank * of.inputs)
-                to = pack_columns_of(flat, rank, of.inputs, of.gain, 1.0f, to);
-            for (int part = 0; part < of.parts; flat += of.outputs[part++] * rank)
-                to = pack_columns_of(flat, of.outputs[part], rank, nullptr, scale, to);
+            sites.push_back(sites.back() + scales_size(of) + of.parts * columns * a_column(of) +
+                            outputs_of(of) / 16 * b_column());
         }
     }
 
-    // A matrix [rows, depth] by columns of 16 rows.
-    static bf16 *pack_columns_of(const float *from, int64_t rows, int64_t depth, const float *gain, float scale, bf16 *to) {
-        for (int64_t row = 0; row < rows; row += 16)
-            for (int64_t i = 0; i < depth; i += SIDE) {
-                __m512i words[16];
-                for (int64_t j = 0; j < 16; ++j)
-                    words[j] = row + j < rows
-                                   ? halves(from + (row + j) * depth + i, depth - i, gain ? gain + i : gain, scale)
-                                   : _mm512_setzero_si512();
-                transpose(words);
-                for (int64_t j = 0; j < 16 && 2 * j < depth - i; ++j, to += SIDE) _mm512_storeu_si512(to, words[j]);
-            }
-        return to;
+    const Site &site(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
+    int64_t a_column(const Site &of) const { return 16 * (eight ? rounded_deep(of.inputs) : of.inputs * 2); }  // bytes
+    int64_t b_column() const { return (eight ? fours : pairs) * 64; }
+    int64_t scales_size(const Site &of) const {
+        return eight ? of.parts * columns * 16 * sizeof(float) + outputs_of(of) * sizeof(bf16) : 0;
+    }
+    int64_t size() const { return sites.back() + TILE_BYTES; }  // tiles of the last rows of B end there
+
+    // Where factors of a site are.
+    const float *a_scales(const uint8_t *packed, int64_t index) const {
+        return reinterpret_cast<const float *>(packed + sites[index]);
+    }
+    const bf16 *b_scales(const uint8_t *packed, int64_t index) const {
+        return reinterpret_cast<const bf16 *>(a_scales(packed, index) + site(index).parts * columns * 16);
+    }
+    const uint8_t *a(const uint8_t *packed, int64_t index) const { return packed + sites[index] + scales_size(site(index)); }
+    const uint8_t *b(const uint8_t *packed, int64_t index) const {
+        return a(packed, index) + site(index).parts * columns * a_column(site(index));
+    }
+
+    void pack(const float *flat, float scale, uint8_t *packed) const {
+        std::memset(packed + sites.back(), 0, TILE_BYTES);
+        for (int64_t index = 0; index < 4 * m.layers; ++index) {
+            const Site &of = site(index);
+            float *a_scale = const_cast<float *>(a_scales(packed, index)), b_scale[16];
+            bf16 *b_rounded = const_cast<bf16 *>(b_scales(packed, index));
+            uint8_t *to = const_cast<uint8_t *>(a(packed, index));
+            for (int part = 0; part < of.parts; ++part, flat += rank * of.inputs)
+                for (int64_t row = 0; row < rank; row += 16, to += a_column(of), a_scale += eight ? 16 : 0)
+                    if (eight)
+                        pack_eight(flat + row * of.inputs, rank - row, of.inputs, rounded_deep(of.inputs) / 4, to, a_scale);
+                    else
+                        pack_pairs(flat + row * of.inputs, rank - row, of.inputs, of.gain, 1.0f, to);
+            for (int64_t o = 0; o < outputs_of(of); o += 16, to += b_column(), flat += 16 * rank)
+                if (eight) {
+                    pack_eight(flat, 16, rank, fours, to, b_scale);
+                    for (int64_t j = 0; j < 16; ++j) store(b_rounded + o + j, b_scale[j] * scale);
+                } else {
+                    pack_pairs(flat, 16, rank, nullptr, scale, to);
+                }
+        }
+    }
+
+    // Rows 0 to 16, of which `rows` are there, of a matrix [.., depth] as a column of pairs.
+    static void pack_pairs(const float *from, int64_t rows, int64_t depth, const float *gain, float scale, uint8_t *to) {
+        for (int64_t i = 0; i < depth; i += SIDE) {
+            __m512i words[16];
+            for (int64_t j = 0; j < 16; ++j)
+                words[j] = j < rows ? halves(from + j * depth + i, depth - i, gain ? gain + i : gain, scale)
+                                    : _mm512_setzero_si512();
+            transpose(words);
+            for (int64_t j = 0; j < 16 && 2 * j < depth - i; ++j, to += 64) _mm512_storeu_si512(to, words[j]);
+        }
     }
 };
 

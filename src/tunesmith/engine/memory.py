@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import weakref
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -37,3 +39,18 @@ class Pieces:
             self._rest = empty(max(whole, SLAB_BYTES))
         piece, self._rest = self._rest[:size], self._rest[whole:]
         return piece
+
+
+class Slots:
+    """Memory for things of a few sizes that come and go: what one leaves is for the next of its size."""
+
+    def __init__(self) -> None:
+        self._pieces = Pieces()
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
+
+    def take(self, size: int, owner: object) -> Tensor:
+        """`size` bytes, until `owner` is gone."""
+        free = self._free[size]
+        slot = free.pop() if free else self._pieces(size)
+        weakref.finalize(owner, free.append, slot)
+        return slot

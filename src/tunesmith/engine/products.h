@@ -49,52 +49,72 @@ inline void take_rows(bool top, float *c) {
 // What products need beside their operands.
 struct Scratch {
     float *partial, *row;  // sums under way, [CHUNK, 32]; a token's state, [widest]
-    Bytes eight;
-    uint8_t *raised;       // a token's state in 8 bits, each number 128 more than it is
+    Bytes eight;           // the states of a product
 };
 
-Scratch take_scratch(Arena &arena, int64_t widest) {
-    const int64_t deep = rounded_deep(widest);
-    return {arena.take<float>(CHUNK * SIDE), arena.take<float>(deep),
-            {arena.take<int8_t>(CHUNK * deep), arena.take<float>(CHUNK), CHUNK}, arena.take<uint8_t>(deep)};
+inline Bytes take_bytes(Arena &arena, int64_t rows, int64_t columns) {
+    return {arena.take<int8_t>(rows * rounded_deep(columns)), arena.take<float>(rows), arena.take<int32_t>(rows), rows};
 }
 
-// The product of `live` tokens, whose states begin at `in`, with weights [outputs, inputs], times `gain` where their 8 bits
-// leave it out. Few tokens: one(panel, token, sums of 32). Many: then(panel, first of 32 tokens); the sums of bf16 are in
-// tiles then, those of 8 bits in `c`.
+inline Scratch take_scratch(Arena &arena, int64_t widest) {
+    return {arena.take<float>(CHUNK * SIDE), arena.take<float>(widest), take_bytes(arena, CHUNK, widest)};
+}
+
+// The states of `live` tokens in 8 bits, times `gain` where given, which is not in weights of 8 bits.
+inline void round_states(Panels in, int64_t columns, const float *gain, int64_t live, Bytes to) {
+    for (int64_t i = 0; i < live; ++i)
+        round_to_eight(
+            [&](int64_t j) {
+                const __m512 x = load_low(in.block(j / SIDE, i) + j % SIDE);
+                return gain ? times(x, _mm512_loadu_ps(gain + j)) : x;
+            },
+            columns, to, i);
+}
+
+// The product of `live` tokens, whose states begin at `in` (of 8 bits: are in `scratch`), with weights [outputs, inputs].
+// Few tokens: one(panel, token, sums of 32). Many: then(panel, first of 32 tokens); the sums of bf16 are in tiles then,
+// those of 8 bits in `c`.
 template <typename One, typename Then>
-void multiply(const void *weights, bool eight, int64_t inputs, int64_t outputs, const float *gain, Panels in, int64_t live,
+void multiply(const void *weights, bool eight, int64_t inputs, int64_t outputs, Panels in, int64_t live,
               const Scratch &scratch, float *c, One one, Then then) {
     const int64_t panels = rounded_up(outputs) / SIDE, steps = rounded_deep(inputs) / DEEP, whole = rounded_up(live);
-    const Eight of_eight(weights, outputs);
+    const Eight of_eight(weights, outputs, inputs);
     const bf16 *tiles = static_cast<const bf16 *>(weights);
-    if (eight)
-        for (int64_t i = 0; i < live; ++i) round_to_eight(in, i, inputs, gain, scratch.eight);
     if (live <= FEW) {
         for (int64_t i = 0; i < live; ++i) {
-            widen(in, i, inputs, scratch.row);
-            for (int64_t j = 0; eight && j < steps; ++j)
-                _mm512_storeu_si512(scratch.raised + j * DEEP, _mm512_xor_si512(_mm512_loadu_si512(scratch.eight.block(j, i)),
-                                                                               _mm512_set1_epi8(-128)));
+            if (!eight) widen(in, i, inputs, scratch.row);
             for (int64_t panel = 0; panel < panels; ++panel) {
-                if (eight) {
-                    multiply_eight_row(scratch.raised, scratch.eight.scales[i], of_eight, panel, steps, c);
-                } else {
-                    __m512 sums[2] = {};
+                __m512 sums[2] = {};
+                if (eight)
+                    for (int64_t half = 0; half < 2; ++half)
+                        sums[half] = scaled(
+                            multiply_eight_row(scratch.eight, i, of_eight.column(2 * panel + half), of_eight.length),
+                            scratch.eight, i, _mm512_loadu_ps(of_eight.scales + panel * SIDE + 16 * half));
+                else
                     add_columns<2, 2>(scratch.row, tiles + panel * SIDE * inputs, BLOCK / 2, BLOCK, inputs / 2, sums);
-                    _mm512_storeu_ps(c, sums[0]);
-                    _mm512_storeu_ps(c + 16, sums[1]);
-                }
+                _mm512_storeu_ps(c, sums[0]);
+                _mm512_storeu_ps(c + 16, sums[1]);
                 one(panel, i, c);
             }
         }
     } else if (eight) {
-        const int64_t lines = 2 * ((SIDE + whole / SIDE - 1) / (whole / SIDE));
-        for (int64_t panel = 0; panel < panels; ++panel)
+        alignas(64) int32_t sums[BLOCK];
+        const int64_t lines = 2 * ((16 + whole / SIDE - 1) / (whole / SIDE));
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const uint8_t *column = of_eight.column(2 * panel), *next = of_eight.column(2 * panel + 2);
+            const __m512 left = _mm512_loadu_ps(of_eight.scales + panel * SIDE);
+            const __m512 right = _mm512_loadu_ps(of_eight.scales + panel * SIDE + 16);
             for (int64_t at = 0; at < whole; at += SIDE) {
-                multiply_eight(scratch.eight, at, of_eight, panel, steps, panel + 1 < panels ? lines : 0, c);
+                multiply_eight(scratch.eight, at, column, of_eight.column(2 * panel + 1), steps, sums,
+                               next + at / SIDE * lines * steps * DEEP, panel + 1 < panels ? lines : 0);
+                for (int64_t i = 0; i < SIDE; ++i) {
+                    const int32_t *from = sums + i * SIDE;
+                    _mm512_store_ps(c + i * SIDE, scaled(_mm512_load_si512(from), scratch.eight, at + i, left));
+                    _mm512_store_ps(c + i * SIDE + 16, scaled(_mm512_load_si512(from + 16), scratch.eight, at + i, right));
+                }
                 then(panel, at);
             }
+        }
     } else {
         by_panels(in, tiles, inputs / SIDE, panels, whole, scratch.partial, then);
     }
