@@ -75,7 +75,7 @@ def lessons(
     confirm(run_dir.kernels)
 
     # What is trained, on what, how.
-    inputs = read_inputs(run_dir, spec, beat, shared.base)
+    inputs = read_inputs(run_dir, spec, beat, shared.base, shared.encoded)
     rows, validation, classes = inputs.rows, inputs.validation, inputs.classes
     schedule = Schedule(len(rows), asked.n_epochs, asked.batch_size, spec.seed)
     trained = inputs.trained

@@ -18,7 +18,7 @@ from tunesmith.training.batches import Row
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.folded import product_dtype
 from tunesmith.training.gradients import Learner, Lesson
-from tunesmith.training.inputs import ReadBase, read_base
+from tunesmith.training.inputs import Encoded, ReadBase, read_base
 from tunesmith.training.memory import Room, is_shortage
 from tunesmith.training.metrics import Tally
 from tunesmith.training.process import Heartbeat
@@ -57,6 +57,7 @@ class Shared:
         self.clock = clock
         self.check: Callable[[], None] = lambda: None
         """Called with every beat; what it raises ends what the run at work is doing."""
+        self.encoded = Encoded()
         self._heartbeats: dict[Path, Heartbeat] = {}
         self._bases: dict[Path, ReadBase] = {}
         self._workers: dict[int, Workers] = {}
