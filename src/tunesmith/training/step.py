@@ -133,5 +133,6 @@ class CompiledLlama:
         """The address of memory of this thread, kept from step to step: new memory has to be cleared by the system."""
         memory: Tensor | None = getattr(self._memory, "bytes", None)
         if memory is None or len(memory) < size:
+            self._memory.bytes = memory = None  # what there was has to make room first
             self._memory.bytes = memory = torch.empty(size, dtype=torch.uint8)
         return memory.data_ptr()
