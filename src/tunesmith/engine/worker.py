@@ -6,19 +6,25 @@ Models are read in a thread beside it: those that are served are not kept waitin
 from __future__ import annotations
 
 import logging
+import math
 import queue
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from tunesmith.engine.messages import Cancel, Command, Event, Generate, Load, Loaded, Unload
+from tunesmith.engine.base import SampledToken
+from tunesmith.engine.messages import Cancel, Command, Event, Generate, Load, Loaded, Produced, Unload
 from tunesmith.engine.runner import Model, Runner
 
 logger = logging.getLogger(__name__)
 
 Emit = Callable[[list[Event]], None]
+GATHER_S = 0.004
+"""Tokens of shorter steps are passed on together: whoever takes them is woken by each message, for as long as a small
+model's step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +38,14 @@ class _Read:
 class Worker:
     """Runs requests for whoever puts commands in. `put` and `stop` may be called from any thread."""
 
-    def __init__(self, *, threads: int, emit: Emit, precision: str = "float32") -> None:
-        """`emit` is called from the thread of `run`, with all events of one step at a time.
+    def __init__(
+        self, *, threads: int, emit: Emit, precision: str = "float32", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`emit` is called from the thread of `run`, with all events of one step, or of a few that are short.
 
         `precision`: see `Settings.engine_precision`.
         """
+        self._clock = clock
         self._threads = threads
         self._emit = emit
         self._commands: queue.SimpleQueue[Command | _Read | None] = queue.SimpleQueue()
@@ -57,8 +66,9 @@ class Worker:
     def run(self) -> None:
         """Works until `stop`; sleeps while there is nothing to do."""
         torch.set_num_threads(self._threads)
+        events: list[Event] = []
+        emitted = -math.inf
         while True:
-            events: list[Event] = []
             while not (self._commands.empty() and (self._runner.busy or events)):
                 command = self._commands.get()
                 if command is None:
@@ -67,8 +77,10 @@ class Worker:
                 events += self._obey(command)
             if self._runner.busy:
                 events += self._step()
-            if events:
+            now = self._clock()
+            if events and (now - emitted >= GATHER_S or not self._runner.busy or any(map(_urgent, events))):
                 self._emit(events)
+                events, emitted = [], now
 
     def _obey(self, command: Command | _Read) -> list[Event]:
         match command:
@@ -115,3 +127,8 @@ class Worker:
             # Whatever it was (memory, a broken checkpoint): those who took part are told, and the engine goes on.
             logger.exception("a step failed")
             return self._runner.fail_running("The engine failed while it was working on this request.")
+
+
+def _urgent(event: Event) -> bool:
+    """Whether it is more than one of a sequence's tokens under way."""
+    return not (isinstance(event, Produced) and isinstance(event.output, SampledToken) and event.output.finish is None)
