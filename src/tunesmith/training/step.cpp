@@ -95,6 +95,8 @@ struct Step {
     void lay_out() {
         Arena arena{p.memory};
         const int64_t slack = n + SIDE;  // attention reads beyond a row
+        const int64_t chunk = n < CHUNK ? n : CHUNK, weighed = rounded_up(p.positions);
+        const int64_t head_chunk = weighed < HEAD_CHUNK ? weighed : HEAD_CHUNK;
         for (int64_t i = 0; i < m.layers; ++i) {
             Saved s{};
             s.normed = arena.panels(uneven(n), m.width);
@@ -115,14 +117,14 @@ struct Step {
         low_in = arena.take<float>(n * embedded);
         partial = arena.take<float>(CHUNK * SIDE);
         out = arena.panels(uneven(n), m.width);
-        states = arena.panels(uneven(HEAD_CHUNK), m.width);
-        logits = arena.panels(uneven(HEAD_CHUNK), rounded_up(m.vocabulary));
-        low = arena.panels(uneven(CHUNK), 3 * deep);
-        grad_low = arena.panels(uneven(CHUNK), 3 * deep);
-        grad_low_turned = arena.panels(3 * deep, CHUNK);
-        product = arena.panels(uneven(CHUNK), m.feed_width);
-        grad_wide = arena.panels(uneven(CHUNK), 2 * m.feed_width);
-        grad_normed = arena.panels(uneven(CHUNK), m.width);
+        states = arena.panels(uneven(head_chunk), m.width);
+        logits = arena.panels(uneven(head_chunk), rounded_up(m.vocabulary));
+        low = arena.panels(uneven(chunk), 3 * deep);
+        grad_low = arena.panels(uneven(chunk), 3 * deep);
+        grad_low_turned = arena.panels(3 * deep, chunk);
+        product = arena.panels(uneven(chunk), m.feed_width);
+        grad_wide = arena.panels(uneven(chunk), 2 * m.feed_width);
+        grad_normed = arena.panels(uneven(chunk), m.width);
         grad_mixed = arena.panels(uneven(slack), mixed);
         attention.emplace(m, longest, arena);
         used = arena.used;
