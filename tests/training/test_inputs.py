@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.training.rows import CLASSIFY, examples, make_run
+from tunesmith.rundir import RunDir
 from tunesmith.training.__main__ import main
+from tunesmith.training.inputs import Encoded, Inputs, read_base, read_inputs
 
 Change = Callable[[Path], object]
 
@@ -56,3 +59,26 @@ def test_the_reason_is_in_the_outcome(
     assert outcome.error.startswith("The base model cannot be trained here: ")
     assert reason in outcome.error
     assert str(tmp_path) not in outcome.error
+
+
+def test_a_file_of_many_runs_is_encoded_once_while_one_has_it(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [examples(4), examples(4), examples(5)]
+    runs = [
+        make_run(tmp_path / f"run-{index}", tiny_base, train=each, valid=examples(5), hyperparameters=CLASSIFY)
+        for index, each in enumerate(rows)
+    ]
+    encoded, base = Encoded(), read_base(tiny_base)
+
+    def read(run_dir: RunDir, **changes: int) -> Inputs:
+        spec = replace(run_dir.read_spec(), **changes)
+        return read_inputs(run_dir, spec, lambda: None, lambda _: base, encoded)
+
+    one, same, other, shorter = read(runs[0]), read(runs[1]), read(runs[2]), read(runs[0], context_tokens=100)
+
+    assert one.rows is same.rows
+    assert one.validation is other.rows
+    assert [len(each.rows) for each in (one, other)] == [4, 5]
+    assert shorter.rows is not one.rows
+    known = len(encoded)
+    del one, same
+    assert len(encoded) == known - 1
