@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def test_peft_reads_the_folder_and_computes_the_same(tiny_base: Path, tmp_path: 
 
     theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), str(tmp_path))
     ids = torch.randint(0, model.config.vocabulary_size, (23,), generator=torch.Generator().manual_seed(2))
-    (batch,) = micro_batches([Row(ids.tolist(), 1)], prompt_loss_weight=0.0)
+    (batch,) = micro_batches([Row(array("i", ids.tolist()), 1)], prompt_loss_weight=0.0)
     with torch.no_grad():
         expected = theirs(ids[None]).logits[0]
         loaded, _ = checkpoint.load(tmp_path, model.config.layout)
@@ -102,7 +103,7 @@ def test_an_adapter_of_peft_that_covers_less_is_read(tiny_base: Path, tmp_path: 
     checkpoint.save(lora, tmp_path / "again", base_name_or_path="tiny", rank=4, alpha=8.0)
 
     ids = torch.arange(100, 120)
-    (batch,) = micro_batches([Row(ids.tolist(), 1)], prompt_loss_weight=0.0)
+    (batch,) = micro_batches([Row(array("i", ids.tolist()), 1)], prompt_loss_weight=0.0)
     with torch.no_grad():
         expected = theirs(ids[None]).logits[0]
         ours = model.logits(model.hidden(batch.token_ids_N, batch.positions_N, batch.attend, lora))
