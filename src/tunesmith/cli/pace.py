@@ -21,7 +21,7 @@ FLOPS_PER_WEIGHT = 4
 """Of a trained token: a product and a sum forward, the same backward; frozen weights have no gradient."""
 TRAINING_SHARE = 0.3
 """Of the rate of plain matrix products that a fine-tune reaches, its start and its small steps included."""
-TILES_GAIN = 8
+TILES_GAIN = 6
 """How much faster training multiplies where the processor has matrix units for bfloat16, which NumPy does not use."""
 _SIDE, _TRIES = 512, 3
 
