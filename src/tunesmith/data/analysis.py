@@ -30,7 +30,7 @@ class Rows:
             self.source.check_unchanged()
             yield from self._kept
             return
-        kept: list[Batch] | None = []
+        kept: list[Batch] | None = [] if self.source.size_bytes <= REMEMBERED_BYTES else None
         rows = 0
         for batch in self.source.batches():
             rows += len(batch)

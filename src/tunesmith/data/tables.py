@@ -48,14 +48,14 @@ def table_batches(path: Path, encoding: str, separator: str, columns: Columns) -
             text = "\n"  # the last line may lack its end
         rest += text
         end = rest.rfind("\n") + 1
-        # Until here every quote has opened or closed a cell, or is one of two: an odd number means a cell is open.
-        if end and rest.count('"', 0, end) % 2 == 0:
+        if end:
             batch, doubt = reading.plain_rows(rest[:end], read_bytes)
             taken += end - len(doubt)
             rest = doubt + rest[end:]
             if batch is not None:
                 yield batch
-            if doubt:
+            # Every quote opens or closes a cell, or is one of two: with an odd number of them a cell goes on.
+            if doubt and doubt.count('"') % 2 == 0:
                 break
     if rest or not taken:
         line = 1 + lines_before(path, encoding, taken)
