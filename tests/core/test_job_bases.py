@@ -57,7 +57,11 @@ def test_a_price_is_the_one_at_the_time_of_asking(world: World) -> None:
 
 def test_jobs_of_the_first_schema_cost_nothing(world: World) -> None:
     job = world.job()
-    later = {"jobs": "cost_usd paused_unix started_unix finished_unix", "models": "step metrics", "events": "kind"}
+    later = {
+        "jobs": "cost_usd paused_unix started_unix finished_unix trained_tokens",
+        "models": "step metrics",
+        "events": "kind",
+    }
     with world.store.transaction() as connection:
         for table, columns in later.items():
             for column in columns.split():
