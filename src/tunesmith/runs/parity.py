@@ -37,7 +37,7 @@ ROUNDED = Bound(0.1, 0.01)
 """Of an engine that computes in bf16, the trainer's being fp32: of 5,000 tokens of a base of 5 M parameters they
 differed by 0.007 on average and by 0.064 at most, unlikely ones more (docs/design/decisions/decode.md)."""
 COARSE = Bound(0.4, 0.02)
-"""Of one whose weights and states have 8 bits: of 6,000 tokens 0.028 on average and 0.27 at most."""
+"""Of one whose weights and states have 8 bits: of 6,000 tokens 0.028 on average and 0.21 at most."""
 BOUNDS = {"float32": EXACT, "bfloat16": ROUNDED, "int8": COARSE}
 """By `Settings.engine_precision`."""
 LEAST_EFFECT_NATS = 1e-5
