@@ -29,10 +29,11 @@ from torch import Tensor
 from pretraining.kernels import CausalRows, HeadLoss, softmax_gradient
 from pretraining.optimizer import Optimizer, Workers, gradient
 from pretraining.recipe import Recipe
+from pretraining.rows import rows
 from pretraining.shapes import SHAPES, flops_per_token, random_llama, to_json
 from tunesmith.decoder.llama import Llama
 
-# N = tokens of a micro-batch, D = width, V = vocabulary
+# N = tokens of a micro-batch, R = its rows, T = tokens of a row, D = width, V = vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +72,22 @@ def train(name: str, data: Path, out: Path, recipe: Recipe, run: Run) -> None:
     compiled_on_cpu = run.compile and run.device == "cpu"
 
     def hidden(weights: list[Tensor], ids_N: Tensor, row: int) -> Tensor:
-        rows = len(ids_N) // row
-        positions_N = torch.arange(row, device=ids_N.device).repeat(rows)
-        return template.over(weights).hidden(ids_N, positions_N, CausalRows(rows, compiled_on_cpu))
+        count = len(ids_N) // row
+        positions_N = torch.arange(row, device=ids_N.device).repeat(count)
+        return template.over(weights).hidden(ids_N, positions_N, CausalRows(count, compiled_on_cpu))
 
     compiled = torch.compile(fullgraph=True, dynamic=False, disable=not run.compile)
     layers, to_gradient = compiled(hidden), compiled(softmax_gradient)
 
     while progress.step < recipe.steps:
-        # The next batch is the next stretch of the stream, which begins again at its end.
         row = recipe.row_length(progress.step)
         loss_sum = torch.zeros((), device=run.device)
         for micro in micro_batches:
             begin = progress.tokens_before + progress.step * recipe.batch_tokens + micro * recipe.micro_batch_tokens
-            begin %= len(stream) - recipe.micro_batch_tokens - 1
-            chunk = torch.from_numpy(stream[begin : begin + recipe.micro_batch_tokens + 1].astype(np.int64))
-            chunk = chunk.to(run.device)
+            read_RT = torch.from_numpy(rows(stream, begin // row, recipe.micro_batch_tokens // row, row)).to(run.device)
+            ids_N, next_N = read_RT[:, :-1].flatten(), read_RT[:, 1:].flatten()
             weights = [p.bfloat16() for p in parameters]
-            loss = HeadLoss.apply(layers(weights, chunk[:-1], row), weights[0], chunk[1:], scratch_NV, to_gradient)
+            loss = HeadLoss.apply(layers(weights, ids_N, row), weights[0], next_N, scratch_NV, to_gradient)
             (loss / recipe.batch_tokens).backward()
             loss_sum += loss.detach()
         workers.sum([loss_sum, *(gradient(p) for p in parameters)])
