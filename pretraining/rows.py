@@ -1,7 +1,7 @@
 """Which stretches of the token stream make a batch: rows from all over it, in an order that is fixed.
 
-Half of the corpus' tokens stand in documents of more than 4,000. A batch read in one piece would be three or four of them,
-and its gradient theirs: the next rows are taken from far apart instead.
+Half of the corpus' tokens stand in documents of more than 4,000. A batch read in one piece would be three or four of
+them, and its gradient theirs: the next rows are taken from far apart instead.
 """
 
 from __future__ import annotations
