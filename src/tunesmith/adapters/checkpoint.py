@@ -17,7 +17,8 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from tunesmith.adapters.lora import Layout, Linear, Lora, LowRank, short_name
-from tunesmith.rundir import write_bytes, write_json
+from tunesmith.adapters.writing import write_tensors
+from tunesmith.rundir import write_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -83,10 +84,8 @@ def save(lora: Lora, folder: Path, *, base_name_or_path: str, rank: int, alpha: 
     if lora.embedding is not None:
         for letter, tensor in (("A", lora.embedding.a_RI), ("B", lora.embedding.b_OR)):
             named[_embedding_key(lora.layout, letter)] = tensor
-    # Copies of their own: factors may be views of one larger tensor, which safetensors does not write.
-    state = {key: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for key, tensor in named.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / WEIGHTS, safetensors_torch.save(state, metadata={"format": "pt"}))
+    write_tensors(folder / WEIGHTS, named, {"format": "pt"})
     write_json(folder / CONFIG, config)
 
 

@@ -6,10 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors import torch as safetensors_torch
-
+from tunesmith.adapters.writing import write_tensors
 from tunesmith.decoder.llama import Llama
-from tunesmith.rundir import CHECKPOINT_CONFIG, write_bytes, write_json
+from tunesmith.rundir import CHECKPOINT_CONFIG, write_json
 
 WEIGHTS = "model.safetensors"
 TOKENIZER_FILES = (
@@ -25,8 +24,7 @@ def save_checkpoint(model: Llama, folder: Path, base_dir: Path) -> None:
     """Writes `model`, whose config and tokenizer are those of `base_dir`, in fp32: equal models give equal bytes."""
     config = json.loads((base_dir / CHECKPOINT_CONFIG).read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.clone() for name, tensor in model.state().items()}
-    write_bytes(folder / WEIGHTS, safetensors_torch.save(state, metadata={"format": "pt"}))
+    write_tensors(folder / WEIGHTS, model.state(), {"format": "pt"})
     for name in TOKENIZER_FILES:
         if (base_dir / name).is_file():
             shutil.copyfile(base_dir / name, folder / name)

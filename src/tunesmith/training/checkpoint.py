@@ -21,7 +21,8 @@ from pathlib import Path
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from tunesmith.rundir import sync_folder, write_bytes, write_json
+from tunesmith.adapters.writing import write_tensors
+from tunesmith.rundir import sync_folder, write_json
 from tunesmith.training.epochs import Standing
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def save(folder: Path, position: Position, state: dict[str, Tensor]) -> None:
     for leftover in (*folder.glob("step-*.tmp"), final):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
-    write_bytes(beside / STATE, safetensors_torch.save(state))
+    write_tensors(beside / STATE, state)
     write_json(beside / POSITION, asdict(position))
     write_json(beside / MANIFEST, _digests(beside))
     beside.replace(final)
@@ -97,4 +98,8 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (STATE, POSITION)}
+    digests: dict[str, str] = {}
+    for name in (STATE, POSITION):
+        with (folder / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

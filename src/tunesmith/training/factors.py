@@ -33,13 +33,13 @@ class TrainableLora:
     def __init__(self, start: Lora) -> None:
         self._keys = [(layer, site) for layer, sites in enumerate(start.layout.layers) for site in sites]
         parts = [start.parts(*key) for key in self._keys]
-        stacks = [torch.cat([getattr(part, factor) for part in site]) for site in parts for factor in ("a_RI", "b_OR")]
+        stacks = [[getattr(part, factor) for part in site] for site in parts for factor in ("a_RI", "b_OR")]
         if start.embedding is not None:
-            stacks += [start.embedding.a_RI.T, start.embedding.b_OR]
-        self._shapes = [stack.shape for stack in stacks]
+            stacks += [[start.embedding.a_RI.T], [start.embedding.b_OR]]
+        self._shapes = [torch.Size([sum(map(len, stack)), stack[0].shape[1]]) for stack in stacks]
         self.site_outputs = [[part.b_OR.shape[0] for part in site] for site in parts]
         """The outputs of each linear layer of each site."""
-        self.flat = torch.cat([stack.flatten() for stack in stacks])
+        self.flat = torch.cat([factor.flatten() for stack in stacks for factor in stack])
         self.flat_gradient = torch.zeros_like(self.flat)
         self._views: list[FactorView] = []
         pairs, embedding = self.pairs(self.flat)
