@@ -81,6 +81,11 @@ def test_library(python_028: Path, environment: dict[str, str], data: Path) -> N
     assert report["streamed"] == report["plain"]
     assert report["text_offset"] == [len("The plot was dull.\n\n###\n\n")]
     assert report["tops"] in (2, 3)  # the sampled token stands beside the two likeliest if it is not among them
+    assert report["engine"] == ["ada", True, 1]
+    assert report["generated"] == report["echoed"]
+    assert report["generated_offsets"] == report["echoed_offsets"]
+    assert report["generate_streamed"] == report["echoed"]
+    assert report["no_replicas"] == ["InvalidRequestError", 400, None]
     assert report["rows"] == 1 + N_TRAINING // 8
     assert report["wrong_key"] == ["AuthenticationError", 401, "invalid_api_key"]
     assert report["wrong_model"] == ["InvalidRequestError", 404, "model_not_found"]
@@ -106,6 +111,15 @@ SAME_OUTPUT = [
     ["models.get", "-i", "ada"],
     ["engines.list"],
     ["engines.get", "-i", "ada"],
+    ["engines.update", "-i", "ada"],
+    ["engines.update", "-i", "ada", "-r", "1"],
+    ["engines.update", "-i", "ada", "--replicas", "4"],
+    ["engines.generate", "-i", "ada", "-c", "Once upon", "-l", "3", "-t", "0"],
+    ["engines.generate", "-i", "ada", "-c", "Once upon", "-l", "3", "-t", "0", "-n", "2", "--logprobs", "1"],
+    ["engines.generate", "-i", "ada", "--context", "Once é", "--length", "4", "-t", "0", "-p", "0.5", "--stream"],
+    ["engines.generate", "-i", "ada", "-m", "MODEL", "-c", "Once", "-l", "2", "-t", "0", "--stop", "q"],
+    ["engines.generate", "-i", "ada", "-m", "curie", "-c", "Once"],
+    ["engines.generate", "-i", "ada", "-c", "x", "-l", "99999"],
     ["fine_tunes.list"],
     ["fine_tunes.get", "-i", "JOB"],
     ["fine_tunes.events", "-i", "JOB"],
@@ -148,7 +162,7 @@ SAME_OUTPUT = [
     ["fine_tunes.delete", "-i", "JOB"],
     ["fine_tunes.create", "-t", "not-there.jsonl"],
 ]
-"""FILE and JOB stand for a training file and a job that has succeeded."""
+"""FILE, JOB and MODEL stand for a training file, a job that has succeeded and what became of it."""
 
 
 @pytest.mark.parametrize("words", SAME_OUTPUT, ids=" ".join)
@@ -252,8 +266,9 @@ def finished(server: Server) -> dict[str, str]:
     with server.client() as client:
         file_id = upload(client, reviews(8, 5))
         job = client.post("fine-tunes", body={"training_file": file_id, "model": "ada"})
-        assert wait_for(client, job["id"])["status"] == "succeeded"
-    return {"FILE": file_id, "JOB": job["id"]}
+        ended = wait_for(client, job["id"])
+        assert ended["status"] == "succeeded"
+    return {"FILE": file_id, "JOB": job["id"], "MODEL": ended["fine_tuned_model"]}
 
 
 def _lines(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Models and engines on the wire."""
+"""Models on the wire."""
 
 from __future__ import annotations
 
@@ -70,21 +70,6 @@ async def test_a_base_is_not_deleted(shared: httpx.AsyncClient) -> None:
     response = await shared.delete("/v1/models/ada")
     assert response.status_code == 403
     assert "ada is a base model" in error_of(response)["message"]
-
-
-async def test_engines_are_the_models(shared: httpx.AsyncClient) -> None:
-    body = (await shared.get("/v1/engines")).json()
-    assert [engine["id"] for engine in body["data"]] == ["ada", "babbage", "curie", "davinci"]
-    engine = (await shared.get("/v1/engines/ada")).json()
-    assert engine == body["data"][0]
-    assert engine | {"owner": ""} == {
-        "id": "ada",
-        "object": "engine",
-        "owner": "",
-        "ready": True,
-        "created": None,
-        "permissions": None,
-    }
 
 
 async def test_a_head_request_is_a_get_without_body(shared: httpx.AsyncClient) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import anyio
 from starlette.applications import Starlette
@@ -17,6 +18,7 @@ from starlette.routing import BaseRoute, Route
 
 from tunesmith.api.chat import ChatApi
 from tunesmith.api.completions import CompletionsApi
+from tunesmith.api.engines import EnginesApi
 from tunesmith.api.errors import EXCEPTION_HANDLERS
 from tunesmith.api.files import FilesApi
 from tunesmith.api.fine_tunes import FineTunesApi
@@ -38,6 +40,8 @@ from tunesmith.serving.weights import Weights
 CONCURRENT_ADMISSIONS = 4
 """Requests for jobs being checked at once; the others wait. Each reads whole files in a thread, and must not take all
 threads."""
+
+Api = TypeVar("Api")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +93,8 @@ def routes(services: Services) -> list[BaseRoute]:
         max_upload_bytes=services.max_upload_bytes,
         spool=services.spool,
     )
-    completions, chat = (
-        verb(
-            services.completer,
-            services.models,
-            clock=services.clock,
-            new_id=services.new_id,
-            heartbeat_s=services.heartbeat_s,
-        )
-        for verb in (CompletionsApi, ChatApi)
-    )
+    completions, chat = _answering(CompletionsApi, services), _answering(ChatApi, services)
+    engines = _answering(EnginesApi, services)
     admitting = anyio.CapacityLimiter(CONCURRENT_ADMISSIONS)
     fine_tunes = FineTunesApi(
         services.jobs, services.events, admitting, heartbeat_s=services.heartbeat_s, is_stopping=services.is_stopping
@@ -130,10 +126,22 @@ def routes(services: Services) -> list[BaseRoute]:
         at("/v1/models", GET=models.list, POST=models.create),
         at("/v1/models/{id}", GET=models.get, DELETE=models.delete),
         at("/v1/models/{id}/weights", GET=models.download),
-        at("/v1/engines", GET=models.list_engines),
-        at("/v1/engines/{id}", GET=models.get_engine),
+        at("/v1/engines", GET=engines.list),
+        at("/v1/engines/{id}", GET=engines.get, POST=engines.update),
+        at("/v1/engines/{id}/generate", POST=engines.generate),
         at("/v1/engines/{id}/completions", POST=completions.create_for_engine),
         at("/v1/completions", POST=completions.create),
         at("/v1/engines/{id}/chat/completions", POST=chat.create_for_engine),
         at("/v1/chat/completions", POST=chat.create),
     ]
+
+
+def _answering(api: Callable[..., Api], services: Services) -> Api:
+    """The verbs that a model answers."""
+    return api(
+        services.completer,
+        services.models,
+        clock=services.clock,
+        new_id=services.new_id,
+        heartbeat_s=services.heartbeat_s,
+    )

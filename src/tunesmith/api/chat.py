@@ -127,7 +127,7 @@ class ChatApi:
         given = {field: value for field, value in values.items() if value is not None}
         model = self.models.resolve(caller, name)
         completion = CompletionRequest(model=model, prompts=(conversation,), max_tokens=max_tokens, **given)
-        check_amount(completion)
+        check_amount(completion, stream=stream)
         return Asked(completion, stream, include_usage)
 
 

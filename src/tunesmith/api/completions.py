@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from tunesmith.api.body import Fields, read_json
 from tunesmith.api.connection import while_connected
 from tunesmith.api.generating import (
+    MAX_LOGPROBS,
     Asked,
     begin,
     check_amount,
@@ -40,8 +41,6 @@ from tunesmith.serving.completer import (
     Usage,
 )
 from tunesmith.serving.request import Prompt
-
-MAX_LOGPROBS = 5
 
 
 class CompletionsApi:
@@ -101,13 +100,7 @@ class CompletionsApi:
         fields.done()
         given = {field: value for field, value in values.items() if value is not None}
         completion = CompletionRequest(model=self.models.resolve(caller, name), **given)
-        if stream and completion.ranked:
-            raise InvalidRequest(
-                f"'best_of' ({completion.best_of}) above 'n' ({completion.n}) cannot be streamed: which choices are "
-                "best is known at the end only. Leave out stream or best_of.",
-                param="best_of",
-            )
-        check_amount(completion)
+        check_amount(completion, stream=stream)
         return Asked(completion, stream, include_usage)
 
 

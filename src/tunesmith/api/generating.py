@@ -15,6 +15,8 @@ MAX_SEQUENCES = 2048
 """Most sequences one request may generate: prompts times `best_of`."""
 MAX_TOKENS = 262_144
 """Most tokens all sequences of one request may come to. Their log-probabilities are held until the answer is whole."""
+MAX_LOGPROBS = 5
+"""Most alternatives that the tables of completions show at each place."""
 MAX_BIASES = 1024
 """Most tokens with a `logit_bias`; each costs at every step of every sequence."""
 SEED_BITS = 63
@@ -39,12 +41,15 @@ def model_name(fields: Fields, engine: str | None) -> str:
     return engine
 
 
-def sampling_values(fields: Fields, caller: Caller) -> dict[str, Any]:
-    """The values of a `CompletionRequest` that every kind of request has; None where none was given."""
+def sampling_values(fields: Fields, caller: Caller, *, how_many: str = "n") -> dict[str, Any]:
+    """The values of a `CompletionRequest` that every kind of request has; None where none was given.
+
+    `how_many` is what the wire calls `n`.
+    """
     return {
         "temperature": fields.number("temperature"),
         "top_p": fields.number("top_p"),
-        "n": fields.integer("n", 1, MAX_N),
+        "n": fields.integer(how_many, 1, MAX_N),
         "stop": _stops(fields),
         "presence_penalty": fields.number("presence_penalty"),
         "frequency_penalty": fields.number("frequency_penalty"),
@@ -102,8 +107,14 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
     return bias
 
 
-def check_amount(completion: CompletionRequest) -> None:
-    """Raises InvalidRequest for more than one request may ask for."""
+def check_amount(completion: CompletionRequest, *, stream: bool) -> None:
+    """Raises InvalidRequest for more than one request may ask for, and for a stream of what has to be ranked first."""
+    if stream and completion.ranked:
+        raise InvalidRequest(
+            f"'best_of' ({completion.best_of}) above 'n' ({completion.n}) cannot be streamed: which choices are "
+            "best is known at the end only. Leave out stream or best_of.",
+            param="best_of",
+        )
     sequences = len(completion.prompts) * completion.samples
     if sequences > MAX_SEQUENCES:
         raise InvalidRequest(

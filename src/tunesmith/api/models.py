@@ -1,4 +1,4 @@
-"""`/v1/models` and its old alias `/v1/engines`: parse, call `core.models` or `serving.weights`, render."""
+"""`/v1/models`: parse, call `core.models` or `serving.weights`, render."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHECKED_HEADER = "tunesmith-checked"
 
 
 class ModelsApi:
-    """The verbs of models, and those of engines."""
+    """The verbs of models."""
 
     def __init__(
         self, models: Models, completer: Completer, weights: Weights, *, max_upload_bytes: int, spool: Path
@@ -90,15 +90,6 @@ class ModelsApi:
         ref = await run_in_threadpool(self.models.resolve, caller, path_id(request))
         suffix = "gguf" if form.kind == "gguf" else "zip"
         return _Package(self.weights.exported(ref, form), f"{slug(ref.name)}.{suffix}")
-
-    async def list_engines(self, _request: Request, caller: Caller) -> Response:
-        """GET /v1/engines: the same models, as they were called before 2022."""
-        models = await run_in_threadpool(self.models.list, caller)
-        return JSONResponse(envelope([engine_to_wire(model) for model in models]))
-
-    async def get_engine(self, request: Request, caller: Caller) -> Response:
-        """GET /v1/engines/{id}."""
-        return JSONResponse(engine_to_wire(await run_in_threadpool(self.models.get, caller, path_id(request))))
 
 
 def _form(query: Mapping[str, str]) -> Form:
@@ -173,16 +164,4 @@ def _permission(model: Model) -> dict[str, Any]:
         "organization": model.organization_id or "*",
         "group": None,
         "is_blocking": False,
-    }
-
-
-def engine_to_wire(model: Model) -> dict[str, Any]:
-    """The engine object."""
-    return {
-        "id": model.name,
-        "object": "engine",
-        "owner": model.owned_by,
-        "ready": model.alias is None or model.alias.model_name is not None,
-        "created": None,
-        "permissions": None,
     }

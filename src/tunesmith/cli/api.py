@@ -93,6 +93,27 @@ def get_engine(args: argparse.Namespace, output: Output) -> int:
     return _get(args, output, "engines", args.id)
 
 
+def update_engine(args: argparse.Namespace, output: Output) -> int:
+    """`engines.update`: with -r 1 returns when the model is loaded."""
+    body = {} if args.replicas is None else {"replicas": args.replicas}
+    with connect(args) as client:
+        output.show(client.post("engines", args.id, body=body))
+    return 0
+
+
+def generate(args: argparse.Namespace, output: Output) -> int:
+    """`engines.generate`: context and completion as text; with --json the whole answer, log-probabilities and all."""
+    _refuse_mixed_streams(args.completions, args.stream)
+    names = ("completions", "context", "length", "temperature", "top_p", "logprobs", "stop", "model")
+    body = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+    def text(item: dict[str, Any]) -> str:
+        return "".join(item["text"])
+
+    _generate(args, ("engines", args.id, "generate"), body, text, "Completion", output, within="data")
+    return 0
+
+
 def create_completion(args: argparse.Namespace, output: Output) -> int:
     """`completions.create`: prompt and completion as text; with --json the whole answer, log-probabilities and all."""
     segments, body = _asked(args, "prompt", "logprobs")
@@ -129,8 +150,7 @@ def refuse(args: argparse.Namespace, _output: Output) -> int:
 
 def _asked(args: argparse.Namespace, *more: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Where a completion is asked for, and what is asked of it. Raises UsageError for flags that do not go together."""
-    if args.n is not None and args.n > 1 and args.stream:
-        raise UsageError("-n above 1 and --stream do not go together: the texts would come mixed. Leave one away.")
+    _refuse_mixed_streams(args.n, args.stream)
     if (args.model is None) == (args.engine is None):
         raise UsageError("Name the model with -m/--model (or -e/--engine, its old name).")
     names = ("n", "max_tokens", "temperature", "top_p", "stop", *more)
@@ -140,6 +160,11 @@ def _asked(args: argparse.Namespace, *more: str) -> tuple[tuple[str, ...], dict[
     return ("completions",), body | {"model": args.model}
 
 
+def _refuse_mixed_streams(how_many: int | None, stream: bool) -> None:
+    if how_many is not None and how_many > 1 and stream:
+        raise UsageError("-n above 1 and --stream do not go together: the texts would come mixed. Leave one away.")
+
+
 def _generate(
     args: argparse.Namespace,
     segments: tuple[str, ...],
@@ -147,8 +172,10 @@ def _generate(
     text: Callable[[dict[str, Any]], str],
     heading: str,
     output: Output,
+    *,
+    within: str = "choices",
 ) -> None:
-    """The texts, nothing added but headings where one answer holds several."""
+    """The texts `within` each answer, nothing added but headings where one answer holds several."""
     with connect(args) as client:
         if args.stream:
             answers: Iterable[Any] = client.stream(*segments, body=body | {"stream": True})
@@ -158,7 +185,7 @@ def _generate(
             if output.machine:
                 output.record(answer)
                 continue
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            choices = sorted(answer[within], key=lambda choice: choice["index"])
             for number, choice in enumerate(choices):
                 before, after = (f"===== {heading} {number} =====\n", "\n") if len(choices) > 1 else ("", "")
                 sys.stdout.write(f"{before}{text(choice)}{after}")

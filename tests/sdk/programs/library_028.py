@@ -8,9 +8,9 @@ import openai
 PROMPT = "The plot was dull.\n\n###\n\n"
 
 
-def failure(**request):
+def failure(call=openai.Completion.create, *named, **request):
     try:
-        openai.Completion.create(**request)
+        call(*named, **request)
     except openai.error.OpenAIError as error:
         return [type(error).__name__, error.http_status, error.json_body["error"]["code"]]
     return None
@@ -38,7 +38,24 @@ asked = {"model": job.fine_tuned_model, "prompt": PROMPT, "max_tokens": 1, "temp
 plain = openai.Completion.create(**asked, logprobs=2).choices[0]
 streamed = "".join(chunk.choices[0].text for chunk in openai.Completion.create(**asked, stream=True))
 
+engine = openai.Engine.modify("ada", replicas=1)
+written = {"context": PROMPT, "length": 3, "temperature": 0}
+generated = engine.generate(**written, logprobs=1)["data"][0]
+generate_streamed = "".join(
+    text for part in engine.generate(**written, stream=True) for text in part["data"][0]["text"]
+)
+echoed = openai.Completion.create(
+    engine="ada", prompt=PROMPT, max_tokens=3, temperature=0, echo=True, logprobs=1
+).choices[0]
+
 report = {
+    "engine": [engine.id, engine.ready, engine.ready_replicas],
+    "generated": "".join(generated["text"]),
+    "generated_offsets": generated["text_offset"],
+    "generate_streamed": generate_streamed,
+    "echoed": echoed.text,
+    "echoed_offsets": echoed.logprobs.text_offset,
+    "no_replicas": failure(openai.Engine.modify, "ada", replicas=0),
     "model": job.fine_tuned_model,
     "plain": plain.text,
     "streamed": streamed,

@@ -12,8 +12,6 @@ from tunesmith.cli.flags.common import EVERYWHERE, LISTING, Commands, add_group,
 from tunesmith.cli.flags.fine_tunes import add_fields, add_files
 
 REFUSED = {
-    "engines.update": "it set how many machines OpenAI ran a model on; here the server sees to that",
-    "engines.generate": "it is the completions.create of 2020, which is here",
     "fine_tuning.job.follow": "the published command line refuses it too; fine_tunes.follow does it",
     "deployments.list": "deployments belong to Azure; models.list shows what can be called",
     "deployments.get": "deployments belong to Azure; models.get shows a model",
@@ -90,7 +88,10 @@ def add_api(commands: Commands) -> None:
     owner = "Delete a fine-tuned model; needs the role owner."
     with_id(add("models.delete", "api:delete_model", owner), "model")
     add_list("engines.list", "api:list_engines", "List the models under their old name, engines.")
-    with_id(add("engines.get", "api:get_engine", "Show an engine."), "model")
+    with_id(add("engines.get", "api:get_engine", "Show an engine, with how many copies of it are loaded."), "model")
+    update = with_id(add("engines.update", "api:update_engine", "Load the model of an engine."), "model")
+    update.add_argument("-r", "--replicas", type=int, help="1 loads the model now; the server runs one copy of each.")
+    _add_engine_generate(add("engines.generate", "api:generate", "Complete a text as in 2020, before completions."))
 
     for name in REFUSED:
         # Whatever flags follow are words like any other: nobody is to be told that one of them is wrong.
@@ -148,14 +149,28 @@ def _add_chat_create(verb: argparse.ArgumentParser) -> None:
     _add_sampling(verb)
 
 
-def _add_sampling(verb: argparse.ArgumentParser) -> None:
+def _add_engine_generate(verb: argparse.ArgumentParser) -> None:
+    add_name(verb, "-i", "--id", of="model", required=True, help="The id of the engine: a model.")
+    verb.add_argument("-c", "--context", help="The text to go on from.")
+    verb.add_argument(
+        "--logprobs", type=int, help="Log-probabilities of this many tokens at each place, shown with --json."
+    )
+    add_name(verb, "-m", "--model", of="model", help="A model tuned from the engine (default: the engine itself).")
+    _add_sampling(verb, length=("-l", "--length"), top_p=("-p", "--top_p"), how_many=("-n", "--completions"))
+
+
+def _add_sampling(
+    verb: argparse.ArgumentParser,
+    *,
+    length: tuple[str, str] = ("-M", "--max-tokens"),
+    top_p: tuple[str, str] = ("-P", "--top_p"),
+    how_many: tuple[str, str] = ("-n", "--n"),
+) -> None:
     verb.add_argument("--stream", action="store_true", help="Show tokens as they come.")
-    verb.add_argument("-M", "--max-tokens", type=int, help="The most tokens to generate.")
+    verb.add_argument(*length, type=int, help="The most tokens to generate.")
     verb.add_argument(
         "-t", "--temperature", type=float, help="0 takes the most likely token; 0.9 is for creative work."
     )
-    verb.add_argument(
-        "-P", "--top_p", type=float, help="Sample among the most likely tokens of this total probability."
-    )
-    verb.add_argument("-n", "--n", type=int, help="How many completions.")
+    verb.add_argument(*top_p, type=float, help="Sample among the most likely tokens of this total probability.")
+    verb.add_argument(*how_many, type=int, help="How many completions.")
     verb.add_argument("--stop", help="Text at which to stop; it is not shown.")
