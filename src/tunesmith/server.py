@@ -17,6 +17,7 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,9 @@ BACKLOG = 2048
 KEEP_ALIVE_S = 75
 """Longer than the published clients keep an idle connection, so that none is closed as they take it up again."""
 DISPATCHER_SILENT_S = 60.0
-"""A dispatcher that has not ticked for so long is not ready; one tick may wait for the engine to load a model."""
+"""A dispatcher that has not ticked for so long is not ready; one tick may wait `WARM_WITHIN_S` for the engine."""
 PARITY_WITHIN_S = 300.0
-"""An engine that has not scored the parity rows by then is stuck; the dispatcher must not be, and asks again later."""
+"""An engine that has not scored the parity rows by then is stuck; it is asked again later."""
 WARM_WITHIN_S = 10.0
 """So long a model's announcement waits for the model to be loaded, where every place is taken."""
 SEED_BITS = 63
@@ -151,6 +152,7 @@ def build(
         checkpoint_interval_s=settings.checkpoint_interval_s,
         lease_s=settings.lease_s,
         warm=_warm(completer, loop),
+        ask=ThreadPoolExecutor(1, "gate").submit,
     )
     trackers = Trackers(jobs, events, Trackings(store, events), home / "tracking")
     spool = home / "uploads"
@@ -275,7 +277,7 @@ def _make_engine(settings: Settings, bases: Bases, begun: EngineProcess | None) 
 
 
 def _parity(settings: Settings, engine: Engine, loop: asyncio.AbstractEventLoop) -> Parity:
-    """The gate of the dispatcher thread, which asks the engine on the event loop."""
+    """The gate, in a thread of its own, which asks the engine on the event loop."""
     if settings.engine == "scripted":
         return lambda run_dir, spec: None  # it reads no weights, so its numbers say nothing about an adapter
 

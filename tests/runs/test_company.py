@@ -17,7 +17,7 @@ from tests.runs.platform import Clock, Platform, Watched, finish
 from tests.waiting import until
 from tunesmith.core.jobs import Job, JobStatus
 from tunesmith.core.requests import FineTuneRequest
-from tunesmith.rundir import ResolvedHyperparameters, RunDir, RunSpec
+from tunesmith.rundir import ResolvedHyperparameters, RunDir
 from tunesmith.runs import company
 from tunesmith.runs.executor import RunState, trainer_of
 from tunesmith.runs.local import LET_GO_WITHIN_S, LocalExecutor
@@ -161,28 +161,6 @@ def test_each_job_of_a_trainer_ends_by_itself(platform: Platform) -> None:
     assert executor.states[handles["2"]] is RunState.RUNNING
     assert (handles["1"], dispatcher.drain_s) in executor.stopped
     assert handles["2"] not in {handle for handle, _ in executor.stopped}
-
-
-def test_jobs_that_end_at_once_pass_the_gate_one_a_round(platform: Platform) -> None:
-    executor = Crowd()
-    dispatcher = platform.dispatcher(executor, jobs_per_run=4)
-    jobs = [platform.create() for _ in range(3)]
-    dispatcher.tick()
-    for job in jobs[:2]:
-        finish(platform.home / "runs" / _run_id(platform, job))
-    executor.states = dict.fromkeys(executor.states, RunState.EXITED)
-
-    def cancel(run_dir: RunDir, spec: RunSpec) -> None:
-        """While the first is at the gate, the last is cancelled."""
-        if platform.get(jobs[2]).status is JobStatus.RUNNING:
-            platform.jobs.cancel(platform.caller, jobs[2].id)
-
-    platform.parity = cancel
-    dispatcher.tick()
-    assert [platform.get(job).status for job in jobs[:2]] == [JobStatus.SUCCEEDED, JobStatus.RUNNING]
-    assert len(dispatcher._runs) == 1  # the cancelled one did not wait for the second
-    dispatcher.tick()
-    assert platform.get(jobs[1]).status is JobStatus.SUCCEEDED
 
 
 @pytest.fixture

@@ -152,10 +152,13 @@ def test_a_killed_tracker_is_started_again(followed: Followed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "words"), [(DIES, "ended by itself (exit code 3)"), (HANGS, "gave no sign of life")]
+    ("program", "stalled_after_s", "words"),
+    [(DIES, 600.0, "ended by itself (exit code 3)"), (HANGS, 0.2, "gave no sign of life")],
 )
-def test_a_tracker_that_never_works_is_given_up(platform: Platform, program: str, words: str) -> None:
-    followed = Followed(platform, program, stalled_after_s=0.2)
+def test_a_tracker_that_never_works_is_given_up(
+    platform: Platform, program: str, stalled_after_s: float, words: str
+) -> None:
+    followed = Followed(platform, program, stalled_after_s=stalled_after_s)
     skipped_s = 0.0
     true_clock = followed.trackers.monotonic
     followed.trackers.monotonic = lambda: true_clock() + skipped_s

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,19 @@ logger = logging.getLogger(__name__)
 
 Parity = Callable[[RunDir, RunSpec], str | None]
 """Why the adapter in a run folder may not be served, in words for the user; None if it may. See `runs/parity.py`."""
+Verdict = Future[str | None]
+"""What a `Parity` says, or will say."""
+
+
+def at_once(gate: Callable[[], str | None]) -> Verdict:
+    """Asks before it returns."""
+    verdict = Verdict()
+    try:
+        verdict.set_result(gate())
+    except Exception as error:
+        verdict.set_exception(error)
+    return verdict
+
 
 FRUITLESS_STARTS = 6
 """A trainer that died is started again this often without getting further, each time after a longer pause, a minute
@@ -64,6 +78,9 @@ class _Run:
     """What the trainer was started with, while the store does not know of the start."""
     faults: int = 0
     not_before: float = 0.0
+    trained: bool = False
+    """Whether it needs no trainer any more: what is left is the gate, and to become a model."""
+    at_gate: Verdict | None = None
     verdict: str | None = None
     """Why the job is to fail; written as soon as the store takes it."""
 
@@ -72,8 +89,8 @@ class _Run:
 class Dispatcher:
     """Keeps up to `max_concurrent_runs` trainers at work, each on up to `jobs_per_run` jobs.
 
-    `tick` does one round and never waits for a run, except that it asks the engine for parity. It is to be called from
-    one thread that lives until `drain` has returned: trainers end with the thread that started them.
+    `tick` does one round and never waits for a run. It is to be called from one thread that lives until `drain` has
+    returned: trainers end with the thread that started them.
     """
 
     jobs: Jobs
@@ -100,8 +117,10 @@ class Dispatcher:
     monotonic: Callable[[], float] = time.monotonic
     warm: Callable[[Path, Path], None] = lambda base_dir, adapter_dir: None
     """Loads a model that is about to be announced, so that its first call is answered at once. Never raises."""
-    _gate_is_free: bool = field(default=True, init=False)
-    """One job a round passes the gate: it takes seconds, and cancelled jobs and leases wait meanwhile."""
+    ask: Callable[[Callable[[], str | None]], Verdict] = at_once
+    """Puts the question of `parity`, which takes the engine seconds: elsewhere, so that no other job waits for it."""
+    _gate: Verdict | None = field(default=None, init=False)
+    """The question that was put last: one at a time, be its job still held or not."""
     _tidied_at: float = field(default=-math.inf, init=False)
     _ticked_at: float | None = field(default=None, init=False)
     _runs: dict[str, _Run] = field(default_factory=dict, init=False)
@@ -119,7 +138,6 @@ class Dispatcher:
 
     def tick(self) -> None:
         """One round over the jobs held, then new ones as far as there is room."""
-        self._gate_is_free = True
         # Jobs held come first: their leases are renewed before the round looks for expired ones to take over.
         for run in list(self._runs.values()):
             self._advance(run)
@@ -135,7 +153,10 @@ class Dispatcher:
         return math.inf if self._ticked_at is None else self.monotonic() - self._ticked_at
 
     def drain(self) -> None:
-        """Stops the trainers at a checkpoint, waits for them at most `drain_s`, and gives the jobs back."""
+        """Stops the trainers at a checkpoint, waits for them at most `drain_s`, and gives the jobs back.
+
+        A job at the gate is given back when the engine has answered; the next dispatcher asks again.
+        """
         waiting = [run.handle for run in self._runs.values() if run.handle is not None]
         while waiting or self._leaving:
             for handle in waiting:
@@ -143,6 +164,7 @@ class Dispatcher:
             waiting = [handle for handle in waiting if self.executor.state(handle) is RunState.RUNNING]
             self._survive("see off", self._see_off)
             time.sleep(0.02)
+        wait([] if self._gate is None else [self._gate])
         for run in self._runs.values():
             self._survive("release", partial(self.jobs.release, run.claim))
         self._runs.clear()
@@ -159,7 +181,8 @@ class Dispatcher:
 
     def _fits(self, job: Job) -> bool:
         """Whether there is a trainer to spare for the job, or one that it can join."""
-        trainers = {run.claim.run_id if run.handle is None else trainer_of(run.handle) for run in self._runs.values()}
+        at_work = [run for run in self._runs.values() if not run.trained]
+        trainers = {run.claim.run_id if run.handle is None else trainer_of(run.handle) for run in at_work}
         return len(trainers) < self.max_concurrent_runs or self._host(self._company(job)) is not None
 
     def _company(self, job: Job) -> str | None:
@@ -324,10 +347,16 @@ class Dispatcher:
 
     def _register(self, run: _Run, outcome: Outcome) -> None:
         """Makes the adapter a model, if it serves as it trained. The store does so once, however often it is asked."""
-        if not self._gate_is_free:
+        run.trained = True
+        if run.at_gate is None:
+            if self._gate is not None and not self._gate.done():
+                return
+            spec = run.run_dir.read_spec()
+            run.at_gate = self._gate = self.ask(lambda: self.parity(run.run_dir, spec))
+        if not run.at_gate.done():
             return
-        self._gate_is_free = False
-        reason = self.parity(run.run_dir, run.run_dir.read_spec())
+        answer, run.at_gate = run.at_gate, None
+        reason = answer.result()
         if reason is not None:
             self._fail(run, reason)
             return
