@@ -44,8 +44,6 @@ class Optimizer:
             bias_1, bias_2 = 1 - 0.9 ** (step + 1), 1 - 0.95 ** (step + 1)
             divisor = second.div(bias_2).sqrt_().add_(1e-8)
             parameter.addcdiv_(first, divisor, value=-rate * recipe.adam_learning_rate / bias_1)
-        for parameter in self.parameters:
-            parameter.grad = None
 
     def _directions(self, matrices: list[int], workers: Workers) -> dict[int, Tensor]:
         """The orthogonal update of each matrix, bf16: equal shapes in one batch, the work shared by the processes."""

@@ -24,16 +24,15 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from pretraining.kernels import CausalRows, HeadLoss, softmax_gradient
 from pretraining.optimizer import Optimizer, Workers, gradient
 from pretraining.recipe import Recipe
 from pretraining.rows import rows
 from pretraining.shapes import SHAPES, flops_per_token, random_llama, to_json
+from pretraining.steps import steps
 from tunesmith.decoder.llama import Llama
 
-# N = tokens of a micro-batch, R = its rows, T = tokens of a row, D = width, V = vocabulary
+# N = tokens of a micro-batch, R = its rows, T = tokens of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,8 @@ class Run:
 
     device: str = "cpu"
     compile: bool = False
+    autograd: bool = False
+    """Whether gradients are torch's where compiled code of ours could make them."""
     checkpoint_every_steps: int = 100
 
 
@@ -60,36 +61,22 @@ def train(name: str, data: Path, out: Path, recipe: Recipe, run: Run) -> None:
     workers = Workers.join(run.device)
     stream = np.memmap(data, dtype=np.uint16, mode="r")
     template = random_llama(SHAPES[name], torch.Generator().manual_seed(recipe.seed))
-    parameters = [p.to(run.device).requires_grad_() for p in template.parameters()]
+    learner = steps(template, device=run.device, compiled=run.compile, autograd=run.autograd)
+    parameters = learner.parameters
     optimizer = Optimizer.over(parameters)
     progress = resume(out, optimizer)
     started, start_step = time.monotonic(), progress.step
     micro_batches = range(workers.rank, recipe.batch_tokens // recipe.micro_batch_tokens, workers.count)
-    scratch_NV = torch.empty(
-        recipe.micro_batch_tokens, template.config.vocabulary_size, dtype=torch.bfloat16, device=run.device
-    )
-
-    compiled_on_cpu = run.compile and run.device == "cpu"
-
-    def hidden(weights: list[Tensor], ids_N: Tensor, row: int) -> Tensor:
-        count = len(ids_N) // row
-        positions_N = torch.arange(row, device=ids_N.device).repeat(count)
-        return template.over(weights).hidden(ids_N, positions_N, CausalRows(count, compiled_on_cpu))
-
-    compiled = torch.compile(fullgraph=True, dynamic=False, disable=not run.compile)
-    layers, to_gradient = compiled(hidden), compiled(softmax_gradient)
 
     while progress.step < recipe.steps:
         row = recipe.row_length(progress.step)
         loss_sum = torch.zeros((), device=run.device)
+        learner.begin()
         for micro in micro_batches:
             begin = progress.tokens_before + progress.step * recipe.batch_tokens + micro * recipe.micro_batch_tokens
             read_RT = torch.from_numpy(rows(stream, begin // row, recipe.micro_batch_tokens // row, row)).to(run.device)
             ids_N, next_N = read_RT[:, :-1].flatten(), read_RT[:, 1:].flatten()
-            weights = [p.bfloat16() for p in parameters]
-            loss = HeadLoss.apply(layers(weights, ids_N, row), weights[0], next_N, scratch_NV, to_gradient)
-            (loss / recipe.batch_tokens).backward()
-            loss_sum += loss.detach()
+            loss_sum += learner.learn(ids_N, next_N, row, 1 / recipe.batch_tokens)
         workers.sum([loss_sum, *(gradient(p) for p in parameters)])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(progress.step, recipe, workers)
@@ -157,6 +144,9 @@ def main() -> None:
     parser.add_argument("--decay-share", type=float, default=0.45)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile the layers; needs a C++ compiler or CUDA")
+    parser.add_argument(
+        "--autograd", action="store_true", help="torch's gradients even where compiled steps are faster"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint-every-steps", type=int, default=100)
     arguments = parser.parse_args()
@@ -172,7 +162,7 @@ def main() -> None:
         warmup_steps=arguments.warmup_steps,
         decay_share=arguments.decay_share,
     )
-    run = Run(arguments.device, arguments.compile, arguments.checkpoint_every_steps)
+    run = Run(arguments.device, arguments.compile, arguments.autograd, arguments.checkpoint_every_steps)
     train(arguments.name, arguments.data, arguments.out, recipe, run)
 
 

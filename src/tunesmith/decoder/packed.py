@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tunesmith import compiled
-from tunesmith.decoder.llama import Llama, rotation
+from tunesmith.decoder.llama import Layer, Llama, rotation
 from tunesmith.decoder.mapped import release, stacked
 
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("packed.h", "tiles.h", "bf16.h"))
@@ -95,6 +95,12 @@ def covers(model: Llama) -> bool:
     )
 
 
+def _sites(layer: Layer) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """The weights of each site [O, I], and the gains of the norm before it."""
+    weights = (stacked(layer.qkv_parts), layer.o, layer.gate_up, layer.down)
+    return weights, (layer.attention_norm_D, None, layer.feed_norm_D, None)
+
+
 class PackedLlama:
     """The weights of a model, packed. Threads may share it."""
 
@@ -106,13 +112,13 @@ class PackedLlama:
         self._library = library
         self._room = room
         self._trained = trained
-        self._kept: list[object] = [model]
+        self._source = model
+        self._kept: list[object] = []
         """What the structures point to."""
         config = model.config
         layers = (_Layer * config.layers)()
         for native_layer, layer, sites in zip(layers, model.layers, config.layout.layers, strict=True):
-            weights = (stacked(layer.qkv_parts), layer.o, layer.gate_up, layer.down)
-            gains = (layer.attention_norm_D, None, layer.feed_norm_D, None)
+            weights, gains = _sites(layer)
             outputs = ([linear.outputs for linear in linears] for linears in sites.values())
             native_layer.sites = (_Site * 4)(*map(self._site, weights, gains, outputs))
             native_layer.bias = self._address(layer.qkv_bias)
@@ -139,6 +145,17 @@ class PackedLlama:
             sin=self._address(sin),
             layer=layers,
         )
+
+    def repack(self) -> None:
+        """The weights as they are now, where the model they were packed from is trained."""
+        native = self.native
+        for native_layer, layer in zip(native.layer[: native.layers], self._source.layers, strict=True):
+            for site, weight_OI in zip(native_layer.sites, _sites(layer)[0], strict=True):
+                self._library.tunesmith_pack(
+                    weight_OI.data_ptr(), *weight_OI.shape, site.gain, site.forward, site.backward
+                )
+        head = self._source.head_VD
+        self._library.tunesmith_pack(head.data_ptr(), *head.shape, None, native.head_forward, native.head_backward)
 
     def pack_factors(self, flat: Tensor, rank: int, scale: float, into: Tensor | None = None) -> Tensor:
         """Factors as products read them. `flat`, fp32, has layer by layer and site by site A [P R, I] and B [O, R]."""

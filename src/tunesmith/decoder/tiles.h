@@ -284,12 +284,13 @@ inline void by_panels(Panels in, const bf16 *weight, int64_t steps, int64_t pane
 
 // The same where then(panel, token) adds what factors give and leaves the sums in the tiles, and write(panel, token, i,
 // sums) puts row i of a block where it belongs: that is done between the tile instructions of the next block. Panels are
-// walked in the order that place(0), place(1), ... says.
+// walked in the order that place(0), place(1), ... says. They lie `apart` blocks from each other, or without a gap.
 template <typename Place, typename Then, typename Write>
 inline void by_panels_written(Panels in, const bf16 *weight, int64_t steps, int64_t panels, int64_t tokens,
-                              float *partial, Place place, Then then, Write write) {
+                              float *partial, Place place, Then then, Write write, int64_t apart = 0) {
     const int64_t blocks = tokens / SIDE, lines = (SIDE + blocks - 1) / blocks;
     const int64_t parts = (steps + DEEPEST - 1) / DEEPEST, size = (steps + parts - 1) / parts;
+    const int64_t panel_size = (apart ? apart : steps) * BLOCK;
     alignas(64) float sums[2][BLOCK];
     int64_t now = 0, before = 0, before_at = 0, written = SIDE;
     for (int64_t walked = 0; walked < panels; ++walked) {
@@ -297,13 +298,13 @@ inline void by_panels_written(Panels in, const bf16 *weight, int64_t steps, int6
         for (int64_t first = 0; first < steps; first += size) {
             const int64_t deep_now = steps - first < size ? steps - first : size;
             const int64_t a_step = (SIDE + deep_now - 1) / deep_now;
-            const bf16 *next = weight + (next_panel * steps + first) * BLOCK;
+            const bf16 *next = weight + next_panel * panel_size + first * BLOCK;
             for (int64_t at = 0; at < tokens; at += SIDE) {
                 if (first)
                     give_sums(partial + at * SIDE);
                 else
                     clear();
-                accumulate(in.block(first, at), in.step(), weight + (panel * steps + first) * BLOCK, deep_now,
+                accumulate(in.block(first, at), in.step(), weight + panel * panel_size + first * BLOCK, deep_now,
                            next + at / SIDE * lines * deep_now * SIDE, walked + 1 < panels ? lines : 0, [&](int64_t) {
                                for (int64_t i = 0; i < a_step && written < SIDE; ++i, ++written)
                                    write(before, before_at, written, sums[now] + written * SIDE);

@@ -10,13 +10,11 @@ Legend: M = weighed positions.
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from tunesmith.decoder import packed
@@ -26,6 +24,7 @@ from tunesmith.training import native
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.loss import Scores
 from tunesmith.training.passes import Pass, Piece
+from tunesmith.training.work import Assignment, Memory, Work
 
 
 class _Piece(ctypes.Structure):
@@ -40,12 +39,7 @@ class _Piece(ctypes.Structure):
 
 
 class _Pass(ctypes.Structure):
-    _fields_ = [
-        *((name, Size) for name in ("tokens", "rows", "positions", "pieces")),
-        *((name, Address) for name in ("token_ids", "row_start", "row_length", "predicting", "target", "weight")),
-        ("piece", ctypes.POINTER(_Piece)),
-        *((name, Address) for name in ("nll", "right", "memory")),
-    ]
+    _fields_ = [("work", Work), ("pieces", Size), ("piece", ctypes.POINTER(_Piece))]
 
 
 @cache
@@ -84,7 +78,7 @@ class CompiledLlama:
         self._library = library
         self._model = PackedLlama(library, model, trained=True)
         self._factors: WeakKeyDictionary[TrainableLora, Tensor] = WeakKeyDictionary()
-        self._memory = threading.local()
+        self._memory = Memory()
 
     def take(self, factors: TrainableLora, *, single: bool) -> None:
         """The factors of a job as they are now, for the passes of a step, be they of that job alone or of several."""
@@ -100,8 +94,8 @@ class CompiledLlama:
             for piece, span in zip(pieces, work.spans, strict=True)
             for before in accumulate(piece.batch.row_lengths[:-1], initial=0)
         ]
-        row_start, row_length = torch.tensor(starts), torch.tensor(lengths)
-        scores = Scores(torch.empty(len(work.target_M)), torch.empty(len(work.target_M), dtype=torch.bool))
+        numbers = (work.predicting_M, work.target_M, work.weight_M)
+        assigned = Assignment(work.token_ids_N, starts, lengths, *numbers)
         native_pieces = (_Piece * len(pieces))()
         for native_piece, piece, span in zip(native_pieces, pieces, work.spans, strict=True):
             factors = piece.view.owner
@@ -110,29 +104,7 @@ class CompiledLlama:
             native_piece.packed, native_piece.rank = self._factors[factors].data_ptr(), factors.lora.rank
             native_piece.embedding_rank = 0 if factors.lora.embedding is None else factors.lora.rank
             native_piece.scale = factors.lora.scale
-        step = _Pass(
-            tokens=len(work.token_ids_N),
-            rows=len(lengths),
-            positions=len(work.target_M),
-            pieces=len(pieces),
-            token_ids=work.token_ids_N.data_ptr(),
-            row_start=row_start.data_ptr(),
-            row_length=row_length.data_ptr(),
-            predicting=work.predicting_M.data_ptr(),
-            target=work.target_M.data_ptr(),
-            weight=work.weight_M.data_ptr(),
-            piece=native_pieces,
-            nll=scores.nll_M.data_ptr(),
-            right=scores.right_M.data_ptr(),
-        )
-        step.memory = self._room(self._library.tunesmith_step_memory(self._model.native, step))
+        step = _Pass(assigned.work, len(pieces), native_pieces)
+        step.work.memory = self._memory.room(self._library.tunesmith_step_memory(self._model.native, step))
         self._library.tunesmith_step(self._model.native, step)
-        return work, scores
-
-    def _room(self, size: int) -> int:
-        """The address of memory of this thread, kept from step to step: new memory has to be cleared by the system."""
-        memory: Tensor | None = getattr(self._memory, "bytes", None)
-        if memory is None or len(memory) < size:
-            self._memory.bytes = memory = None  # what there was has to make room first
-            self._memory.bytes = memory = torch.empty(size, dtype=torch.uint8)
-        return memory.data_ptr()
+        return work, assigned.scores

@@ -1,0 +1,100 @@
+"""Loss and gradient of a micro-batch: by compiled code of ours where the processor has tiles of bf16, else by torch.
+
+Legend: N = tokens of a micro-batch, D = width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pretraining.kernels import CausalRows, HeadLoss, softmax_gradient
+from tunesmith.decoder.llama import Llama
+from tunesmith.training import whole_step
+from tunesmith.training.whole import TrainableWeights
+from tunesmith.training.whole_step import WholeStep
+
+
+class Steps(Protocol):
+    """What computes gradients."""
+
+    parameters: list[Tensor]
+    """The weights in fp32, in the order of `Llama.parameters`."""
+
+    def begin(self) -> None:
+        """Takes the parameters as they are now, with no gradient, for the micro-batches of a batch."""
+
+    def learn(self, ids_N: Tensor, next_N: Tensor, row: int, share: float) -> Tensor:
+        """The summed loss of rows of `row` tokens; adds `share` times its gradient to `.grad` of the parameters."""
+
+
+def steps(start: Llama, *, device: str, compiled: bool, autograd: bool) -> Steps:
+    """Steps that begin at the weights of `start`; with `autograd` those of torch in any case."""
+    if device == "cpu" and not autograd and whole_step.covers(start):
+        return CompiledSteps(start)
+    return TorchSteps(start, device=device, compiled=compiled)
+
+
+class CompiledSteps:
+    """See `training.whole_step`."""
+
+    def __init__(self, start: Llama) -> None:
+        """`whole_step.covers(start)`, whose weights are copied."""
+        self._weights = TrainableWeights(start)
+        self._step = WholeStep(self._weights.model, self._weights.flat)
+        self.parameters = self._weights.parts(self._weights.flat)
+
+    def begin(self) -> None:
+        """See `Steps`."""
+        self._step.take()
+        self._weights.flat_gradient.zero_()
+        for parameter, gradient in zip(self.parameters, self._weights.parts(self._weights.flat_gradient), strict=True):
+            parameter.grad = gradient
+
+    def learn(self, ids_N: Tensor, next_N: Tensor, row: int, share: float) -> Tensor:
+        """See `Steps`."""
+        count = len(ids_N)
+        scores = self._step.learn(
+            ids_N,
+            [row] * (count // row),
+            predicting_M=torch.arange(count),
+            target_M=next_N,
+            weight_M=torch.full((count,), share),
+            gradient=self._weights.flat_gradient,
+        )
+        return scores.nll_M.double().sum().float()
+
+
+class TorchSteps:
+    """Forward by the decoder, backward by autograd, with hand-made gradients of the two costly pieces."""
+
+    def __init__(self, start: Llama, *, device: str, compiled: bool) -> None:
+        """With `compiled`, torch compiles the layers: needs a C++ compiler or CUDA."""
+        self._start = start
+        self._compiled_on_cpu = compiled and device == "cpu"
+        self._scratch_NV = torch.empty(0, start.config.vocabulary_size, dtype=torch.bfloat16, device=device)
+        self.parameters = [p.to(device).requires_grad_() for p in start.parameters()]
+        compiling = torch.compile(fullgraph=True, dynamic=False, disable=not compiled)
+        self._layers, self._to_gradient = compiling(self._hidden), compiling(softmax_gradient)
+
+    def begin(self) -> None:
+        """See `Steps`."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def learn(self, ids_N: Tensor, next_N: Tensor, row: int, share: float) -> Tensor:
+        """See `Steps`."""
+        if len(self._scratch_NV) != len(ids_N):
+            self._scratch_NV = self._scratch_NV.new_empty(len(ids_N), self._scratch_NV.shape[1])
+        weights = [p.bfloat16() for p in self.parameters]
+        hidden_ND = self._layers(weights, ids_N, row)
+        loss: Tensor = HeadLoss.apply(hidden_ND, weights[0], next_N, self._scratch_NV, self._to_gradient)
+        (loss * share).backward()
+        return loss.detach()
+
+    def _hidden(self, weights: list[Tensor], ids_N: Tensor, row: int) -> Tensor:
+        count = len(ids_N) // row
+        positions_N = torch.arange(row, device=ids_N.device).repeat(count)
+        return self._start.over(weights).hidden(ids_N, positions_N, CausalRows(count, self._compiled_on_cpu))

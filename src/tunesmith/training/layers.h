@@ -1,0 +1,327 @@
+// The layers of a Llama in training, forward and backward, on processors that multiply tiles of bf16 (AMX): what a step is,
+// whatever it learns. step.cpp learns adapters, whole.cpp all weights.
+//
+// Layers are walked in chunks of tokens that stay in the cache. What comes of a token depends on its own row alone.
+//
+// Legend: N = tokens, D = model width, F = feed-forward width, H, K = query and key/value heads, d = head width,
+// W = (H + 2K) d, I, O = inputs and outputs of a site, M = weighed positions, V = vocabulary, T = tokens of a row.
+
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "attention.h"
+
+extern "C" {
+
+// What a step reads, and where its losses go.
+struct Work {
+    int64_t tokens, rows, positions;  // tokens: a multiple of 32
+    const int64_t *token_ids;               // [N]
+    const int64_t *row_start, *row_length;  // [rows]
+    const int64_t *predicting, *target;     // [M]
+    const float *weight;                    // [M]
+    float *nll;   // out: [M]
+    bool *right;  // out: [M]
+    uint8_t *memory;
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr int64_t CHUNK = 256;  // tokens that go through products together: their states stay in the cache
+
+// What the way back of a layer needs.
+struct Saved {
+    Panels normed, qkv, attention, feed_normed, gate_up;  // [N, D], [N, W] turned, [N, H d], [N, D], [N, 2F]
+    float *inverse, *feed_inverse;                        // [N]
+    Softmax softmax;
+};
+
+// `Self` adds to it, for site `index` (four a layer) and `tokens` tokens from `first` on, where panels given begin:
+//   SPAN                                             tokens it learns from at once
+//   forward(index, in, first, tokens, place, write)  the site's outputs, as `by_panels_written` gives them
+//   backward(index, gy, in, first, tokens, write)    the gradient of its inputs; `in` is there when all is written
+//   learn(index, gy, in, tokens)                     what it learns of a span, whose panels begin there
+//   embed(), score(), embed_backward()               both ends: x; the loss, and grad from it; what tokens learn from grad
+template <typename Self>
+struct Layers {
+    const Model &m;
+    const Work &work;
+    const int64_t n, wide, mixed;
+    Arena arena;
+    int64_t longest = 0;
+    std::vector<int32_t> turn_of;  // by tokens: its place in its row, or -1
+    std::vector<Saved> saved;
+    std::optional<Attention> attention;
+    float *x, *grad, *inverse, *partial;              // x: [N, D], grad: of x
+    Panels out, between;                              // grad in bf16, behind a layer and within
+    Panels product, grad_wide;                        // of a span
+    Panels grad_normed, grad_mixed;                   // of a chunk, of all
+    alignas(64) float c[BLOCK];
+
+    Layers(const Model &model, const Work &given)
+        : m(model), work(given), n(given.tokens), wide((m.heads + 2 * m.kv_heads) * m.head_width),
+          mixed(m.heads * m.head_width), arena{given.memory}, turn_of(n, -1) {
+        for (int64_t row = 0; row < work.rows; ++row) {
+            longest = work.row_length[row] > longest ? work.row_length[row] : longest;
+            for (int64_t t = 0; t < work.row_length[row]; ++t) turn_of[work.row_start[row] + t] = t;
+        }
+        const int64_t slack = n + SIDE;  // attention reads beyond a row
+        const int64_t chunk = n < CHUNK ? n : CHUNK, span = n < span_of(n) ? n : span_of(n);
+        for (int64_t i = 0; i < m.layers; ++i) {
+            Saved s{};
+            s.normed = arena.panels(uneven(n), m.width);
+            s.qkv = arena.panels(uneven(slack), wide);
+            s.attention = arena.panels(uneven(n), mixed);
+            s.feed_normed = arena.panels(uneven(n), m.width);
+            s.gate_up = arena.panels(uneven(n), 2 * m.feed_width);
+            s.inverse = arena.take<float>(n);
+            s.feed_inverse = arena.take<float>(n);
+            s.softmax = {arena.take<float>(n * m.heads), arena.take<float>(n * m.heads), n};
+            saved.push_back(s);
+        }
+        x = arena.take<float>(n * m.width);
+        grad = arena.take<float>(n * m.width);
+        inverse = arena.take<float>(n);
+        partial = arena.take<float>(CHUNK * SIDE);
+        out = arena.panels(uneven(n), m.width);
+        between = Self::SPAN > CHUNK ? arena.panels(uneven(n), m.width) : out;  // for what is learned when both are there
+        product = arena.panels(uneven(span), m.feed_width);
+        grad_wide = arena.panels(uneven(span), 2 * m.feed_width);
+        grad_normed = arena.panels(uneven(chunk), m.width);
+        grad_mixed = arena.panels(uneven(slack), mixed);
+        attention.emplace(m, longest, arena);
+    }
+
+    Self &self() { return static_cast<Self &>(*this); }
+
+    // Rows of panels that are read side by side: an odd number of blocks, so that their lines do not all compete for the
+    // same half of the places of the cache.
+    static int64_t uneven(int64_t rows) { return rows | SIDE; }
+
+    const Site &site_at(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
+
+    static int64_t one_by_one(int64_t panel) { return panel; }
+
+    // What puts blocks into panels.
+    static auto into(Panels to) {
+        return [to](int64_t panel, int64_t at, int64_t i, const float *sums) {
+            store_32(to.block(panel, at + i), _mm512_load_ps(sums), _mm512_load_ps(sums + 16));
+        };
+    }
+
+    // -- tokens a chunk at a time, and as many of them as are learned from at once
+
+    // All `tokens` in spans of about the same size.
+    static int64_t span_of(int64_t tokens) {
+        const int64_t spans = (tokens + Self::SPAN - 1) / Self::SPAN, even = (tokens + spans - 1) / spans;
+        return (even + CHUNK - 1) / CHUNK * CHUNK;
+    }
+
+    // work(first token, its place in its span, tokens)
+    template <typename Do>
+    void by_chunks(Do work, int64_t from, int64_t to) {
+        for (int64_t first = from; first < to; first += CHUNK)
+            work(first, first - from, first + CHUNK < to ? CHUNK : to - first);
+    }
+
+    // work(...) of the chunks of a span, then learn(its first token, its tokens).
+    template <typename Do, typename Learn>
+    void by_spans(Do work, Learn learn) {
+        const int64_t span = span_of(n);
+        for (int64_t first = 0, end; first < n; first = end) {
+            end = first + span < n ? first + span : n;
+            by_chunks(work, first, end);
+            learn(first, end - first);
+        }
+    }
+
+    // -- what stands between products
+
+    // Through `normalise`, grad += (dy - y mean(dy y)) * inverse; the sum in bf16 comes into `to`.
+    void leave_norm(Panels dy, Panels y, const float *inverses, int64_t first, int64_t tokens, Panels to) {
+        const int64_t d = m.width;
+        for (int64_t i = 0; i < tokens; ++i) {
+            float *row = grad + (first + i) * d;
+            __m512 along[2] = {};
+            for (int64_t j = 0; j < d; j += SIDE) {
+                const bf16 *g = dy.block(j / SIDE, i), *v = y.block(j / SIDE, i);
+                along[0] = _mm512_fmadd_ps(load_low(g), load_low(v), along[0]);
+                along[1] = _mm512_fmadd_ps(load_low(g + 16), load_low(v + 16), along[1]);
+            }
+            const __m512 mean = _mm512_set1_ps(sum(_mm512_add_ps(along[0], along[1])) / static_cast<float>(d));
+            const __m512 factor = _mm512_set1_ps(inverses[first + i]);
+            for (int64_t j = 0; j < d; j += SIDE) {
+                __m512 value[2];
+                for (int64_t half = 0; half < 2; ++half) {
+                    float *at = row + j + 16 * half;
+                    const __m512 g = load_low(dy.block(j / SIDE, i) + 16 * half);
+                    const __m512 v = load_low(y.block(j / SIDE, i) + 16 * half);
+                    value[half] = _mm512_fmadd_ps(_mm512_fnmadd_ps(v, mean, g), factor, _mm512_loadu_ps(at));
+                    _mm512_storeu_ps(at, value[half]);
+                }
+                store_32(to.block(j / SIDE, first + i), value[0], value[1]);
+            }
+        }
+    }
+
+    // What takes the gradient of gate's product: gives that of gate and up, and the product again, from token `at_span` of
+    // their span on.
+    auto into_gate(Panels gate_up, int64_t at_span) {
+        return [again_to = product.from(at_span), to = grad_wide.from(at_span), gate_up, half_panels = m.feed_width / SIDE,
+                one = _mm512_set1_ps(1.0f)](int64_t panel, int64_t at, int64_t i, const float *sums) {
+            const int64_t up_panel = panel + half_panels;
+            __m512 again[2], of_gate[2], of_up[2];
+            for (int64_t half = 0; half < 2; ++half) {
+                const __m512 value = load_low(gate_up.block(panel, at + i) + 16 * half);
+                const __m512 other = load_low(gate_up.block(up_panel, at + i) + 16 * half);
+                const __m512 given = _mm512_load_ps(sums + 16 * half), share = sigmoid(value);
+                const __m512 swish = _mm512_mul_ps(value, share);
+                const __m512 slope = _mm512_fmadd_ps(swish, _mm512_sub_ps(one, share), share);
+                again[half] = _mm512_mul_ps(swish, other);
+                of_up[half] = _mm512_mul_ps(given, swish);
+                of_gate[half] = _mm512_mul_ps(_mm512_mul_ps(given, other), slope);
+            }
+            store_32(again_to.block(panel, at + i), again[0], again[1]);
+            store_32(to.block(panel, at + i), of_gate[0], of_gate[1]);
+            store_32(to.block(up_panel, at + i), of_up[0], of_up[1]);
+        };
+    }
+
+    // What adds blocks to rows of x from token `first` on.
+    auto onto_x(int64_t first) {
+        return [this, first](int64_t panel, int64_t at, int64_t i, const float *sums) {
+            float *to = x + (first + at + i) * m.width + panel * SIDE;
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_load_ps(sums)));
+            _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), _mm512_load_ps(sums + 16)));
+        };
+    }
+
+    // gate and up side by side, so that their product can be written with them.
+    void feed(int64_t layer, Panels in, Panels gate_up, int64_t first, int64_t tokens) {
+        const int64_t half = m.feed_width / SIDE;
+        const auto place = [half](int64_t walked) { return walked / 2 + walked % 2 * half; };
+        self().forward(4 * layer + 2, in, first, tokens, place,
+                       [&, write = into(gate_up)](int64_t panel, int64_t at, int64_t i, const float *sums) {
+                           write(panel, at, i, sums);
+                           if (panel < half) return;
+                           const bf16 *g = gate_up.block(panel - half, at + i), *up = gate_up.block(panel, at + i);
+                           store_32(product.block(panel - half, at + i), gated(load_low(g), load_low(up)),
+                                    gated(load_low(g + 16), load_low(up + 16)));
+                       });
+    }
+
+    // -- layers
+
+    void forward_layer(int64_t layer) {
+        Saved &s = saved[layer];
+        by_chunks([&](int64_t first, int64_t, int64_t tokens) {
+            const Panels normed = s.normed.from(first);
+            normalise(m, x + first * m.width, nullptr, normed, s.inverse + first, tokens);
+            self().forward(4 * layer, normed, first, tokens, one_by_one, into(s.qkv.from(first)));
+            turn(m, s.qkv.from(first), m.layer[layer].bias, turn_of.data() + first, tokens);
+        }, 0, n);
+        std::memset(s.attention.data, 0, sizeof(bf16) * s.attention.rows * mixed);
+        for (int64_t row = 0; row < work.rows; ++row) {
+            const int64_t start = work.row_start[row];
+            attention->forward(s.qkv.from(start), s.attention.from(start), s.softmax.from(start), work.row_length[row]);
+        }
+        by_chunks([&](int64_t first, int64_t, int64_t tokens) {
+            const Panels normed = s.feed_normed.from(first);
+            self().forward(4 * layer + 1, s.attention.from(first), first, tokens, one_by_one, onto_x(first));
+            normalise(m, x + first * m.width, nullptr, normed, s.feed_inverse + first, tokens);
+            feed(layer, normed, s.gate_up.from(first), first, tokens);
+            self().forward(4 * layer + 3, product, first, tokens, one_by_one, onto_x(first));
+        }, 0, n);
+    }
+
+    // grad, and `out`, the same in bf16: the gradient of the layer's output becomes that of its input.
+    void backward_layer(int64_t layer) {
+        const int64_t qkv = 4 * layer, o = qkv + 1, gate_up = qkv + 2, down = qkv + 3;
+        Saved &s = saved[layer];
+        by_spans(
+            [&](int64_t first, int64_t at, int64_t tokens) {
+                const Panels normed = s.feed_normed.from(first);
+                self().backward(down, out.from(first), product.from(at), first, tokens,
+                                into_gate(s.gate_up.from(first), at));
+                self().backward(gate_up, grad_wide.from(at), normed, first, tokens, into(grad_normed));
+                leave_norm(grad_normed, normed, s.feed_inverse, first, tokens, between);
+                self().backward(o, between.from(first), s.attention.from(first), first, tokens,
+                                into(grad_mixed.from(first)));
+            },
+            [&](int64_t first, int64_t tokens) {
+                self().learn(down, out.from(first), product, tokens);
+                self().learn(gate_up, grad_wide, s.feed_normed.from(first), tokens);
+                self().learn(o, between.from(first), s.attention.from(first), tokens);
+            });
+        const Panels grad_qkv = s.gate_up;  // no longer needed, and large enough: see covers() in step.py
+        std::memset(grad_qkv.data, 0, sizeof(bf16) * grad_qkv.rows * wide);
+        for (int64_t row = 0; row < work.rows; ++row) {
+            const int64_t start = work.row_start[row];
+            attention->backward(s.qkv.from(start), s.attention.from(start), grad_mixed.from(start), s.softmax.from(start),
+                                work.row_length[row], grad_qkv.from(start));
+        }
+        by_spans(
+            [&](int64_t first, int64_t, int64_t tokens) {
+                const Panels normed = s.normed.from(first);
+                self().backward(qkv, grad_qkv.from(first), normed, first, tokens, into(grad_normed));
+                leave_norm(grad_normed, normed, s.inverse, first, tokens, out);
+            },
+            [&](int64_t first, int64_t tokens) {
+                self().learn(qkv, grad_qkv.from(first), s.normed.from(first), tokens);
+            });
+    }
+
+    // -- the head
+
+    // x of all tokens after the last norm, but for its gain.
+    void finish() {
+        for (int64_t token = 0; token < n; ++token) {
+            float *row = x + token * m.width;
+            __m512 squares = _mm512_setzero_ps();
+            for (int64_t j = 0; j < m.width; j += 16) {
+                const __m512 value = _mm512_loadu_ps(row + j);
+                squares = _mm512_fmadd_ps(value, value, squares);
+            }
+            inverse[token] = root_of_inverse(sum(squares) / static_cast<float>(m.width) + m.epsilon);
+            for (int64_t j = 0; j < m.width; ++j) row[j] *= inverse[token];
+        }
+    }
+
+    // What the head reads of `rows` positions from `first` on, of which `real` are there.
+    void take_states(Panels states, int64_t first, int64_t real, int64_t rows) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < m.width; j += 16) {
+                __m512 value = _mm512_setzero_ps();
+                if (i < real)
+                    value = _mm512_mul_ps(_mm512_loadu_ps(x + work.predicting[first + i] * m.width + j),
+                                          _mm512_loadu_ps(m.norm + j));
+                store_16(states.block(j / SIDE, i) + j % SIDE, value);
+            }
+    }
+
+    // grad of all tokens in bf16.
+    void round_grad() {
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < m.width; j += 16)
+                store_16(out.block(j / SIDE, i) + j % SIDE, _mm512_loadu_ps(grad + i * m.width + j));
+    }
+
+    void run() {
+        configure_tiles();
+        self().embed();
+        for (int64_t layer = 0; layer < m.layers; ++layer) forward_layer(layer);
+        finish();
+        std::memset(grad, 0, sizeof(float) * n * m.width);
+        self().score();
+        round_grad();
+        for (int64_t layer = m.layers; layer-- > 0;) backward_layer(layer);
+        self().embed_backward();
+        _tile_release();
+    }
+};
+
+}  // namespace
