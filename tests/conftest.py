@@ -29,6 +29,12 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_base(tmp_path_factory.mktemp("bases") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def tiled_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with widths in whole blocks: where the processor multiplies tiles of bf16, steps are compiled ones."""
+    return make_tiny_base(tmp_path_factory.mktemp("bases") / "tiled", width=64, head_width=32)
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     """Asynchronous tests (`@pytest.mark.anyio`) run on asyncio."""

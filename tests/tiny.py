@@ -13,13 +13,14 @@ CONTEXT_TOKENS = 2_048
 TOKENIZER = Path(tunesmith.__file__).parent / "weights" / "tokenizer.json"
 
 
-def make_tiny_base(folder: Path, *, width: int = 32, layers: int = 2, seed: int = 0) -> Path:
+def make_tiny_base(folder: Path, *, width: int = 32, layers: int = 2, seed: int = 0, head_width: int = 8) -> Path:
     """Writes an ordinary Llama checkpoint folder of about half a million parameters; returns the folder."""
     import torch
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)
-    heads, head_width, kv_heads, feed_forward = width // 8, 8, width // 16, width * 2
+    heads, feed_forward = width // head_width, width * 2
+    kv_heads = heads // 2
     folder.mkdir(parents=True, exist_ok=True)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 from tests.training.rows import examples, make_run, random_lora, random_rows
 from tunesmith.decoder import llama
 from tunesmith.rundir import ResolvedHyperparameters, RunDir
-from tunesmith.training import loop
+from tunesmith.training import gradients, loop
 from tunesmith.training.batches import Schedule
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.gradients import Learner, Lesson
 from tunesmith.training.memory import Room
+from tunesmith.training.packing import MicroBatch, micro_batches
 from tunesmith.training.workers import Workers
 
 ASKED = ResolvedHyperparameters(n_epochs=2, batch_size=4, learning_rate_multiplier=0.1, prompt_loss_weight=0.01)
@@ -29,7 +31,10 @@ a factor whose gradient is nearly nothing may move by a share of the learning ra
 
 
 def _run(folder: Path, base: Path, **changes: int) -> RunDir:
-    run_dir = make_run(folder, base, train=examples(N_ROWS), valid=examples(4), hyperparameters=ASKED)
+    rows = [
+        {**row, "prompt": "and so on, " * (index % 3) + row["prompt"]} for index, row in enumerate(examples(N_ROWS))
+    ]
+    run_dir = make_run(folder, base, train=rows, valid=examples(4), hyperparameters=ASKED)
     run_dir.write_spec(replace(run_dir.read_spec(), **changes))  # type: ignore[arg-type]
     return run_dir
 
@@ -50,7 +55,16 @@ def test_what_must_not_matter_changes_an_adapter_by_rounding(
 ) -> None:
     plain = _run(tmp_path / "plain", tiny_base)
     other = _run(tmp_path / "other", tiny_base, threads=3 if what == "threads" else 1)
+    cut: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> list[MicroBatch]:
+        parts = micro_batches(*arguments, **options)
+        cut.append(len(parts))
+        return parts
+
+    monkeypatch.setattr(gradients, "micro_batches", counted)
     loop.train(plain)
+    assert set(cut) == {1}
     match what:
         case "micro-batches":
             monkeypatch.setattr(loop, "Room", lambda run_dir: Room(run_dir, 32))
@@ -67,6 +81,8 @@ def test_what_must_not_matter_changes_an_adapter_by_rounding(
 
     loop.train(other)
 
+    assert (max(cut) > 1) == (what == "micro-batches")
+    assert len(cut) > 2 * Schedule(N_ROWS, 2, 4, seed=0).n_steps or what != "threads"
     assert _difference(plain, other) < ROUNDING
 
 
