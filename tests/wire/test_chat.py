@@ -207,6 +207,7 @@ def said(**fields: Any) -> Body:
         (said(content=[]), "messages[0].content", "a string or a list of parts"),
         (said(content=[{"type": "image_url", "image_url": {}}]), "messages[0].content[0].type", "'image_url'"),
         (said(content=[{"type": "text"}]), "messages[0].content[0].text", "must provide"),
+        (said(content=[{"type": "text", "text": "x", "y": 1}]), "messages[0].content[0].y", "Unrecognized"),
         (said(name="a\nb"), "messages[0].name", "printable"),
         (said(tool_calls=[{"id": "x"}]), "messages[0].tool_calls", "not available"),
         (said(mood="good"), "messages[0].mood", "Unrecognized"),

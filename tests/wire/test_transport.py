@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 
 import httpx
@@ -168,6 +169,14 @@ async def test_body_of_another_kind(shared: httpx.AsyncClient) -> None:
     response = await shared.post("/v1/completions", data={"model": "ada"})
     assert response.status_code == 415
     assert "Content-Type: application/json" in error_of(response)["message"]
+
+
+async def test_body_that_is_packed(shared: httpx.AsyncClient) -> None:
+    packed = gzip.compress(b'{"model": "ada"}')
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    response = await shared.post("/v1/completions", content=packed, headers=headers)
+    assert response.status_code == 415
+    assert "sent as gzip" in error_of(response)["message"]
 
 
 @pytest.mark.parametrize(

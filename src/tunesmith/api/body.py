@@ -29,6 +29,12 @@ async def read_json(request: Request) -> Fields:
             f"This endpoint reads JSON; the body was sent as {declared}. Send it with the header "
             "Content-Type: application/json."
         )
+    packed = request.headers.get("content-encoding", "identity").strip().lower()
+    if packed != "identity":
+        raise UnsupportedMedia(
+            f"This endpoint reads bodies as they are; this one was sent as {packed}. Send it without the header "
+            "Content-Encoding."
+        )
     content = bytearray()
     async for chunk in request.stream():
         content += chunk
@@ -110,7 +116,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_INTEGER:
-            raise self.wrong(name, "an integer of at most 64 bits", value)
+            raise self.wrong(name, "an integer of at most 63 bits and a sign", value)
         self._check_range(name, value, low, high)
         return value
 

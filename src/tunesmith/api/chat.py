@@ -206,7 +206,11 @@ def _part(part: dict[str, Any], where: str) -> str:
         raise InvalidRequest(
             f"'{where}.type' is {str(kind)[:40]!r}; these models read text only.", param=f"{where}.type"
         )
-    return Fields(part, within=f"{where}.").required_text(kind)
+    fields = Fields(part, within=f"{where}.")
+    fields.take("type")
+    text = fields.required_text(kind)
+    fields.done()
+    return text
 
 
 async def _frames(

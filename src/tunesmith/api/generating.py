@@ -19,7 +19,6 @@ MAX_LOGPROBS = 5
 """Most alternatives that the tables of completions show at each place."""
 MAX_BIASES = 1024
 """Most tokens with a `logit_bias`; each costs at every step of every sequence."""
-SEED_BITS = 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def sampling_values(fields: Fields, caller: Caller, *, how_many: str = "n") -> d
         "presence_penalty": fields.number("presence_penalty"),
         "frequency_penalty": fields.number("frequency_penalty"),
         "logit_bias": _logit_bias(fields),
-        "seed": fields.integer("seed", -(2**SEED_BITS), 2**SEED_BITS - 1),
+        "seed": fields.integer("seed"),
         "payer": caller.key_id,
     }
 
@@ -98,7 +97,8 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
     bias: dict[int, float] = {}
     for token in biases.names:
         value = biases.number(token)
-        if not (token.isascii() and token.isdecimal() and len(token) <= 9):
+        # Of "05" and "5" one would be lost.
+        if not (token.isascii() and token.isdecimal() and len(token) <= 9 and token == str(int(token))):
             raise InvalidRequest(
                 f"'logit_bias' has token ids as keys, such as \"50256\"; {token[:40]!r} is none.", param="logit_bias"
             )

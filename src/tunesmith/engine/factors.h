@@ -1,9 +1,8 @@
-// Factors of an adapter as the engine reads them: no wider than their rank, for with many adapters a step is as long as what
-// it reads. In bf16, or with weights of 8 bits in 8 bits too.
+// Factors of an adapter as the engine reads them: in 8 bits, a scale for each row, and no wider than their rank, for with
+// many adapters a step is as long as what it reads. States are multiplied with them by two digits of 8 bits (int8.h).
 //
-// bf16: a part of A [R, I] is ceil(R / 16) columns of 16, each I / 32 tiles; a part of B [O, R] is O / 16 columns, each
-// ceil(R / 2) rows of pairs. 8 bits: the same columns by rows of four (int8.h), after their scales: those of A in fp32, those
-// of B in bf16. What tiles read beyond a column is multiplied by 0.
+// A part of A [R, I] is ceil(R / 16) columns of 16 by rows of four, a part of B [O, R] O / 16 such columns; before those of
+// a site stand their scales, of A in fp32 and of B in bf16. What tiles read beyond a column is multiplied by 0.
 
 #pragma once
 
@@ -14,12 +13,11 @@ namespace {
 
 struct Factors {
     const Model &m;
-    const bool eight;
-    const int64_t rank, columns = (rank + 15) / 16, pairs = (rank + 1) / 2, fours = (rank + 3) / 4;
-    const int64_t deep = eight ? rounded_deep(rank) / DEEP : rounded_up(rank) / SIDE;  // of what B reads, in tiles
-    std::vector<int64_t> sites;  // where each begins, and their end, in bytes
+    const int64_t rank, columns = (rank + 15) / 16, fours = (rank + 3) / 4;
+    const int64_t deep = rounded_deep(rank) / DEEP;  // of what B reads, in tiles
+    std::vector<int64_t> sites;                      // where each begins, and their end, in bytes
 
-    Factors(const Model &model, int64_t of_rank, bool in_eight) : m(model), eight(in_eight), rank(of_rank), sites{0} {
+    Factors(const Model &model, int64_t of_rank) : m(model), rank(of_rank), sites{0} {
         for (int64_t index = 0; index < 4 * m.layers; ++index) {
             const Site &of = site(index);
             sites.push_back(sites.back() + scales_size(of) + of.parts * columns * a_column(of) +
@@ -28,10 +26,10 @@ struct Factors {
     }
 
     const Site &site(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
-    int64_t a_column(const Site &of) const { return 16 * (eight ? rounded_deep(of.inputs) : of.inputs * 2); }  // bytes
-    int64_t b_column() const { return (eight ? fours : pairs) * 64; }
+    int64_t a_column(const Site &of) const { return 16 * rounded_deep(of.inputs); }  // bytes
+    int64_t b_column() const { return fours * DEEP; }
     int64_t scales_size(const Site &of) const {
-        return eight ? of.parts * columns * 16 * sizeof(float) + outputs_of(of) * sizeof(bf16) : 0;
+        return of.parts * columns * 16 * sizeof(float) + outputs_of(of) * sizeof(bf16);
     }
     int64_t size() const { return sites.back() + TILE_BYTES; }  // tiles of the last rows of B end there
 
@@ -55,30 +53,12 @@ struct Factors {
             bf16 *b_rounded = const_cast<bf16 *>(b_scales(packed, index));
             uint8_t *to = const_cast<uint8_t *>(a(packed, index));
             for (int part = 0; part < of.parts; ++part, flat += rank * of.inputs)
-                for (int64_t row = 0; row < rank; row += 16, to += a_column(of), a_scale += eight ? 16 : 0)
-                    if (eight)
-                        pack_eight(flat + row * of.inputs, rank - row, of.inputs, rounded_deep(of.inputs) / 4, to, a_scale);
-                    else
-                        pack_pairs(flat + row * of.inputs, rank - row, of.inputs, of.gain, 1.0f, to);
-            for (int64_t o = 0; o < outputs_of(of); o += 16, to += b_column(), flat += 16 * rank)
-                if (eight) {
-                    pack_eight(flat, 16, rank, fours, to, b_scale);
-                    for (int64_t j = 0; j < 16; ++j) store(b_rounded + o + j, b_scale[j] * scale);
-                } else {
-                    pack_pairs(flat, 16, rank, nullptr, scale, to);
-                }
-        }
-    }
-
-    // Rows 0 to 16, of which `rows` are there, of a matrix [.., depth] as a column of pairs.
-    static void pack_pairs(const float *from, int64_t rows, int64_t depth, const float *gain, float scale, uint8_t *to) {
-        for (int64_t i = 0; i < depth; i += SIDE) {
-            __m512i words[16];
-            for (int64_t j = 0; j < 16; ++j)
-                words[j] = j < rows ? halves(from + j * depth + i, depth - i, gain ? gain + i : gain, scale)
-                                    : _mm512_setzero_si512();
-            transpose(words);
-            for (int64_t j = 0; j < 16 && 2 * j < depth - i; ++j, to += 64) _mm512_storeu_si512(to, words[j]);
+                for (int64_t row = 0; row < rank; row += 16, to += a_column(of), a_scale += 16)
+                    pack_eight(flat + row * of.inputs, rank - row, of.inputs, rounded_deep(of.inputs) / 4, to, a_scale);
+            for (int64_t o = 0; o < outputs_of(of); o += 16, to += b_column(), flat += 16 * rank) {
+                pack_eight(flat, 16, rank, fours, to, b_scale);
+                for (int64_t j = 0; j < 16; ++j) store(b_rounded + o + j, b_scale[j] * scale);
+            }
         }
     }
 };

@@ -1,5 +1,5 @@
-// Products of weights in 8 bits, a scale for each output, with states in 8 bits, a scale for each token: the sums are
-// whole numbers, exact in any order.
+// Products of weights in 8 bits, a scale for each output, with states in 8 bits, or two digits of 8, a scale for each
+// token: the sums are whole numbers, exact in any order.
 //
 // A weight is kept as 128 more than it is, for one side of such a product has no signs; 128 times the sum of a token's
 // state is taken off again. Packed: columns of 16 outputs, each by tiles of 64 deep: 16 rows of four.
@@ -37,28 +37,52 @@ struct Bytes {
     int8_t *block(int64_t panel, int64_t row) const { return data + (panel * rows + row) * DEEP; }
 };
 
-// A row of `to`: at(j) gives its numbers from j on, 16 at a time.
+// States of tokens by two digits of 8 bits: what the first leaves, 254 times as fine. `low` has no scales of its own.
+struct Fine {
+    Bytes high, low;
+};
+
+constexpr float FINER = 254.0f;
+
+inline void put_bytes(int8_t *to, __m512i words) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to), _mm512_cvtsepi32_epi8(words));
+}
+
+// A row of `to`: at(j) gives its numbers from j on, 16 at a time. Without `fine` the first digit alone.
 template <typename At>
-inline void round_to_eight(At at, int64_t columns, Bytes to, int64_t row) {
+inline void round_to_eight(At at, int64_t columns, Fine to, int64_t row, bool fine) {
     __m512 most = _mm512_setzero_ps();
     for (int64_t j = 0; j < columns; j += 16) most = _mm512_max_ps(_mm512_abs_ps(at(j)), most);
     const float largest = _mm512_reduce_max_ps(most);
     const __m512 factor = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
-    __m512i total = _mm512_setzero_si512();
+    __m512i total = _mm512_setzero_si512(), total_low = total;
     for (int64_t j = 0; j < rounded_deep(columns); j += 16) {
-        const __m512i whole =
-            j < columns ? _mm512_cvtps_epi32(times(at(j), factor)) : _mm512_setzero_si512();
+        const __m512 value = j < columns ? times(at(j), factor) : _mm512_setzero_ps();
+        const __m512i whole = _mm512_cvtps_epi32(value);
         total = _mm512_add_epi32(total, whole);
-        _mm_storeu_si128(reinterpret_cast<__m128i *>(to.block(j / DEEP, row) + j % DEEP), _mm512_cvtsepi32_epi8(whole));
+        put_bytes(to.high.block(j / DEEP, row) + j % DEEP, whole);
+        if (!fine) continue;
+        const __m512i rest = _mm512_cvtps_epi32(
+            times(_mm512_sub_ps(value, _mm512_cvtepi32_ps(whole)), _mm512_set1_ps(FINER)));
+        total_low = _mm512_add_epi32(total_low, rest);
+        put_bytes(to.low.block(j / DEEP, row) + j % DEEP, rest);
     }
-    to.scales[row] = largest / 127.0f;
-    to.shift[row] = 128 * _mm512_reduce_add_epi32(total);
+    to.high.scales[row] = largest / 127.0f;
+    to.high.shift[row] = 128 * _mm512_reduce_add_epi32(total);
+    if (fine) to.low.shift[row] = 128 * _mm512_reduce_add_epi32(total_low);
 }
 
 // 16 sums of a token as floats: first its scale, then those of the outputs.
 inline __m512 scaled(__m512i sums, Bytes in, int64_t row, __m512 scales) {
     const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(in.shift[row])));
     return times(times(whole, _mm512_set1_ps(in.scales[row])), scales);
+}
+
+inline __m512 scaled(__m512i high, __m512i low, Fine in, int64_t row, __m512 scales) {
+    const __m512 first = _mm512_cvtepi32_ps(_mm512_sub_epi32(high, _mm512_set1_epi32(in.high.shift[row])));
+    const __m512 rest = _mm512_cvtepi32_ps(_mm512_sub_epi32(low, _mm512_set1_epi32(in.low.shift[row])));
+    const __m512 both = _mm512_fmadd_ps(rest, _mm512_set1_ps(1.0f / FINER), first);
+    return times(times(both, _mm512_set1_ps(in.high.scales[row])), scales);
 }
 
 // Sums of 32 tokens from `at` on and two columns. Meanwhile `lines` cache lines a step are asked for from `next` on.
@@ -103,6 +127,24 @@ inline __m512i multiply_eight_row(Bytes in, int64_t row, const uint8_t *column, 
         for (; x < end; x += 4, column += DEEP) a = add_four(a, column, x);
     }
     return _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
+}
+
+// The same of both digits: each weight is read once.
+struct Sums {
+    __m512i high, low;
+};
+
+inline Sums multiply_eight_row(Fine in, int64_t row, const uint8_t *column, int64_t fours) {
+    __m512i high[2] = {}, low[2] = {};
+    for (int64_t first = 0; first < fours; first += 16) {
+        const int8_t *x = in.high.block(first / 16, row), *rest = in.low.block(first / 16, row);
+        const int64_t here = fours - first < 16 ? fours - first : 16;
+        for (int64_t i = 0; i < here; ++i, column += DEEP) {
+            high[i % 2] = add_four(high[i % 2], column, x + 4 * i);
+            low[i % 2] = add_four(low[i % 2], column, rest + 4 * i);
+        }
+    }
+    return {_mm512_add_epi32(high[0], high[1]), _mm512_add_epi32(low[0], low[1])};
 }
 
 // A matrix [outputs, inputs]: its scales, rounded up to blocks of 32, then its columns.

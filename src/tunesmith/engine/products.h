@@ -11,22 +11,6 @@ namespace {
 constexpr int64_t CHUNK = 256;  // tokens that go through products together: their states stay in the cache
 constexpr int64_t FEW = 3;      // up to so many rows are multiplied one by one, without tiles
 
-// Adds 32 rows of `a`, `steps` blocks that lie `stride` apart, times tiles that lie `step` apart, of two columns of 16.
-inline void accumulate_apart(const bf16 *a, int64_t stride, const bf16 *left, const bf16 *right, int64_t step,
-                             int64_t steps) {
-    settle();
-    for (int64_t s = 0; s < steps; ++s, a += stride, left += step, right += step) {
-        _tile_loadd(4, a, 64);
-        _tile_loadd(6, left, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, right, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + BLOCK / 2, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-}
-
 // As `accumulate` of blocks side by side, and `take_sums`, where `top` of the first 16 rows alone.
 inline void accumulate_rows(bool top, const bf16 *a, const bf16 *b, int64_t steps) {
     if (!top) return accumulate(a, BLOCK, b, steps);
@@ -49,26 +33,30 @@ inline void take_rows(bool top, float *c) {
 // What products need beside their operands.
 struct Scratch {
     float *partial, *row;  // sums under way, [CHUNK, 32]; a token's state, [widest]
-    Bytes eight;           // the states of a product
+    Fine eight;            // the states of a product
 };
 
 inline Bytes take_bytes(Arena &arena, int64_t rows, int64_t columns) {
     return {arena.take<int8_t>(rows * rounded_deep(columns)), arena.take<float>(rows), arena.take<int32_t>(rows), rows};
 }
 
+inline Fine take_fine(Arena &arena, int64_t rows, int64_t columns) {
+    return {take_bytes(arena, rows, columns), take_bytes(arena, rows, columns)};
+}
+
 inline Scratch take_scratch(Arena &arena, int64_t widest) {
-    return {arena.take<float>(CHUNK * SIDE), arena.take<float>(widest), take_bytes(arena, CHUNK, widest)};
+    return {arena.take<float>(CHUNK * SIDE), arena.take<float>(widest), take_fine(arena, CHUNK, widest)};
 }
 
 // The states of `live` tokens in 8 bits, times `gain` where given, which is not in weights of 8 bits.
-inline void round_states(Panels in, int64_t columns, const float *gain, int64_t live, Bytes to) {
+inline void round_states(Panels in, int64_t columns, const float *gain, int64_t live, Fine to, bool fine) {
     for (int64_t i = 0; i < live; ++i)
         round_to_eight(
             [&](int64_t j) {
                 const __m512 x = load_low(in.block(j / SIDE, i) + j % SIDE);
                 return gain ? times(x, _mm512_loadu_ps(gain + j)) : x;
             },
-            columns, to, i);
+            columns, to, i, fine);
 }
 
 // The product of `live` tokens, whose states begin at `in` (of 8 bits: are in `scratch`), with weights [outputs, inputs].
@@ -88,10 +76,10 @@ void multiply(const void *weights, bool eight, int64_t inputs, int64_t outputs, 
                 if (eight)
                     for (int64_t half = 0; half < 2; ++half)
                         sums[half] = scaled(
-                            multiply_eight_row(scratch.eight, i, of_eight.column(2 * panel + half), of_eight.length),
-                            scratch.eight, i, _mm512_loadu_ps(of_eight.scales + panel * SIDE + 16 * half));
+                            multiply_eight_row(scratch.eight.high, i, of_eight.column(2 * panel + half), of_eight.length),
+                            scratch.eight.high, i, _mm512_loadu_ps(of_eight.scales + panel * SIDE + 16 * half));
                 else
-                    add_columns<2, 2>(scratch.row, tiles + panel * SIDE * inputs, BLOCK / 2, BLOCK, inputs / 2, sums);
+                    add_columns<2, 2>(scratch.row, tiles + panel * SIDE * inputs, BLOCK / 2, BLOCK, inputs / SIDE, sums);
                 _mm512_storeu_ps(c, sums[0]);
                 _mm512_storeu_ps(c + 16, sums[1]);
                 one(panel, i, c);
@@ -105,12 +93,12 @@ void multiply(const void *weights, bool eight, int64_t inputs, int64_t outputs, 
             const __m512 left = _mm512_loadu_ps(of_eight.scales + panel * SIDE);
             const __m512 right = _mm512_loadu_ps(of_eight.scales + panel * SIDE + 16);
             for (int64_t at = 0; at < whole; at += SIDE) {
-                multiply_eight(scratch.eight, at, column, of_eight.column(2 * panel + 1), steps, sums,
+                multiply_eight(scratch.eight.high, at, column, of_eight.column(2 * panel + 1), steps, sums,
                                next + at / SIDE * lines * steps * DEEP, panel + 1 < panels ? lines : 0);
                 for (int64_t i = 0; i < SIDE; ++i) {
                     const int32_t *from = sums + i * SIDE;
-                    _mm512_store_ps(c + i * SIDE, scaled(_mm512_load_si512(from), scratch.eight, at + i, left));
-                    _mm512_store_ps(c + i * SIDE + 16, scaled(_mm512_load_si512(from + 16), scratch.eight, at + i, right));
+                    _mm512_store_ps(c + i * SIDE, scaled(_mm512_load_si512(from), scratch.eight.high, at + i, left));
+                    _mm512_store_ps(c + i * SIDE + 16, scaled(_mm512_load_si512(from + 16), scratch.eight.high, at + i, right));
                 }
                 then(panel, at);
             }

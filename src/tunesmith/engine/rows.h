@@ -22,14 +22,14 @@ inline __m512 times(__m512 a, __m512 b) { return _mm512_mul_round_ps(a, b, _MM_F
 
 constexpr int64_t AHEAD = 4 * BLOCK;  // elements before they are read, weights are asked for
 
-// c[j] += x [32 DEEP] times column j of 16, of which `pairs` rows of pairs are there. Columns lie `column` elements apart,
+// c[j] += x [32 DEEP] times column j of 16. Columns lie `column` elements apart,
 // the 32 deep after those `deep` apart.
 template <int COLUMNS, int DEEP>
-inline void add_blocks(const float *x, const bf16 *w, int64_t column, int64_t deep, int64_t pairs, __m512 *c) {
+inline void add_blocks(const float *x, const bf16 *w, int64_t column, int64_t deep, __m512 *c) {
     __m512 even[DEEP][COLUMNS], odd[DEEP][COLUMNS];
     for (int k = 0; k < DEEP; ++k)
         for (int j = 0; j < COLUMNS; ++j) even[k][j] = odd[k][j] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < pairs; ++i, w += SIDE)
+    for (int64_t i = 0; i < 16; ++i, w += SIDE)
         for (int k = 0; k < DEEP; ++k) {
             const __m512 first = _mm512_set1_ps(x[SIDE * k + 2 * i]), second = _mm512_set1_ps(x[SIDE * k + 2 * i + 1]);
             for (int j = 0; j < COLUMNS; ++j) {
@@ -46,13 +46,12 @@ inline void add_blocks(const float *x, const bf16 *w, int64_t column, int64_t de
         for (int j = 0; j < COLUMNS; ++j) c[j] = plus(c[j], plus(even[k][j], odd[k][j]));
 }
 
-// The same for any depth, in rows of pairs.
+// The same for any depth, in blocks of 32.
 template <int COLUMNS, int DEEP>
-inline void add_columns(const float *x, const bf16 *w, int64_t column, int64_t deep, int64_t pairs, __m512 *c) {
-    for (; pairs >= 16 * DEEP; pairs -= 16 * DEEP, x += SIDE * DEEP, w += DEEP * deep)
-        add_blocks<COLUMNS, DEEP>(x, w, column, deep, 16, c);
-    for (; pairs > 0; pairs -= 16, x += SIDE, w += deep)
-        add_blocks<COLUMNS, 1>(x, w, column, deep, pairs < 16 ? pairs : 16, c);
+inline void add_columns(const float *x, const bf16 *w, int64_t column, int64_t deep, int64_t blocks, __m512 *c) {
+    for (; blocks >= DEEP; blocks -= DEEP, x += SIDE * DEEP, w += DEEP * deep)
+        add_blocks<COLUMNS, DEEP>(x, w, column, deep, c);
+    for (; blocks > 0; --blocks, x += SIDE, w += deep) add_blocks<COLUMNS, 1>(x, w, column, deep, c);
 }
 
 // Row `row` of panels as floats.

@@ -1,8 +1,8 @@
 """Steps of the engine in bf16 or int8, in one call of compiled code, on processors that multiply tiles: `tiles.cpp`.
 
 Prompts and single tokens, of any sequences and adapters, go through the model together; keys and values lie in the
-cache as tiles, so a cache belongs to these steps alone. Numbers differ from those of fp32 as bf16 does
-(docs/design/decisions/decode.md), and a sequence's do not depend on what is computed beside it.
+cache as tiles, so a cache belongs to these steps alone. Factors of adapters have 8 bits either way. Numbers differ from
+those of fp32 as bf16 does (docs/design/decisions/decode.md), and a sequence's do not depend on what is computed beside.
 
 Legend: N = tokens of a step, B = rows of logits, D = model width, V = vocabulary, R = rank, O, I = outputs and inputs.
 """
@@ -73,8 +73,8 @@ def _library() -> ctypes.CDLL | None:
         signatures: dict[str, tuple[list[type], type | None]] = {
             "engine_step": ([model, ctypes.POINTER(_Work)], None),
             "logits": ([model, ctypes.c_bool, Address, Size, Address], None),
-            "factors_size": ([model, ctypes.c_bool, Size], Size),
-            "factors": ([model, ctypes.c_bool, Address, Size, ctypes.c_float, Address], None),
+            "factors_size": ([model, Size], Size),
+            "factors": ([model, Address, Size, ctypes.c_float, Address], None),
             "eight_size": ([Size, Size], Size),
             "eight": ([Address, Size, Size, Address], None),
         }
@@ -90,21 +90,18 @@ def covers(weights: Decoder) -> bool:
 
 
 class TiledAdapter:
-    """The factors of an adapter, packed for one base."""
+    """The factors of an adapter, in 8 bits, packed for one base."""
 
-    def __init__(
-        self, library: ctypes.CDLL, model: PackedLlama, lora: Lora, slots: memory.Slots, *, eight: bool
-    ) -> None:
+    def __init__(self, library: ctypes.CDLL, model: PackedLlama, lora: Lora, slots: memory.Slots) -> None:
         """Raises ValueError for factors that are not all numbers: they would spoil what is computed beside them."""
         parts = [lora.parts(layer, site) for layer, sites in enumerate(lora.layout.layers) for site in sites]
         factors = [torch.cat([getattr(part, name) for part in site]) for site in parts for name in ("a_RI", "b_OR")]
         flat = torch.cat([factor.flatten() for factor in factors]).float()
         embedding = [] if lora.embedding is None else [lora.embedding.a_RI.T, lora.embedding.b_OR]
         self._embedding = [factor.float().contiguous() for factor in embedding]
-        self._packed = slots.take(library.tunesmith_factors_size(model.native, eight, lora.rank), self)
-        library.tunesmith_factors(model.native, eight, flat.data_ptr(), lora.rank, lora.scale, self._packed.data_ptr())
-        rounded = flat if eight else self._packed.view(torch.bfloat16)
-        if not all(bool(torch.isfinite(values).all()) for values in (rounded, *self._embedding)):
+        self._packed = slots.take(library.tunesmith_factors_size(model.native, lora.rank), self)
+        library.tunesmith_factors(model.native, flat.data_ptr(), lora.rank, lora.scale, self._packed.data_ptr())
+        if not all(bool(torch.isfinite(values).all()) for values in (flat, *self._embedding)):
             raise ValueError("the adapter has weights that are not finite numbers")
         self.native = _Adapter(packed=self._packed.data_ptr(), rank=lora.rank, scale=lora.scale)
         if self._embedding:
@@ -145,7 +142,7 @@ class TiledStep:
 
     def adapter(self, lora: Lora) -> TiledAdapter:
         """An adapter for steps of this base. Raises ValueError."""
-        return TiledAdapter(self._library, self._model, lora, self._slots, eight=self._eight)
+        return TiledAdapter(self._library, self._model, lora, self._slots)
 
     def hidden(
         self, tokens: Sequence[Sequence[int]], spans: Sequence[Span], adapters: Sequence[TiledAdapter | None]

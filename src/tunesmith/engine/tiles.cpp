@@ -1,7 +1,7 @@
 // A step of the engine on processors that multiply tiles of bf16 (AMX): the next tokens of any sequences, whole prompts and
 // single tokens alike, through a model of the Llama family and each its own adapter, in one call. Keys and values lie in the
 // cache as tiles. What comes of a token depends on its own sequence alone, whatever lies beside it in the step. The weights
-// of the model are bf16, or 8 bits (int8.h); all else is bf16 either way.
+// of the model are bf16, or 8 bits (int8.h); adapters have 8 bits (factors.h), all else is bf16 either way.
 //
 // Legend: N = tokens, rounded up, D = model width, F = feed-forward width, H, K = query and key/value heads, G = H / K,
 // d = head width, W = (H + 2K) d, R = rank, S = rank rounded up to a block, P = linear layers stacked in a site,
@@ -65,7 +65,7 @@ struct Step {
     bf16 *queries, *weights;
     int64_t low_block;                        // bytes of what A gives one share
     float *lowered;                           // what A gives, as floats
-    Bytes rounded;                            // and a single token in 8 bits
+    Fine rounded;                             // and a single token in 8 bits
     alignas(64) float c[BLOCK];
 
     Step(const Model &model, const Work &work)
@@ -83,14 +83,14 @@ struct Step {
             const int32_t rank = span.adapter->rank;
             size_t known = 0;
             while (known < factors.size() && factors[known].rank != rank) ++known;
-            if (known == factors.size()) factors.emplace_back(m, rank, w.eight);
+            if (known == factors.size()) factors.emplace_back(m, rank);
             deep = rounded_up(rank) > deep ? rounded_up(rank) : deep;
             for (int64_t at = span.start, to; at < span.start + span.tokens; at = to) {
                 to = (at / SIDE + 1) * SIDE < span.start + span.tokens ? (at / SIDE + 1) * SIDE : span.start + span.tokens;
                 add_share({span.adapter, &factors[known], at % SIDE, (to - 1) % SIDE + 1}, shares[at / SIDE]);
             }
         }
-        low_block = w.eight ? 3 * (SIDE * rounded_deep(deep) + 2 * SIDE * 4) : 3 * deep * SIDE * 2;
+        low_block = 3 * 2 * (SIDE * rounded_deep(deep) + 2 * SIDE * 4);
         static thread_local std::vector<uint8_t> memory;  // kept: new memory has to be cleared by the system
         const size_t size = lay_out(nullptr) + 64;
         if (memory.size() < size) memory.resize(size);
@@ -116,7 +116,7 @@ struct Step {
         sums = arena.take<float>((n < CHUNK ? n : CHUNK) * widest);
         scratch = take_scratch(arena, widest);
         lowered = arena.take<float>(SIDE * 3 * deep);
-        rounded = take_bytes(arena, 1, deep);
+        rounded = take_fine(arena, 1, deep);
         normed = arena.panels(CHUNK, m.width);
         qkv = arena.panels(n, wide);
         attention = arena.panels(n, mixed);
@@ -161,14 +161,15 @@ struct Step {
         const Site &site = m.layer[index / 4].sites[index % 4];
         const int64_t outputs = outputs_of(site);
         uint8_t *to = low;
-        bool apart = tokens <= FEW;  // whether the sums of some rows are kept
-        if (w.eight) round_states(in, site.inputs, site.gain, tokens, scratch.eight);
+        bool adapted = false, apart = tokens <= FEW;  // apart: the sums of some rows are kept
+        for (int64_t at = 0; at < tokens; at += SIDE) adapted |= !shares[(first + at) / SIDE].empty();
+        if (w.eight || adapted) round_states(in, site.inputs, site.gain, tokens, scratch.eight, adapted);
         for (int64_t at = 0; at < tokens; at += SIDE)
             for (const Share &share : shares[(first + at) / SIDE])
                 if (alone(share, tokens)) {
                     apart = true;
                 } else {
-                    w.eight ? lower_eight(index, share, at, to) : lower(index, share, in, at, to);
+                    lower(index, share, at, to);
                     to += low_block;
                 }
         const uint8_t *given = low;
@@ -181,13 +182,13 @@ struct Step {
             [&](int64_t panel, int64_t at) {
                 if (at == 0) given = low;
                 if (at == 0 && panel == ends) ends += site.outputs[++part] / SIDE;
+                if (!w.eight) take_sums(c);
                 const auto &here = shares[(first + at) / SIDE];
                 for (const Share &share : here) {
                     if (alone(share, tokens)) continue;
-                    w.eight ? raise_eight(index, share, part, panel, given) : raise(index, share, part, panel, given);
+                    raise(index, share, part, panel, given);
                     given += low_block;
                 }
-                if (!w.eight) take_sums(c);
                 round_block(c, y.block(panel, at));
                 for (const Share &share : here)
                     if (alone(share, tokens))
@@ -199,133 +200,82 @@ struct Step {
             for (const Share &share : shares[(first + at) / SIDE])
                 for (int64_t i = at + share.first; alone(share, tokens) && i < at + share.end; ++i) {
                     float *row = sums + i * outputs;
-                    w.eight ? add_adapter_eight(index, share, i, row) : add_adapter(index, share, in, i, row);
+                    add_adapter(index, share, i, row);
                     if (tokens > FEW) narrow(row, outputs, y, i);
                 }
         for (int64_t i = 0; tokens <= FEW && i < tokens; ++i) narrow(sums + i * outputs, outputs, y, i);
     }
 
-    // What A gives the tokens of a share: a block for each 32 of depth, part by part.
-    void lower(int64_t index, const Share &share, Panels in, int64_t at, uint8_t *room) {
-        const Factors &f = *share.factors;
-        const Site &site = f.site(index);
-        const int64_t column = f.a_column(site) / 2, columns = site.parts * f.columns;
-        const bf16 *a = reinterpret_cast<const bf16 *>(f.a(share.adapter->packed, index));
-        bf16 *to = reinterpret_cast<bf16 *>(room);
-        if (f.columns % 2) std::memset(to, 0, sizeof(bf16) * site.parts * f.deep * BLOCK);
-        for (int64_t j = 0; j < columns; j += 2, a += 2 * column) {
-            clear();
-            accumulate_apart(in.block(0, at), in.step(), a, j + 1 < columns ? a + column : a, BLOCK / 2, site.inputs / SIDE);
-            take_sums(c);
-            for (int64_t half = 0; half < 2 && j + half < columns; ++half) {
-                const int64_t part = (j + half) / f.columns, within = (j + half) % f.columns;
-                bf16 *block = to + (part * f.deep + within / 2) * BLOCK + within % 2 * 16;
-                for (int64_t i = 0; i < SIDE; ++i) {
-                    const bool own = i >= share.first && i < share.end;
-                    store_16(block + i * SIDE, own ? _mm512_load_ps(c + i * SIDE + half * 16) : _mm512_setzero_ps());
-                }
-            }
-        }
+    // -- adapters: states of the product are in `scratch`, in two digits of 8 bits
+
+    Fine low_of(const Share &share, int64_t part, const uint8_t *room) const {
+        Arena arena{const_cast<uint8_t *>(room) + part * (low_block / 3)};
+        return take_fine(arena, SIDE, share.factors->rank);
     }
 
-    // Adds what B makes of that to the tiles of a panel.
-    void raise(int64_t index, const Share &share, int64_t part, int64_t panel, const uint8_t *given) {
-        const Factors &f = *share.factors;
-        const int64_t column = f.b_column() / 2;
-        const bf16 *b = reinterpret_cast<const bf16 *>(f.b(share.adapter->packed, index)) + 2 * panel * column;
-        const bf16 *from = reinterpret_cast<const bf16 *>(given) + part * f.deep * BLOCK;
-        accumulate_apart(from, BLOCK, b, b + column, BLOCK / 2, f.deep);
-    }
-
-    // Both for a single token, `row` [O] being its sums so far.
-    void add_adapter(int64_t index, const Share &share, Panels in, int64_t token, float *row) {
-        const Factors &f = *share.factors;
-        const Site &site = f.site(index);
-        const int64_t b_column = f.b_column() / 2;
-        const bf16 *a = reinterpret_cast<const bf16 *>(f.a(share.adapter->packed, index));
-        const bf16 *b = reinterpret_cast<const bf16 *>(f.b(share.adapter->packed, index));
-        widen(in, token, site.inputs, scratch.row);
-        for (int64_t part = 0; part < site.parts; ++part) {
-            for (int64_t j = 0; j < f.columns; ++j, a += f.a_column(site) / 2) {
-                __m512 low_sums = _mm512_setzero_ps();
-                add_columns<1, 4>(scratch.row, a, 0, BLOCK / 2, site.inputs / 2, &low_sums);
-                alignas(32) bf16 narrowed[16];
-                store_16(narrowed, low_sums);
-                _mm512_store_ps(lowered + 16 * j, load_low(narrowed));
-            }
-            if (f.columns % 2) _mm512_store_ps(lowered + 16 * f.columns, _mm512_setzero_ps());
-            for (int64_t o = 0; o < site.outputs[part]; o += SIDE, b += 2 * b_column, row += SIDE) {
-                __m512 both_parts[2] = {_mm512_loadu_ps(row), _mm512_loadu_ps(row + 16)};
-                add_columns<2, 1>(lowered, b, b_column, BLOCK / 2, f.pairs, both_parts);
-                _mm512_storeu_ps(row, both_parts[0]);
-                _mm512_storeu_ps(row + 16, both_parts[1]);
-            }
-        }
-    }
-
-    // -- the same in 8 bits: the states of the product are in `scratch`
-
-    Bytes low_of(const Share &share, int64_t part, const uint8_t *room) const {
-        const int64_t size = SIDE * share.factors->deep * DEEP;
-        int8_t *data = reinterpret_cast<int8_t *>(const_cast<uint8_t *>(room)) + part * (size + 2 * SIDE * 4);
-        float *scales = reinterpret_cast<float *>(data + size);
-        return {data, scales, reinterpret_cast<int32_t *>(scales + SIDE), SIDE};
-    }
-
-    void lower_eight(int64_t index, const Share &share, int64_t at, uint8_t *room) {
+    // What A gives the tokens of a share, in 8 bits, part by part; what comes of other tokens is 0.
+    void lower(int64_t index, const Share &share, int64_t at, uint8_t *room) {
         const Factors &f = *share.factors;
         const Site &site = f.site(index);
         const int64_t column = f.a_column(site), columns = site.parts * f.columns, wide = 16 * columns;
         const uint8_t *a = f.a(share.adapter->packed, index);
         const float *scales = f.a_scales(share.adapter->packed, index);
-        alignas(64) int32_t whole[BLOCK];
+        alignas(64) int32_t high[BLOCK], low[BLOCK];
         for (int64_t j = 0; j < columns; j += 2, a += 2 * column) {
-            multiply_eight(scratch.eight, at, a, j + 1 < columns ? a + column : a, column / TILE_BYTES, whole);
+            const uint8_t *right = j + 1 < columns ? a + column : a;
+            multiply_eight(scratch.eight.high, at, a, right, column / TILE_BYTES, high);
+            multiply_eight(scratch.eight.low, at, a, right, column / TILE_BYTES, low);
             for (int64_t half = 0; half < 2 && j + half < columns; ++half)
-                for (int64_t i = share.first; i < share.end; ++i)
+                for (int64_t i = share.first; i < share.end; ++i) {
+                    const int64_t from = i * SIDE + 16 * half;
                     _mm512_storeu_ps(lowered + i * wide + 16 * (j + half),
-                                     scaled(_mm512_load_si512(whole + i * SIDE + 16 * half), scratch.eight, at + i,
-                                            _mm512_loadu_ps(scales + 16 * (j + half))));
+                                     scaled(_mm512_load_si512(high + from), _mm512_load_si512(low + from), scratch.eight,
+                                            at + i, _mm512_loadu_ps(scales + 16 * (j + half))));
+                }
         }
         for (int64_t part = 0; part < site.parts; ++part) {
-            const Bytes to = low_of(share, part, room);
-            std::memset(to.data, 0, SIDE * f.deep * DEEP);
+            const Fine to = low_of(share, part, room);
+            for (Bytes each : {to.high, to.low}) std::memset(each.data, 0, SIDE * f.deep * DEEP);
             for (int64_t i = share.first; i < share.end; ++i)
                 round_low(f, lowered + i * wide + 16 * part * f.columns, to, i);
         }
     }
 
-    static void round_low(const Factors &f, const float *from, Bytes to, int64_t row) {
-        round_to_eight([&](int64_t j) { return _mm512_loadu_ps(from + j); }, 16 * f.columns, to, row);
+    static void round_low(const Factors &f, const float *from, Fine to, int64_t row) {
+        round_to_eight([&](int64_t j) { return _mm512_loadu_ps(from + j); }, 16 * f.columns, to, row, true);
     }
 
-    void raise_eight(int64_t index, const Share &share, int64_t part, int64_t panel, const uint8_t *given) {
+    // Adds what B makes of that to the sums of a panel.
+    void raise(int64_t index, const Share &share, int64_t part, int64_t panel, const uint8_t *given) {
         const Factors &f = *share.factors;
         const uint8_t *b = f.b(share.adapter->packed, index) + 2 * panel * f.b_column();
         const bf16 *scales = f.b_scales(share.adapter->packed, index) + panel * SIDE;
-        const Bytes from = low_of(share, part, given);
-        alignas(64) int32_t whole[BLOCK];
-        multiply_eight(from, 0, b, b + f.b_column(), f.deep, whole);
+        const Fine from = low_of(share, part, given);
+        alignas(64) int32_t high[BLOCK], low[BLOCK];
+        multiply_eight(from.high, 0, b, b + f.b_column(), f.deep, high);
+        multiply_eight(from.low, 0, b, b + f.b_column(), f.deep, low);
         for (int64_t i = share.first; i < share.end; ++i)
-            for (int64_t half = 0; half < SIDE; half += 16)
-                add_scaled(c + i * SIDE + half, _mm512_load_si512(whole + i * SIDE + half), from, i, scales + half);
+            for (int64_t at = i * SIDE, half = 0; half < SIDE; half += 16, at += 16)
+                add_scaled(c + at, {_mm512_load_si512(high + at), _mm512_load_si512(low + at)}, from, i, scales + half);
     }
 
-    static void add_scaled(float *to, __m512i whole, Bytes from, int64_t row, const bf16 *scales) {
-        _mm512_storeu_ps(to, plus(_mm512_loadu_ps(to), scaled(whole, from, row, load_low(scales))));
+    static void add_scaled(float *to, Sums sums, Fine from, int64_t row, const bf16 *scales) {
+        _mm512_storeu_ps(to, plus(_mm512_loadu_ps(to), scaled(sums.high, sums.low, from, row, load_low(scales))));
     }
 
-    void add_adapter_eight(int64_t index, const Share &share, int64_t token, float *row) {
+    // Both for a single token, `row` [O] being its sums so far.
+    void add_adapter(int64_t index, const Share &share, int64_t token, float *row) {
         const Factors &f = *share.factors;
         const Site &site = f.site(index);
         const uint8_t *a = f.a(share.adapter->packed, index), *b = f.b(share.adapter->packed, index);
         const float *a_scales = f.a_scales(share.adapter->packed, index);
         const bf16 *b_scales = f.b_scales(share.adapter->packed, index);
         for (int64_t part = 0; part < site.parts; ++part) {
-            for (int64_t j = 0; j < f.columns; ++j, a += f.a_column(site), a_scales += 16)
+            for (int64_t j = 0; j < f.columns; ++j, a += f.a_column(site), a_scales += 16) {
+                const Sums sums = multiply_eight_row(scratch.eight, token, a, f.a_column(site) / DEEP);
                 _mm512_storeu_ps(lowered + 16 * j,
-                                 scaled(multiply_eight_row(scratch.eight, token, a, f.a_column(site) / DEEP),
-                                        scratch.eight, token, _mm512_loadu_ps(a_scales)));
+                                 scaled(sums.high, sums.low, scratch.eight, token, _mm512_loadu_ps(a_scales)));
+            }
             round_low(f, lowered, rounded, 0);
             for (int64_t o = 0; o < site.outputs[part]; o += 16, b += f.b_column(), row += 16, b_scales += 16)
                 add_scaled(row, multiply_eight_row(rounded, 0, b, f.fours), rounded, 0, b_scales);
@@ -490,7 +440,7 @@ void logits_of(const Model &m, bool eight, const float *hidden, int64_t rows, fl
             const int64_t width = v - panel * SIDE < SIDE ? v - panel * SIDE : SIDE;
             std::memcpy(logits + (first + token) * v + panel * SIDE, row, sizeof(float) * width);
         };
-        if (eight) round_states(in, d, nullptr, live, scratch.eight);
+        if (eight) round_states(in, d, nullptr, live, scratch.eight, false);
         multiply(m.head_forward, eight, d, v, in, live, scratch, c, put, [&](int64_t panel, int64_t at) {
             if (!eight) take_sums(c);
             for (int64_t i = at; i < at + SIDE && i < live; ++i) put(panel, i, c + (i - at) * SIDE);
@@ -509,10 +459,10 @@ void tunesmith_logits(const Model *model, bool eight, const float *hidden, int64
     logits_of(*model, eight, hidden, rows, logits);
 }
 
-int64_t tunesmith_factors_size(const Model *model, bool eight, int64_t rank) { return Factors(*model, rank, eight).size(); }
+int64_t tunesmith_factors_size(const Model *model, int64_t rank) { return Factors(*model, rank).size(); }
 
-void tunesmith_factors(const Model *model, bool eight, const float *flat, int64_t rank, float scale, uint8_t *packed) {
-    Factors(*model, rank, eight).pack(flat, scale, packed);
+void tunesmith_factors(const Model *model, const float *flat, int64_t rank, float scale, uint8_t *packed) {
+    Factors(*model, rank).pack(flat, scale, packed);
 }
 
 int64_t tunesmith_eight_size(int64_t outputs, int64_t inputs) { return Eight::size(outputs, inputs); }
