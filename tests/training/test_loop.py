@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from tunesmith.tokenizer import Tokenizer
 from tunesmith.training.batches import Row
 from tunesmith.training.loop import train, warm_up_and_fall
 from tunesmith.training.packing import micro_batches
+from tunesmith.training.results import Results
 
 PLAIN = ResolvedHyperparameters(n_epochs=2, batch_size=4, learning_rate_multiplier=0.1, prompt_loss_weight=0.01)
 ADAPTER = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
@@ -254,6 +256,14 @@ def test_an_undefined_metric_is_an_empty_cell(tiny_base: Path, tmp_path: Path) -
     last = _results(run_dir)[-1]
     assert last["classification/auroc"] == ""
     assert last["classification/accuracy"] != ""
+
+
+def test_what_is_no_number_is_an_empty_cell(tmp_path: Path) -> None:
+    cells = {"step": 1, "training_loss": 0.1 + 0.2, "validation_loss": math.inf, "classification/auroc": math.nan}
+    with Results(tmp_path / "results.csv", 0, tuple(cells)) as results:
+        results.write(cells)
+
+    assert (tmp_path / "results.csv").read_text().splitlines()[1] == "1,0.30000000000000004,,"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -85,10 +86,11 @@ class Results(GrowingFile):
             self.write_line(",".join(header))
 
     def write(self, cells: Mapping[str, float | None]) -> None:
-        """One row. Floats are written with the fewest digits that read back as the same number."""
+        """One row. Floats are written with the fewest digits that read back as the same number, `nan` and `inf` not at
+        all: not every reader takes them for numbers."""
         assert cells.keys() <= set(self._header)
         values = (cells.get(name) for name in self._header)
-        self.write_line(",".join("" if value is None else repr(value) for value in values))
+        self.write_line(",".join("" if value is None or not math.isfinite(value) else repr(value) for value in values))
 
 
 class Progress(GrowingFile):
