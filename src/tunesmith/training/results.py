@@ -87,7 +87,8 @@ class Results(GrowingFile):
 
     def write(self, cells: Mapping[str, float | None]) -> None:
         """One row. Floats are written with the fewest digits that read back as the same number, `nan` and `inf` not at
-        all: not every reader takes them for numbers."""
+        all: not every reader takes them for numbers.
+        """
         assert cells.keys() <= set(self._header)
         values = (cells.get(name) for name in self._header)
         self.write_line(",".join("" if value is None or not math.isfinite(value) else repr(value) for value in values))
