@@ -70,7 +70,7 @@ class Settings:
     max_resident_adapters: int = 64
     """Adapters kept in memory; the least recently used make room."""
     max_sequences: int = 16_384
-    """Completions under way at a time, `n`, `best_of` and lists of prompts counted; past that requests must wait."""
+    """Completions under way at a time, `n` and `best_of` counted; past that: 429. An eighth is for keys with none."""
     max_resident_full_models: int = 4
     """Models with all weights tuned kept in memory; the least recently used make room. Each is as large as its base."""
     lease_s: float = 60.0

@@ -347,13 +347,11 @@ async def test_a_model_whose_files_are_gone_is_not_found(
 async def test_past_the_bound_requests_must_wait_and_then_go_on(engine: ScriptedEngine, model: ModelRef) -> None:
     completer = Completer(engine, max_resident_adapters=1, max_sequences=5, new_seed=lambda: 1)
     three, two = (CompletionRequest(model, ("a",) * count, max_tokens=50) for count in (3, 2))
-    with pytest.raises(RateLimited) as caught:
-        await completer.open(replace(three, n=2))
-    assert caught.value.retry_after_s > 0
     first = await completer.open(three)
     await completer.complete(two)
-    with pytest.raises(RateLimited):
+    with pytest.raises(RateLimited) as caught:
         await completer.complete(three)
+    assert caught.value.retry_after_s > 0
     with pytest.raises(InvalidRequest):
         await completer.complete(replace(two, prompts=("a" * 100_000, "b")))  # gives its room back
     await first.aclose()
@@ -363,6 +361,25 @@ async def test_past_the_bound_requests_must_wait_and_then_go_on(engine: Scripted
     del dropped
     gc.collect()
     await completer.complete(three)
+
+
+async def test_more_than_the_server_ever_takes_is_refused_for_good(engine: ScriptedEngine, model: ModelRef) -> None:
+    completer = Completer(engine, max_resident_adapters=1, max_sequences=5, new_seed=lambda: 1)
+    with pytest.raises(InvalidRequest, match=r"asks for 6 sequences .* at most 5") as refused:
+        await completer.open(CompletionRequest(model, ("a",) * 3, n=2))
+    assert refused.value.param == "prompt"
+
+
+async def test_one_key_leaves_room_for_another(engine: ScriptedEngine, model: ModelRef) -> None:
+    completer = Completer(engine, max_resident_adapters=1, max_sequences=16, new_seed=lambda: 1)
+    greedy = CompletionRequest(model, ("a",), max_tokens=50, payer="greedy")
+    held = [await completer.open(greedy) for _ in range(14)]
+    with pytest.raises(RateLimited):
+        await completer.open(greedy)
+    await completer.complete(replace(greedy, payer="another", n=2))
+    for stream in held:
+        await stream.aclose()
+    await completer.complete(replace(greedy, n=16))  # nobody else is there
 
 
 async def test_closing_a_stream_ends_its_sequences(

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -32,6 +31,8 @@ from tunesmith.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2
+KEPT_FOR_OTHERS = 8
+"""One part of so many of the room for completions is for keys that have none under way: one key cannot take it all."""
 Read = TypeVar("Read")
 
 __all__ = [
@@ -100,7 +101,7 @@ class Completer:
         *,
         max_resident_adapters: int,
         max_resident_full_models: int = 4,
-        max_sequences: float = math.inf,
+        max_sequences: int | None = None,
         new_seed: Callable[[], int],
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -109,7 +110,9 @@ class Completer:
         `clock` gives seconds since 1970: chat templates may ask for the date.
         """
         self._engine = engine
-        self._room = max_sequences
+        self._most = max_sequences
+        self._under_way: Counter[str] = Counter()
+        """Sequences by payer."""
         self._residency = Residency(engine, max_adapters=max_resident_adapters, max_full=max_resident_full_models)
         self._new_seed = new_seed
         self._clock = clock
@@ -133,16 +136,12 @@ class Completer:
             raise _cannot_run(model, error) from error
         request.check(self._engine.capabilities, tokenizer.vocabulary_size)
         n_sequences = len(request.prompts) * request.samples
-        if n_sequences > self._room:
-            raise RateLimited(
-                "The server has as many completions under way as it takes. Try again in a moment.",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        self._room -= n_sequences
+        self._check_room(request.payer, n_sequences)
+        self._under_way[request.payer] += n_sequences
         try:
-            return await self._open(request, tokenizer, template, lambda: self._leave(n_sequences))
+            return await self._open(request, tokenizer, template, lambda: self._leave(request.payer, n_sequences))
         except BaseException:
-            self._leave(n_sequences)
+            self._leave(request.payer, n_sequences)
             raise
 
     async def warm(self, base_dir: Path, adapter_dir: Path) -> None:
@@ -153,8 +152,26 @@ class Completer:
         """Whether a model can answer at once."""
         return self._residency.state(model.base_dir, model.adapter_dir)
 
-    def _leave(self, n_sequences: int) -> None:
-        self._room += n_sequences
+    def _check_room(self, payer: str, n_sequences: int) -> None:
+        if self._most is None:
+            return
+        if n_sequences > self._most:  # waiting would not help
+            raise InvalidRequest(
+                f"The request asks for {n_sequences} sequences (prompts times best_of); this server takes at most "
+                f"{self._most} at a time. Send fewer prompts in each request.",
+                param="prompt",
+            )
+        kept = self._most // KEPT_FOR_OTHERS if self._under_way[payer] else 0
+        if self._under_way.total() + n_sequences > self._most - kept:
+            raise RateLimited(
+                "The server has as many completions under way as it takes. Try again in a moment.",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    def _leave(self, payer: str, n_sequences: int) -> None:
+        self._under_way[payer] -= n_sequences
+        if not self._under_way[payer]:
+            del self._under_way[payer]
 
     async def _open(
         self,
