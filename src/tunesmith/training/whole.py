@@ -1,13 +1,15 @@
-"""All weights of a model as what is trained, for `method: full`: forward and backward by autograd through the decoder.
+"""All weights of a model as what is trained, for `method: full`.
 
-Products are computed in bf16 where that is asked, over weights kept in fp32; the head's own gradient is made beside its
-logits, as in `training.loss`.
+Products are computed in bf16 where that is asked, over weights kept in fp32. A pass is one call of compiled code where
+there is some for it (`training.whole_step`); else it goes forward and backward by autograd through the decoder, and
+the head's own gradient is made beside its logits, as in `training.loss`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,10 +17,12 @@ from torch import Tensor
 
 from tunesmith.decoder.llama import Llama
 from tunesmith.decoder.saving import save_checkpoint
+from tunesmith.training import whole_step
 from tunesmith.training.batches import Row
 from tunesmith.training.loss import Scores, score
 from tunesmith.training.metrics import Tally
 from tunesmith.training.packing import MicroBatch, micro_batches
+from tunesmith.training.whole_step import WholeStep
 from tunesmith.training.workers import Workers, deal
 
 
@@ -39,6 +43,11 @@ class TrainableWeights:
         """A tensor laid out as `flat`, by weight."""
         sizes = [shape.numel() for shape in self._shapes]
         return [part.view(shape) for part, shape in zip(flat.split(sizes), self._shapes, strict=True)]
+
+    @cached_property
+    def compiled(self) -> WholeStep | None:
+        """Passes with products in bf16 by compiled code, where there is some for this machine and model."""
+        return WholeStep(self.model, self.flat) if whole_step.covers(self.model) else None
 
     @property
     def adapters(self) -> None:
@@ -63,7 +72,10 @@ class TrainableWeights:
         return self._views[:count]
 
     def learn(self, batch: MicroBatch, view: WeightsView, share: float, dtype: torch.dtype) -> Scores:
-        """Scores of `batch`; adds `share` times the gradient of its summed loss to `view.flat_gradient`."""
+        """Scores of `batch`; adds `share` times the gradient of its summed loss to `view.flat_gradient`.
+
+        By autograd, whatever there is.
+        """
         with torch.enable_grad():
             network = self.model.over([leaf.to(dtype) for leaf in view.leaves])
             hidden_ND = network.hidden(batch.token_ids_N, batch.positions_N, batch.attend)
@@ -96,6 +108,7 @@ class WholeLearner:
         self._workers = workers
         self._beat = beat
         self._dtype = dtype
+        self._compiled = weights.compiled if dtype == torch.bfloat16 else None
 
     @torch.no_grad()
     def learn(self, rows: Sequence[Row], *, prompt_loss_weight: float, max_tokens: int) -> Tally:
@@ -107,6 +120,8 @@ class WholeLearner:
         ]
         weight = sum(float(batch.weight_M.double().sum()) for batches in cut for batch in batches)
         views = self._weights.views(len(cut))
+        if self._compiled is not None:
+            self._compiled.take()
 
         def share(load: tuple[WeightsView, list[MicroBatch]]) -> Tally:
             view, batches = load
@@ -114,7 +129,7 @@ class WholeLearner:
             view.flat_gradient.zero_()
             for batch in batches:
                 self._beat()
-                tally.add(batch, self._weights.learn(batch, view, 1 / weight, self._dtype))
+                tally.add(batch, self._pass(batch, view, 1 / weight))
             return tally
 
         total = Tally()
@@ -123,3 +138,15 @@ class WholeLearner:
         for view in views[1:]:
             self._weights.flat_gradient.add_(view.flat_gradient)
         return total
+
+    def _pass(self, batch: MicroBatch, view: WeightsView, share: float) -> Scores:
+        if self._compiled is None:
+            return self._weights.learn(batch, view, share, self._dtype)
+        return self._compiled.learn(
+            batch.token_ids_N,
+            batch.row_lengths,
+            predicting_M=batch.predicting_M,
+            target_M=batch.target_M,
+            weight_M=batch.weight_M * share,
+            gradient=view.flat_gradient,
+        )
