@@ -24,6 +24,13 @@ BETTER = {
     "long_by_characters_only": "Lengths are counted in tokens of the base",
     "long_after_duplicates": "Long rows are the ones that are removed",
     "one_class": "One class is not measured",
+    "csv_utf16": "Encodings other than UTF-8 are read",
+    "jsonl_latin1": "Encodings other than UTF-8 are read",
+    "txt_mark": "Encodings other than UTF-8 are read",
+    "jsonl_indented": "JSON is read as JSON under any of both endings",
+    "nothing_left": "A file of which nothing is left is an error",
+    "csv_cr_blank_line": "No cell is lost after a blank line that ends with a carriage return alone",
+    "xlsx_spaces": "A cell of a workbook that holds nothing but spaces is empty",
 }
 """Case -> the first words of the reason, as the page on decisions has it."""
 
@@ -67,7 +74,7 @@ def test_better_for_a_reason_that_is_listed(case: Case, ours: Ours) -> None:
     assert not same or case.exit != 0, "nothing differs any more"
     assert BETTER[case.name] in REASONS.read_text()
     assert f"`{case.name}`" in REASONS.read_text()
-    assert code == 0
+    assert code == (case.name == "nothing_left")
     assert_trains(written)
 
 

@@ -175,13 +175,12 @@ class ColumnFold:
     def _look(self, texts: Sequence[str]) -> None:
         # One string for all, NUL between: what is asked of each text is asked of it at once, much faster.
         count, joined = len(texts), "\0".join(["", *texts, ""])
-        plain = "\0" not in "".join(texts)
-        if self._prefix and not (plain and joined.count("\0" + self._prefix) == count):
+        if self._prefix and ("\0" in "".join(texts) or joined.count("\0" + self._prefix) < count):
             self._prefix = common_prefix(texts, self._prefix)
         if self._space:
             self._space = all(map(str.startswith, texts, itertools.repeat(" ")))
-        lines = NEW_LINE in joined  # one quick look spares most files the search for marks of several lines
-        for mark in [mark for mark in self._marks if (lines or NEW_LINE not in mark) and mark in joined]:
+        # A character is looked for much faster than a word: most marks are missed by their last one.
+        for mark in [mark for mark in self._marks if mark[-1] in joined and mark in joined]:
             self._marks.remove(mark)
             self._holds.add(mark)
         if not self._inside and self._suffix:

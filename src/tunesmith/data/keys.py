@@ -48,8 +48,13 @@ class KeyLog:
         """For each row whether an earlier one has the same key."""
         found = np.zeros(self.rows, dtype=np.bool_)
         for keys, rows in self._shares():
-            # One number for all words sorts faster; equal keys stay in the order of their rows.
-            order = np.argsort(_mixed(keys), kind="stable")
+            # One number for all words sorts faster, and faster still where equal ones may change places: those that
+            # have an equal one, mostly few, are put in the order of their rows afterwards.
+            mixed = _mixed(keys)
+            order = np.argsort(mixed)
+            again = np.diff(mixed[order]) == 0
+            suspects = np.sort(order[np.append(again, False) | np.append(False, again)])
+            order = suspects[np.argsort(mixed[suspects], kind="stable")]
             ordered = keys[order]
             same = np.all(ordered[1:] == ordered[:-1], axis=1)
             found[rows[order[1:][same]]] = True
@@ -87,7 +92,7 @@ class KeyLog:
                 keys.append(block[chosen])
                 rows.append(chosen + start)
                 start += len(block)
-            if keys:
+            if any(map(len, keys)):
                 yield np.concatenate(keys), np.concatenate(rows)
 
     def _blocks(self) -> Iterator[Table]:

@@ -84,8 +84,7 @@ class Staged:
     def write(self, batch: Batch) -> None:
         """Raises InvalidRequest for a row longer than an upload may have."""
         lines = prepared_lines(batch)
-        longest = max(map(len, batch.prompts), default=0) + max(map(len, batch.completions), default=0)
-        if MOST_ESCAPED_BYTES * longest + EMPTY_ROW_BYTES > MAX_LINE_BYTES:
+        if len(lines) > MAX_LINE_BYTES and _most_bytes(batch) > MAX_LINE_BYTES:  # or there is no such row for sure
             for place, line in enumerate(lines.splitlines()):
                 if len(line) > MAX_LINE_BYTES:
                     raise InvalidRequest(
@@ -106,15 +105,22 @@ class Staged:
         """Writes each line to `yes` or `no`, as the masks say; how many went where."""
         self._file.flush()
         self._file.seek(0)
-        counts = [0, 0]
-        for mask in masks:
-            lines = list(itertools.islice(self._file, len(mask)))
-            bounds = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(mask)]
-            for start, end in itertools.pairwise(bounds):  # runs of lines that go to the same side
-                (yes if mask[start] else no).write_bytes(b"".join(lines[start:end]))
-            counts[0] += int(mask.sum())
-            counts[1] += len(mask) - int(mask.sum())
-        return counts[0], counts[1]
+        ahead = iter(masks)
+        rest, mask, n_yes, n_no = b"", np.empty(0, dtype=np.bool_), 0, 0
+        while block := self._file.read(BUFFER_BYTES):
+            content = rest + block
+            ends = np.flatnonzero(np.frombuffer(content, dtype=np.uint8) == ord("\n")) + 1
+            while len(mask) < len(ends):
+                mask = np.concatenate((mask, next(ahead)))
+            here, mask = mask[: len(ends)], mask[len(ends) :]
+            last = np.flatnonzero(np.append(here[1:] != here[:-1], True)[: len(ends)])  # of each run of one side
+            start = 0
+            for end, side in zip(ends[last].tolist(), here[last].tolist(), strict=True):
+                (yes if side else no).write_bytes(content[start:end])
+                start = end
+            rest = content[start:]
+            n_yes, n_no = n_yes + int(here.sum()), n_no + int((~here).sum())
+        return n_yes, n_no
 
     def lines_at(self, order: NDArray[np.int64]) -> Iterator[bytes]:
         """The lines at these places, in this order."""
@@ -172,6 +178,12 @@ def publish(path: Path, files: Sequence[tuple[str, Staged]]) -> list[Path]:
                 name.unlink()
             raise InvalidRequest(f"{names[0]} cannot be written: {error.strerror}.", param="file") from error
         return names
+
+
+def _most_bytes(batch: Batch) -> int:
+    """No row of these is longer as a line."""
+    characters = max(map(len, batch.prompts), default=0) + max(map(len, batch.completions), default=0)
+    return MOST_ESCAPED_BYTES * characters + EMPTY_ROW_BYTES
 
 
 def _umask() -> int:
