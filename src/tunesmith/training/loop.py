@@ -6,8 +6,6 @@ import math
 import time
 from collections.abc import Callable, Generator
 
-import torch
-
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import Outcome, RunDir
 from tunesmith.training import checkpoint
@@ -79,8 +77,9 @@ def lessons(
     rows, validation, classes = inputs.rows, inputs.validation, inputs.classes
     schedule = Schedule(len(rows), asked.n_epochs, asked.batch_size, spec.seed)
     trained = inputs.trained
-    trained.flat.grad = trained.flat_gradient
-    optimizer = FlatAdamW(trained.flat, trained.flat_gradient, weight_decay=WEIGHT_DECAY)
+    optimizer = FlatAdamW(
+        trained.flat, trained.flat_gradient, weight_decay=WEIGHT_DECAY, largest_norm=LARGEST_GRADIENT_NORM
+    )
     peak_learning_rate = spec.base_learning_rate * asked.learning_rate_multiplier
     report_every = math.ceil(schedule.n_steps / REPORTS_PER_RUN)
 
@@ -118,7 +117,6 @@ def lessons(
                     f"than {asked.learning_rate_multiplier}.",
                     param="learning_rate_multiplier",
                 )
-            torch.nn.utils.clip_grad_norm_([trained.flat], LARGEST_GRADIENT_NORM)
             optimizer.step(peak_learning_rate * warm_up_and_fall(step, schedule.n_steps))
             taken = step
             elapsed_tokens += sum(len(row.token_ids) for row in batch)
