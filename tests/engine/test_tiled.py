@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,6 +166,21 @@ def test_an_adapter_that_is_no_numbers_is_refused(base: Path, models: list[Path 
 
     with pytest.raises(ValueError, match="finite"):
         _runner(base, [broken])
+
+
+@eights
+def test_what_overflows_stays_no_number(base: Path, models: list[Path | None], tmp_path: Path, eight: bool) -> None:
+    """Whole numbers have no NaN: rounding a state that is none must not make a number of it."""
+    assert models[1] is not None
+    (tmp_path / "adapter_config.json").write_bytes((models[1] / "adapter_config.json").read_bytes())
+    state = load_file(models[1] / "adapter_model.safetensors")
+    save_file({name: factor * 1e30 for name, factor in state.items()}, tmp_path / "adapter_model.safetensors")
+    asked = [(index % 2, prompt) for index, prompt in enumerate(_prompts([40, 40, 1, 2, 3]))]
+
+    found = _run(_runner(base, [tmp_path, None], eight=eight), asked, 1, scored=True)
+
+    for (model, _), scores in zip(asked, found, strict=True):
+        assert {math.isfinite(score.logprob) for score in scores if score.logprob is not None} == {model == 1}
 
 
 def test_what_has_no_whole_blocks_stays_in_fp32(tiny_base: Path) -> None:

@@ -51,9 +51,12 @@ inline void put_bytes(int8_t *to, __m512i words) {
 // A row of `to`: at(j) gives its numbers from j on, 16 at a time. Without `fine` the first digit alone.
 template <typename At>
 inline void round_to_eight(At at, int64_t columns, Fine to, int64_t row, bool fine) {
-    __m512 most = _mm512_setzero_ps();
-    for (int64_t j = 0; j < columns; j += 16) most = _mm512_max_ps(_mm512_abs_ps(at(j)), most);
-    const float largest = _mm512_reduce_max_ps(most);
+    __m512i most = _mm512_setzero_si512();  // as words: what is no number is more than any, and so is its row's scale
+    for (int64_t j = 0; j < columns; j += 16)
+        most = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(at(j))), most);
+    const int32_t word = _mm512_reduce_max_epi32(most);
+    float largest;
+    std::memcpy(&largest, &word, sizeof(largest));
     const __m512 factor = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
     __m512i total = _mm512_setzero_si512(), total_low = total;
     for (int64_t j = 0; j < rounded_deep(columns); j += 16) {
