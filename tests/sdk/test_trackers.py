@@ -130,7 +130,13 @@ def python_wandb() -> Path:
 
 
 def test_the_published_command(python_028: Path, server: Server, done: Done, nowhere: str, folder: Path) -> None:
-    """It logs in before all else, which W&B refuses offline but for one setting of its own."""
+    """It logs in before all else, which W&B refuses offline but for one setting of its own.
+
+    Numbers, config, summary and details are there. Data files are not, and no server can have them there: for a job
+    that names them, `_log_artifact_inputs` (openai/wandb_logger.py) ends in `use_artifact`, see the next test. So the
+    answer in the shape of late 2023, which names ids alone, is the one with which the command gets to its end. A model
+    artifact it never makes. `tunesmith wandb sync` leaves all of them.
+    """
     offline = {"WANDB_X_CLI_ONLY_MODE": "true", "WANDB_BASE_URL": nowhere, "WANDB_API_KEY": "k" * 40}
     command = [str(python_028.parent / "openai"), "wandb", "sync", "-i", done.job["id"], "--project", "GPT-3"]
     output = run(command, environment(server, **offline), folder)
@@ -144,6 +150,29 @@ def test_the_published_command(python_028: Path, server: Server, done: Done, now
     assert found["summary"]["fine_tuned_model"] == done.job["fine_tuned_model"]
     (details,) = found["artifacts"]
     assert (details["name"], details["files"]) == ("fine_tune_details", ["fine_tune_details.json"])
+
+
+OFFLINE_USE = """
+import wandb
+artifact = wandb.Artifact("train-data.jsonl", type="training_files")
+with artifact.new_file("data.jsonl", mode="w") as file:
+    file.write("{}")
+run = wandb.init(project="p", mode="offline")
+try:
+    run.use_artifact(artifact, aliases=["latest"])
+except TypeError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("version", ["0.19.11", "newest"])
+def test_wandb_itself_takes_no_data_file_offline_as_the_published_command_gives_it(
+    version: str, python_028: Path, python_wandb: Path, folder: Path
+) -> None:
+    """Line 3203 of wandb/sdk/wandb_run.py in 0.19.11, 3112 in 0.31.0: the first thing that `use_artifact` does."""
+    python = python_028 if version == "0.19.11" else python_wandb
+    said = run([str(python), "-c", OFFLINE_USE], os.environ | {"WANDB_SILENT": "true"}, folder)
+    assert "refused: Cannot use artifact when in offline mode." in said
 
 
 def test_our_sync(python_wandb: Path, server: Server, done: Done, folder: Path) -> None:
