@@ -65,6 +65,20 @@ def test_a_job_among_others_gets_the_bytes_that_it_gets_alone(
         assert torch.equal(gradient, expected)
 
 
+def test_where_a_job_lies_in_a_pass_changes_no_byte() -> None:
+    """A pass is walked in chunks of 256 tokens, and what a job learns from is not to be cut between two of them."""
+    lengths = [(90, 70), (50, 10), (90, 40), (4, 90), (60, 31), (91, 2)]
+    lessons = [
+        Lesson(TrainableLora(random_lora(MODEL.config.layout, rank=4 + job, alpha=8.0, seed=job)), rows, 0.3)
+        for job, rows in enumerate(random_rows([length], seed=job) for job, length in enumerate(lengths))
+    ]
+    alone = [_learn([lesson], torch.bfloat16, 1)[0] for lesson in lessons]
+
+    for (tally, gradient), (expected_tally, expected) in zip(_learn(lessons, torch.bfloat16, 1), alone, strict=True):
+        assert tally == expected_tally
+        assert torch.equal(gradient, expected)
+
+
 def test_jobs_of_many_tokens_and_of_few_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     lessons = _lessons(6)
     monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 100)

@@ -128,12 +128,15 @@ struct Layers {
             work(first, first - from, first + CHUNK < to ? CHUNK : to - first);
     }
 
+    // Where a span from `first` on is to end, at `end` or before; `Self` may say otherwise.
+    int64_t end_of_span(int64_t, int64_t end) const { return end; }
+
     // work(...) of the chunks of a span, then learn(its first token, its tokens).
     template <typename Do, typename Learn>
     void by_spans(Do work, Learn learn) {
         const int64_t span = span_of(n);
         for (int64_t first = 0, end; first < n; first = end) {
-            end = first + span < n ? first + span : n;
+            end = self().end_of_span(first, first + span < n ? first + span : n);
             by_chunks(work, first, end);
             learn(first, end - first);
         }

@@ -25,7 +25,7 @@ class FlatAdamW:
 
     def step(self, learning_rate: float) -> None:
         """Changes the tensor by its gradient."""
-        # Where nothing is to be clipped torch multiplies by one: with its norm it takes two thirds of the time of AdamW.
+        # Where nothing is to be clipped torch multiplies by one: that and its norm take two thirds of AdamW's time.
         share = self._largest_norm / (torch.linalg.vector_norm(self._gradient) + _NORM_FLOOR)
         if not share >= 1.0:  # written so that what is no number stays none
             self._gradient.mul_(share)

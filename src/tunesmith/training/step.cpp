@@ -136,6 +136,14 @@ struct Step : Layers<Step> {
 
     void learn(int64_t, Panels, Panels, int64_t) {}  // backward did
 
+    // With the last piece that ends by `end`: numbers are added up in the order in which a piece is cut, so none is cut for
+    // lying where it does. One that is longer than a span is, from its start on.
+    int64_t end_of_span(int64_t first, int64_t end) const {
+        for (int64_t at = end; at > first; at -= SIDE)
+            if (at == n || piece_of[at / SIDE] != piece_of[at / SIDE - 1]) return at;
+        return end;
+    }
+
     // Adds to the gradients of the factors, from that of the outputs and what `forward` and `backward` left.
     void learn_factors(int64_t index, Panels gy, Panels in, int64_t first, int64_t tokens) {
         for (int64_t from = 0, to; from < tokens; from = to) {
