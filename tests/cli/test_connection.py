@@ -41,6 +41,32 @@ def test_base_url_flag_then_ours_then_new_then_old() -> None:
         assert asked(**variables)[0] == variables.pop(name)
 
 
+def test_a_file_with_a_key_goes_before_a_key(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("sk-file\n")
+    variables = {"OPENAI_API_KEY": "sk-env", "OPENAI_API_KEY_PATH": str(path)}
+    assert asked(**variables)[1] == "Bearer sk-file"
+    assert asked("-k", "sk-flag", **variables)[1] == "Bearer sk-flag"
+    path.unlink()
+    with pytest.raises(UsageError, match="OPENAI_API_KEY_PATH names"):
+        asked(**variables)
+
+
+def test_organisation_flag_then_variable() -> None:
+    def organization(*flags: str, **variables: str) -> str | None:
+        args = build_parser().parse_args([*flags, "api", "models.list"])
+        with connect(args, {"OPENAI_API_KEY": "sk-x", **variables}) as client:
+            header: str | None = client._http.headers.get("OpenAI-Organization")
+        return header
+
+    assert organization() is None
+    assert organization(OPENAI_ORGANIZATION="") is None
+    assert organization(OPENAI_ORGANIZATION="org-env") == "org-env"
+    assert organization("-o", "org-flag", OPENAI_ORGANIZATION="org-env") == "org-flag"
+    with pytest.raises(UsageError, match="check -o and OPENAI_ORGANIZATION"):
+        organization(OPENAI_ORGANIZATION="örg")
+
+
 def test_the_owner_key_does_not_leave_the_machine(home: Path) -> None:
     with pytest.raises(UsageError, match="needs an API key"):
         asked("-b", "https://elsewhere.example/v1", TUNESMITH_HOME=str(home))

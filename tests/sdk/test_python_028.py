@@ -134,6 +134,7 @@ SAME_OUTPUT = [
     ["fine_tuning.job.get", "-i", "ftjob-nope"],
     ["completions.create", "-m", "ada", "-p", "Once upon", "-M", "3", "-t", "0"],
     ["completions.create", "-m", "ada", "-p", "Once upon", "-M", "3", "-t", "0", "-n", "2"],
+    ["completions.create", "-e", "ada", "-m", "ada", "-p", "Once upon", "-M", "3", "-t", "0"],
     ["completions.create", "-e", "ada", "-p", "Once upon", "-M", "3", "-t", "0", "--stop", "q", "--stream"],
     ["chat_completions.create", "-m", "ada", "-g", "user", "Hello!", "-M", "3", "-t", "0"],
     [

@@ -151,13 +151,14 @@ def refuse(args: argparse.Namespace, _output: Output) -> int:
 def _asked(args: argparse.Namespace, *more: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Where a completion is asked for, and what is asked of it. Raises UsageError for flags that do not go together."""
     _refuse_mixed_streams(args.n, args.stream)
-    if (args.model is None) == (args.engine is None):
+    if args.model is None and args.engine is None:
         raise UsageError("Name the model with -m/--model (or -e/--engine, its old name).")
     names = ("n", "max_tokens", "temperature", "top_p", "stop", *more)
     body = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.engine is not None:
-        return ("engines", args.engine, "completions"), body
-    return ("completions",), body | {"model": args.model}
+    if args.model is not None:
+        body["model"] = args.model
+    # Both may be given, if they agree: what they mean together, the server says.
+    return ("completions",) if args.engine is None else ("engines", args.engine, "completions"), body
 
 
 def _refuse_mixed_streams(how_many: int | None, stream: bool) -> None:

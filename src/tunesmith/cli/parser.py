@@ -40,8 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-k",
         "--api-key",
-        help="API key. Otherwise OPENAI_API_KEY; otherwise, for a server on this machine, the owner key "
-        "in its home folder (TUNESMITH_HOME, or ~/.tunesmith). That key is never sent to another machine.",
+        help="API key. Otherwise that in the file which OPENAI_API_KEY_PATH names; otherwise OPENAI_API_KEY; "
+        "otherwise, for a server on this machine, the owner key in its home folder (TUNESMITH_HOME, or ~/.tunesmith). "
+        "That key is never sent to another machine.",
     )
     parser.add_argument(
         "-p",
@@ -51,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="HTTP proxies to reach the server through; one that starts with https is for https servers. Another flag "
         "has to follow, as with the published command line, since this one takes every word after it.",
     )
-    parser.add_argument("-o", "--organization", help="Sent along as the OpenAI-Organization header.")
+    parser.add_argument(
+        "-o", "--organization", help="Sent along as the OpenAI-Organization header. Otherwise OPENAI_ORGANIZATION."
+    )
     parser.add_argument(
         "--json",
         action="store_true",

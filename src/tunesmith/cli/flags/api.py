@@ -144,8 +144,9 @@ def _add_chat_create(verb: argparse.ArgumentParser) -> None:
         required=True,
         help="A message: who says it (system, user or assistant), and what. Give one for each.",
     )
-    verb.add_argument("-e", "--engine", help="The model, under its old name.")
-    add_name(verb, "-m", "--model", of="model", help="The model.")
+    either = verb.add_mutually_exclusive_group()
+    either.add_argument("-e", "--engine", help="The model, under its old name.")
+    add_name(either, "-m", "--model", of="model", help="The model.")
     _add_sampling(verb)
 
 

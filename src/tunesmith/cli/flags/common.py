@@ -46,7 +46,7 @@ def add_group(commands: Commands, name: str, text: str, *, description: str | No
 
 
 def add_name(
-    parser: argparse.ArgumentParser, *flags: str, of: Literal["job", "model", "file"], **options: Any
+    parser: argparse._ActionsContainer, *flags: str, of: Literal["job", "model", "file"], **options: Any
 ) -> argparse.Action:
     """An argument that names something on the server, which shells complete (see `cli/completion.py`)."""
     action = parser.add_argument(*flags, **options)
