@@ -109,11 +109,15 @@ inline void multiply_eight(Bytes in, int64_t at, const uint8_t *left, const uint
     settle();
 }
 
-inline __m512i add_four(__m512i sums, const uint8_t *weights, const int8_t *x) {
+inline __m512i four_of(const int8_t *x) {
     int32_t four;
     std::memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+}
+
+inline __m512i add_four(__m512i sums, const uint8_t *weights, const int8_t *x) {
     _mm_prefetch(weights + 8 * TILE_BYTES, _MM_HINT_T0);
-    return _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(weights), _mm512_set1_epi32(four));
+    return _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(weights), four_of(x));
 }
 
 // Sums of one token and a column `fours` rows long.
@@ -137,17 +141,36 @@ struct Sums {
     __m512i high, low;
 };
 
-inline Sums multiply_eight_row(Fine in, int64_t row, const uint8_t *column, int64_t fours) {
+inline Sums multiply_eight_row(Fine in, int64_t row, const uint8_t *column, int64_t fours, int64_t ahead) {
     __m512i high[2] = {}, low[2] = {};
     for (int64_t first = 0; first < fours; first += 16) {
         const int8_t *x = in.high.block(first / 16, row), *rest = in.low.block(first / 16, row);
         const int64_t here = fours - first < 16 ? fours - first : 16;
         for (int64_t i = 0; i < here; ++i, column += DEEP) {
-            high[i % 2] = add_four(high[i % 2], column, x + 4 * i);
-            low[i % 2] = add_four(low[i % 2], column, rest + 4 * i);
+            const __m512i weights = _mm512_loadu_si512(column);
+            _mm_prefetch(column + ahead, _MM_HINT_T1);
+            high[i % 2] = _mm512_dpbusd_epi32(high[i % 2], weights, four_of(x + 4 * i));
+            low[i % 2] = _mm512_dpbusd_epi32(low[i % 2], weights, four_of(rest + 4 * i));
         }
     }
     return {_mm512_add_epi32(high[0], high[1]), _mm512_add_epi32(low[0], low[1])};
+}
+
+// Those of the first token and `columns` of them, each FOURS rows long: then(sums).
+template <int FOURS, typename Then>
+inline void multiply_eight_columns(Fine in, const uint8_t *column, int64_t columns, int64_t ahead, Then then) {
+    __m512i high[FOURS], low[FOURS];
+    for (int i = 0; i < FOURS; ++i) high[i] = four_of(in.high.data + 4 * i), low[i] = four_of(in.low.data + 4 * i);
+    for (; columns > 0; --columns) {
+        Sums sums{};
+        for (int i = 0; i < FOURS; ++i, column += DEEP) {
+            const __m512i weights = _mm512_loadu_si512(column);
+            _mm_prefetch(column + ahead, _MM_HINT_T1);
+            sums.high = _mm512_dpbusd_epi32(sums.high, weights, high[i]);
+            sums.low = _mm512_dpbusd_epi32(sums.low, weights, low[i]);
+        }
+        then(sums);
+    }
 }
 
 // A matrix [outputs, inputs]: its scales, rounded up to blocks of 32, then its columns.

@@ -48,6 +48,7 @@ struct Share {
     const Adapter *adapter;
     const Factors *factors;
     int64_t first, end;
+    int64_t ahead = 8 * TILE_BYTES;  // from these factors to those that are read next
 };
 
 struct Step {
@@ -58,7 +59,8 @@ struct Step {
     std::vector<Factors> factors;             // of each rank there is
     std::vector<std::vector<Share>> shares;   // by blocks of tokens
     std::vector<int32_t> place_of;            // by tokens: position in the sequence, or -1
-    float *x, *scores, *sums;
+    float *x, *scores, *sums;                 // sums: what adapters add to those of single tokens
+    bool alone_at[CHUNK];                     // which tokens those are
     Scratch scratch;
     Panels normed, qkv, attention, out, gate_up, product;
     uint8_t *low;
@@ -90,6 +92,12 @@ struct Step {
                 add_share({span.adapter, &factors[known], at % SIDE, (to - 1) % SIDE + 1}, shares[at / SIDE]);
             }
         }
+        Share *before = nullptr;
+        for (auto &block : shares)
+            for (Share &share : block) {
+                if (before) before->ahead = share.adapter->packed - before->adapter->packed;
+                before = &share;
+            }
         low_block = 3 * 2 * (SIDE * rounded_deep(deep) + 2 * SIDE * 4);
         static thread_local std::vector<uint8_t> memory;  // kept: new memory has to be cleared by the system
         const size_t size = lay_out(nullptr) + 64;
@@ -153,57 +161,58 @@ struct Step {
     // -- products: y = x W^T + (x A^T) B^T for `tokens` from token `first` on; panels given begin there
     //
     // Several tokens of an adapter go through tiles, as a block of 32 in which those of others become 0. For single ones
-    // each adapter is read from its beginning to its end, and its part is added to the sums of the base's weights.
+    // each adapter is read from its beginning to its end, before the base's weights, to whose sums its part is added.
 
     static bool alone(const Share &share, int64_t tokens) { return tokens <= FEW || share.end - share.first == 1; }
 
     void forward(int64_t index, Panels in, Panels y, int64_t first, int64_t tokens) {
         const Site &site = m.layer[index / 4].sites[index % 4];
         const int64_t outputs = outputs_of(site);
-        uint8_t *to = low;
-        bool adapted = false, apart = tokens <= FEW;  // apart: the sums of some rows are kept
+        bool adapted = false;
         for (int64_t at = 0; at < tokens; at += SIDE) adapted |= !shares[(first + at) / SIDE].empty();
         if (w.eight || adapted) round_states(in, site.inputs, site.gain, tokens, scratch.eight, adapted);
+        uint8_t *to = low;
+        for (int64_t i = 0; i < tokens; ++i) alone_at[i] = false;
         for (int64_t at = 0; at < tokens; at += SIDE)
-            for (const Share &share : shares[(first + at) / SIDE])
-                if (alone(share, tokens)) {
-                    apart = true;
-                } else {
+            for (const Share &share : shares[(first + at) / SIDE]) {
+                if (!alone(share, tokens)) {
                     lower(index, share, at, to);
                     to += low_block;
+                    continue;
                 }
+                for (int64_t i = at + share.first; i < at + share.end; ++i) {
+                    alone_at[i] = true;
+                    adapt(index, share, i, sums + i * outputs);
+                }
+            }
+        const auto add = [&](int64_t token, int64_t panel, float *row) {
+            if (!alone_at[token]) return;
+            const float *more = sums + token * outputs + panel * SIDE;
+            for (int64_t half = 0; half < SIDE; half += 16)
+                _mm512_storeu_ps(row + half, plus(_mm512_loadu_ps(row + half), _mm512_loadu_ps(more + half)));
+        };
         const uint8_t *given = low;
         int64_t part = 0, ends = site.outputs[0] / SIDE;  // of the panel under way; panels of the parts so far
         multiply(
             site.forward, w.eight, site.inputs, outputs, in, tokens, scratch, c,
-            [&](int64_t panel, int64_t at, const float *row) {
-                std::memcpy(sums + at * outputs + panel * SIDE, row, sizeof(float) * SIDE);
+            [&](int64_t panel, int64_t token, float *row) {
+                add(token, panel, row);
+                store_32(y.block(panel, token), _mm512_loadu_ps(row), _mm512_loadu_ps(row + 16));
             },
             [&](int64_t panel, int64_t at) {
                 if (at == 0) given = low;
                 if (at == 0 && panel == ends) ends += site.outputs[++part] / SIDE;
                 if (!w.eight) take_sums(c);
-                const auto &here = shares[(first + at) / SIDE];
-                for (const Share &share : here) {
-                    if (alone(share, tokens)) continue;
+                for (const Share &share : shares[(first + at) / SIDE]) {
+                    if (alone(share, tokens)) {
+                        add(at + share.first, panel, c + share.first * SIDE);
+                        continue;
+                    }
                     raise(index, share, part, panel, given);
                     given += low_block;
                 }
                 round_block(c, y.block(panel, at));
-                for (const Share &share : here)
-                    if (alone(share, tokens))
-                        std::memcpy(sums + (at + share.first) * outputs + panel * SIDE, c + share.first * SIDE,
-                                    sizeof(float) * SIDE);
             });
-        if (!apart) return;
-        for (int64_t at = 0; at < tokens; at += SIDE)
-            for (const Share &share : shares[(first + at) / SIDE])
-                for (int64_t i = at + share.first; alone(share, tokens) && i < at + share.end; ++i) {
-                    float *row = sums + i * outputs;
-                    add_adapter(index, share, i, row);
-                    if (tokens > FEW) narrow(row, outputs, y, i);
-                }
-        for (int64_t i = 0; tokens <= FEW && i < tokens; ++i) narrow(sums + i * outputs, outputs, y, i);
     }
 
     // -- adapters: states of the product are in `scratch`, in two digits of 8 bits
@@ -256,15 +265,13 @@ struct Step {
         multiply_eight(from.low, 0, b, b + f.b_column(), f.deep, low);
         for (int64_t i = share.first; i < share.end; ++i)
             for (int64_t at = i * SIDE, half = 0; half < SIDE; half += 16, at += 16)
-                add_scaled(c + at, {_mm512_load_si512(high + at), _mm512_load_si512(low + at)}, from, i, scales + half);
+                _mm512_storeu_ps(c + at, plus(_mm512_loadu_ps(c + at),
+                                              scaled(_mm512_load_si512(high + at), _mm512_load_si512(low + at), from, i,
+                                                     load_low(scales + half))));
     }
 
-    static void add_scaled(float *to, Sums sums, Fine from, int64_t row, const bf16 *scales) {
-        _mm512_storeu_ps(to, plus(_mm512_loadu_ps(to), scaled(sums.high, sums.low, from, row, load_low(scales))));
-    }
-
-    // Both for a single token, `row` [O] being its sums so far.
-    void add_adapter(int64_t index, const Share &share, int64_t token, float *row) {
+    // Both for a single token: what is to be added to its sums, `row` [O].
+    void adapt(int64_t index, const Share &share, int64_t token, float *row) {
         const Factors &f = *share.factors;
         const Site &site = f.site(index);
         const uint8_t *a = f.a(share.adapter->packed, index), *b = f.b(share.adapter->packed, index);
@@ -272,13 +279,25 @@ struct Step {
         const bf16 *b_scales = f.b_scales(share.adapter->packed, index);
         for (int64_t part = 0; part < site.parts; ++part) {
             for (int64_t j = 0; j < f.columns; ++j, a += f.a_column(site), a_scales += 16) {
-                const Sums sums = multiply_eight_row(scratch.eight, token, a, f.a_column(site) / DEEP);
+                const Sums sums = multiply_eight_row(scratch.eight, token, a, f.a_column(site) / DEEP, share.ahead);
                 _mm512_storeu_ps(lowered + 16 * j,
                                  scaled(sums.high, sums.low, scratch.eight, token, _mm512_loadu_ps(a_scales)));
             }
             round_low(f, lowered, rounded, 0);
-            for (int64_t o = 0; o < site.outputs[part]; o += 16, b += f.b_column(), row += 16, b_scales += 16)
-                add_scaled(row, multiply_eight_row(rounded, 0, b, f.fours), rounded, 0, b_scales);
+            const int64_t outputs = site.outputs[part] / 16;
+            const auto put = [&](Sums sums) {
+                _mm512_storeu_ps(row, scaled(sums.high, sums.low, rounded, 0, load_low(b_scales)));
+                row += 16, b_scales += 16;
+            };
+            switch (f.fours) {  // of ranks 8, 16 and 32 what A gives stays in registers
+                case 2: multiply_eight_columns<2>(rounded, b, outputs, share.ahead, put); break;
+                case 4: multiply_eight_columns<4>(rounded, b, outputs, share.ahead, put); break;
+                case 8: multiply_eight_columns<8>(rounded, b, outputs, share.ahead, put); break;
+                default:
+                    for (int64_t o = 0; o < outputs; ++o)
+                        put(multiply_eight_row(rounded, 0, b + o * f.b_column(), f.fours, share.ahead));
+            }
+            b += outputs * f.b_column();
         }
     }
 
