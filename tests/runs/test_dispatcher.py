@@ -201,6 +201,20 @@ def rename(platform: Platform, table: str, name: str) -> None:
         connection.exec_driver_sql(f"ALTER TABLE {table} RENAME TO {name}")
 
 
+def test_as_many_are_trained_at_once_as_there_are_places(platform: Platform) -> None:
+    executor = Watched()
+    jobs = [platform.create(method="full") for _ in range(3)]
+    dispatcher = platform.dispatcher(executor, max_concurrent_runs=2)
+    dispatcher.tick()
+    assert [platform.get(job).status for job in jobs] == [JobStatus.RUNNING, JobStatus.RUNNING, JobStatus.PENDING]
+    (ended,) = (path for path in (platform.home / "runs").iterdir() if RunDir(path).read_spec().job_id == jobs[0].id)
+    RunDir(ended).write_outcome(Outcome("failed", error="The loss was not a number."))
+    executor.states[next(handle for handle in executor.states if handle.startswith(ended.name))] = RunState.EXITED
+    dispatcher.tick()
+    assert [platform.get(job).status for job in jobs] == [JobStatus.FAILED, JobStatus.RUNNING, JobStatus.RUNNING]
+    assert len(executor.states) == 3
+
+
 def test_one_bad_job_never_blocks_the_rest(platform: Platform) -> None:
     bad, good = platform.create(), platform.create()
 
