@@ -136,7 +136,7 @@ inline __m512i multiply_eight_row(Bytes in, int64_t row, const uint8_t *column, 
     return _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
 }
 
-// The same of both digits: each weight is read once.
+// The same of both digits: each weight is read once, and what lies `ahead` bytes behind it is asked for.
 struct Sums {
     __m512i high, low;
 };
