@@ -26,12 +26,11 @@ struct WholePass {
 namespace {
 
 constexpr int64_t HEAD_CHUNK = 1024;  // positions whose logits are held at once
-constexpr int64_t GROUP = 256;        // outputs of a layer whose weights learn together
 constexpr int64_t SLICE = 64;         // blocks of the vocabulary whose logits stay in the cache
 constexpr int64_t AT_ONCE = 8;        // positions whose logits are walked together: their lines are neighbours
 
 struct Whole : Layers<Whole> {
-    static constexpr int64_t SPAN = 2048;
+    static constexpr int64_t SPAN = 1024;
 
     // Where the weights of a layer stand in `flat`.
     struct Place {
@@ -42,7 +41,7 @@ struct Whole : Layers<Whole> {
     const int64_t padded;      // V, in whole blocks
     std::vector<Place> places;  // by layers
     int64_t norm, head;         // where they stand
-    bf16 *read, *turned;        // packed
+    bf16 *packed, *turned;      // for learn_matrix
     float *grad_states, *sums, *more;
     Panels states, logits;
 
@@ -50,7 +49,7 @@ struct Whole : Layers<Whole> {
         : Layers(model, pass.work), p(pass), padded(rounded_up(model.vocabulary)) {
         const int64_t d = m.width, weighed = rounded_up(work.positions);
         const int64_t head_chunk = weighed < HEAD_CHUNK ? weighed : HEAD_CHUNK;
-        int64_t at = m.vocabulary * d, most = d;
+        int64_t at = m.vocabulary * d;
         const auto next = [&at](int64_t size) { return std::exchange(at, at + size); };
         for (int64_t i = 0; i < m.layers; ++i) {
             Place place{};
@@ -65,11 +64,10 @@ struct Whole : Layers<Whole> {
         }
         norm = next(d);
         head = m.head == m.embedding ? 0 : next(m.vocabulary * d);
-        for (int64_t inputs : {mixed, static_cast<int64_t>(m.feed_width)}) most = inputs > most ? inputs : most;
-        const int64_t span = rounded_up(span_of(n) < n ? span_of(n) : n), deepest = span > head_chunk ? span : head_chunk;
-        read = arena.take<bf16>(most * deepest);
-        turned = arena.take<bf16>(uneven(GROUP) * deepest);
-        more = arena.take<float>((head_chunk > GROUP ? head_chunk : GROUP) * SIDE);
+        const int64_t span = span_of(n) < n ? span_of(n) : n, deepest = span > head_chunk ? span : head_chunk;
+        packed = arena.take<bf16>(d * deepest);
+        turned = arena.take<bf16>(SIDE * deepest);
+        more = arena.take<float>((head_chunk > d ? head_chunk : d) * SIDE);
         grad_states = arena.take<float>(HEAD_CHUNK * d);
         states = arena.panels(uneven(head_chunk), d);
         logits = arena.panels(uneven(head_chunk), padded);
@@ -96,18 +94,15 @@ struct Whole : Layers<Whole> {
     void learn(int64_t index, Panels gy, Panels in, int64_t tokens) {
         const Site &site = site_at(index);
         const Place &place = places[index / 4];
-        const int64_t outputs = outputs_of(site), weight = place.weight[index % 4], steps = tokens / SIDE;
+        const int64_t outputs = outputs_of(site), weight = place.weight[index % 4];
         if (index % 4 == 0 && m.layer[index / 4].bias) add_rows(gy, outputs, tokens, p.gradient + place.bias);
-        for (int64_t panel = 0; panel < site.inputs / SIDE; ++panel)
-            for (int64_t s = 0; s < steps; ++s)
-                pack_rows(in.block(panel, s * SIDE), SIDE, read + (panel * steps + s) * BLOCK);
         float *to = p.gradient + weight;
         if (!site.gain)
-            learn_matrix(gy, outputs, site.inputs, steps, [=](int64_t row, int64_t column, const float *sums) {
+            learn_matrix(gy, outputs, in, site.inputs, tokens, [=](int64_t row, int64_t column, const float *sums) {
                 add(to + row * site.inputs + column, _mm512_load_ps(sums), _mm512_load_ps(sums + 16));
             });
         else
-            learn_matrix(gy, outputs, site.inputs, steps,
+            learn_matrix(gy, outputs, in, site.inputs, tokens,
                          [=, from = p.flat + weight, of_gain = p.gradient + place.gain[index % 4]](
                              int64_t row, int64_t column, const float *sums) {
                              const __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + 16);
@@ -131,25 +126,60 @@ struct Whole : Layers<Whole> {
                 add(to + panel * SIDE, load_low(from.block(panel, i)), load_low(from.block(panel, i) + 16));
     }
 
-    // The product of `gy` [steps blocks of tokens, outputs], exchanged, and what is packed in `read` [the same, inputs]:
-    // write(output, input, sums) is given 32 numbers of a row, from `input` on.
+    // The product of `gy` [tokens, outputs], exchanged, and `in` [tokens, inputs], whole blocks of tokens: write(output,
+    // input, sums) is given 32 numbers of a row, from `input` on. The narrower of them is packed at once and stays in the
+    // cache, the other passes by 32 columns at a time: where that is `in`, what comes out is exchanged.
     template <typename Write>
-    void learn_matrix(Panels gy, int64_t outputs, int64_t inputs, int64_t steps, Write write) {
-        const Panels exchanged{turned, uneven(GROUP)};
-        for (int64_t from = 0; from < outputs; from += GROUP) {
-            const int64_t group = outputs - from < GROUP ? rounded_up(outputs - from) : GROUP;
-            for (int64_t j = 0; j < group; j += SIDE)
-                for (int64_t s = 0; s < steps; ++s) {
-                    bf16 *to = exchanged.block(s, j);
-                    pack_rows(gy.block((from + j) / SIDE, s * SIDE), SIDE, to);
-                    Attention::settle_pairs(to);
-                    Attention::settle_pairs(to + BLOCK / 2);
+    void learn_matrix(Panels gy, int64_t outputs, Panels in, int64_t inputs, int64_t tokens, Write write) {
+        const bool exchanged = outputs < inputs;
+        const Panels narrow = exchanged ? gy : in, passing = exchanged ? in : gy;
+        const int64_t panels = (exchanged ? outputs : inputs) / SIDE, columns = exchanged ? inputs : outputs;
+        const int64_t steps = tokens / SIDE, parts = (steps + DEEPEST - 1) / DEEPEST, size = (steps + parts - 1) / parts;
+        const int64_t lines = (SIDE + panels - 1) / panels;
+        alignas(64) float sums[2][BLOCK];
+        int64_t now = 0, row = 0, column = 0, written = SIDE;
+        const auto write_row = [&](int64_t i) {
+            if (row + i < outputs) write(row + i, column, sums[now] + i * SIDE);
+        };
+        for (int64_t panel = 0; panel < panels; ++panel)
+            for (int64_t s = 0; s < steps; ++s)
+                pack_rows(narrow.block(panel, s * SIDE), SIDE, packed + (panel * steps + s) * BLOCK);
+        for (int64_t from = 0; from < columns; from += SIDE) {
+            for (int64_t s = 0; s < steps; ++s) turn_block(passing.block(from / SIDE, s * SIDE), turned + s * BLOCK);
+            for (int64_t first = 0; first < steps; first += size) {
+                const int64_t deep = steps - first < size ? steps - first : size, a_step = (SIDE + deep - 1) / deep;
+                const bf16 *next = passing.block(from / SIDE + 1, first * panels * lines);
+                for (int64_t panel = 0; panel < panels; ++panel, next += deep * lines * SIDE) {
+                    float *under_way = more + panel * BLOCK;
+                    if (first)
+                        give_sums(under_way);
+                    else
+                        clear();
+                    accumulate(turned + first * BLOCK, BLOCK, packed + (panel * steps + first) * BLOCK, deep, next,
+                               from + SIDE < columns ? lines : 0, [&](int64_t) {
+                                   for (int64_t i = 0; i < a_step && written < SIDE; ++i) write_row(written++);
+                               });
+                    if (first + deep < steps) {
+                        take_sums(under_way);
+                        continue;
+                    }
+                    now ^= 1;
+                    take_sums(sums[now]);
+                    row = from, column = panel * SIDE, written = 0;
+                    if (exchanged) {
+                        Attention::exchange_sums(sums[now]);
+                        std::swap(row, column);
+                    }
                 }
-            by_panels_written(exchanged, read, steps, inputs / SIDE, group, more, one_by_one, nothing,
-                              [&](int64_t panel, int64_t at, int64_t i, const float *sums) {
-                                  if (from + at + i < outputs) write(from + at + i, panel * SIDE, sums);
-                              });
+            }
         }
+        while (written < SIDE) write_row(written++);
+    }
+
+    static void turn_block(const bf16 *from, bf16 *to) {
+        pack_rows(from, SIDE, to);
+        Attention::settle_pairs(to);
+        Attention::settle_pairs(to + BLOCK / 2);
     }
 
     // -- both ends
@@ -253,21 +283,19 @@ struct Whole : Layers<Whole> {
         }
     }
 
+    // `states` are taken times the factors.
     void learn_head(int64_t rows, const float *factor) {
-        const int64_t d = m.width, steps = rows / SIDE;
-        alignas(64) bf16 scaled[BLOCK];
+        const int64_t d = m.width;
         for (int64_t panel = 0; panel < d / SIDE; ++panel)
-            for (int64_t s = 0; s < steps; ++s) {
-                for (int64_t i = 0; i < SIDE; ++i) {
-                    const bf16 *from = states.block(panel, s * SIDE + i);
-                    const __m512 by = _mm512_set1_ps(factor[s * SIDE + i]);
-                    store_32(scaled + i * SIDE, _mm512_mul_ps(load_low(from), by), _mm512_mul_ps(load_low(from + 16), by));
-                }
-                pack_rows(scaled, SIDE, read + (panel * steps + s) * BLOCK);
+            for (int64_t i = 0; i < rows; ++i) {
+                bf16 *at = states.block(panel, i);
+                const __m512 by = _mm512_set1_ps(factor[i]);
+                store_32(at, _mm512_mul_ps(load_low(at), by), _mm512_mul_ps(load_low(at + 16), by));
             }
-        learn_matrix(logits, m.vocabulary, d, steps, [to = p.gradient + head, d](int64_t row, int64_t column, const float *sums) {
-            add(to + row * d + column, _mm512_load_ps(sums), _mm512_load_ps(sums + 16));
-        });
+        learn_matrix(logits, m.vocabulary, states, d, rows,
+                     [to = p.gradient + head, d](int64_t row, int64_t column, const float *sums) {
+                         add(to + row * d + column, _mm512_load_ps(sums), _mm512_load_ps(sums + 16));
+                     });
     }
 
     // From what the head gave back for one position through the last norm, into grad.
