@@ -56,6 +56,8 @@ class Result:
             yield f"{self.rss_bytes / 1e6:.0f} MB of memory"
         if "Traceback" in self.said:
             yield "a traceback"
+        if any(letter < " " and letter not in "\n\t" for letter in self.said):
+            yield "control characters on the terminal"
         if not harm.said:
             if not self.new:
                 yield f"not read: {self.said[-200:]}"
@@ -235,6 +237,105 @@ def link(path: Path, _scale: float) -> None:
     path.symlink_to("/dev/zero")
 
 
+def pipe(path: Path, _scale: float) -> None:
+    """Something to read from that nobody writes to."""
+    os.mkfifo(path)
+
+
+def circle(path: Path, _scale: float) -> None:
+    """A link to itself."""
+    path.symlink_to(path.name)
+
+
+def steering(path: Path, _scale: float) -> None:
+    """Headings and cells that would clear a terminal, and give it a title."""
+    rows = b"\x1b[2Jthe same words here a,\x1b[2Jb,c\n\x1b[2Jthe same words here d,\x1b[2Je,f\n"
+    path.write_bytes(b"prompt,completion,\x1b]0;title\x07\n" + rows)
+
+
+def slow_patterns(path: Path, _scale: float) -> None:
+    """Texts in which a careless search for addresses, numbers and keys begins anew at each character."""
+    baits = ("a@", "a.", "1-", "1 ", "sk-", "eyJ", "-----BEGIN ", "http://a:", "password=", "(")
+    rows = [{"prompt": bait * (200_000 // len(bait)) + " ->", "completion": " x"} for bait in baits]
+    rows += [{"prompt": "a short one ->", "completion": " y"}, {"prompt": "another ->", "completion": " z"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def long_number(path: Path, _scale: float) -> None:
+    """A number of a hundred thousand digits."""
+    path.write_bytes(b'{"prompt": ' + b"1" * 100_000 + b', "completion": "x"}\n{"prompt": "a", "completion": "b"}\n')
+
+
+def half_character(path: Path, _scale: float) -> None:
+    """Half of a surrogate pair, escaped."""
+    path.write_bytes(b'{"prompt": "\\ud800", "completion": "x"}\n{"prompt": "a", "completion": "b"}\n')
+
+
+def mark_inside(path: Path, _scale: float) -> None:
+    """Two files put together, the second with its byte order mark."""
+    row = b'{"prompt": "a", "completion": "b"}\n'
+    path.write_bytes(row * 3 + b"\xef\xbb\xbf" + row * 3)
+
+
+def half_utf_32(path: Path, _scale: float) -> None:
+    """UTF-32 that ends within a character."""
+    path.write_bytes("prompt,completion\na,b\nc,d\n".encode("utf-32")[:-3])
+
+
+def only_quotes(path: Path, _scale: float) -> None:
+    """A million quotes, and one more."""
+    path.write_bytes(b"prompt,completion\n" + b'"' * 1_000_001 + b"\n")
+
+
+def entities(path: Path, _scale: float) -> None:
+    """A sheet of names for names for texts, thousands of millions of characters long."""
+    names = "abcdefghij"
+    pairs = itertools.pairwise(names)
+    declared = '<!ENTITY a "text">' + "".join(f'<!ENTITY {name} "{f"&{of};" * 10}">' for of, name in pairs)
+    workbook(path, [f'<row r="1">{HEADING}</row><row r="2">{cell("A2", "&j;")}{cell("B2", "b")}</row>'])
+    rewrite(path, "xl/worksheets/sheet1.xml", lambda text: f"<!DOCTYPE worksheet [{declared}]>{text}")
+
+
+def missing_text(path: Path, _scale: float) -> None:
+    """A cell whose text is to stand in a table that is not there."""
+    lost = '<c r="A2" t="s"><v>99</v></c>'
+    workbook(path, [f'<row r="1">{HEADING}</row><row r="2">{lost}{cell("B2", "b")}</row>'])
+
+
+def no_sheet(path: Path, _scale: float) -> None:
+    """A workbook without a sheet."""
+    workbook(path, [])
+    rewrite(path, "xl/workbook.xml", lambda text: text.replace('<sheet name="One" sheetId="1" r:id="rId1"/>', ""))
+
+
+def no_workbook(path: Path, _scale: float) -> None:
+    """An archive of something else."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "x")
+
+
+def locked(path: Path, _scale: float) -> None:
+    """How a workbook with a password begins."""
+    path.write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(4_096))
+
+
+def many_parts(path: Path, _scale: float) -> None:
+    """A workbook among ten thousands of other files."""
+    climbing(path, 1)
+    with zipfile.ZipFile(path, "a") as archive:
+        for number in range(60_000):
+            archive.writestr(f"other/{number}", "")
+
+
+def rewrite(path: Path, part: str, change: Callable[[str], str]) -> None:
+    """One part of an archive anew."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name).decode() for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in parts.items():
+            archive.writestr(name, change(text) if name == part else text)
+
+
 def cell(place: str, text: str) -> str:
     """A cell of a sheet, in its XML."""
     return f'<c r="{place}" t="inlineStr"><is><t>{text}</t></is></c>'
@@ -290,6 +391,21 @@ HARMS = (
     Harm("formulas", "data.xlsx", formulas, ()),
     Harm("names that climb", "data.xlsx", climbing, ()),
     Harm("a link to /dev/zero", "data.jsonl", link, ("device",)),
+    Harm("a pipe", "data.jsonl", pipe, ("device",)),
+    Harm("a link to itself", "data.csv", circle, ("does not exist",)),
+    Harm("texts that steer terminals", "data.csv", steering, ()),
+    Harm("bait for slow patterns", "data.jsonl", slow_patterns, ()),
+    Harm("a number of 100,000 digits", "data.jsonl", long_number, ("Line 1 is not JSON",)),
+    Harm("half a character", "data.jsonl", half_character, ("half a character",)),
+    Harm("a mark in the middle", "data.jsonl", mark_inside, ("Line 4 is not JSON",)),
+    Harm("UTF-32, cut off", "data.csv", half_utf_32, ("UTF-32",)),
+    Harm("a million quotes", "data.csv", only_quotes, ("never closed",)),
+    Harm("entities of entities", "data.xlsx", entities, ("entity",)),
+    Harm("a text that is not there", "data.xlsx", missing_text, ("shared strings",)),
+    Harm("a workbook without a sheet", "data.xlsx", no_sheet, ("no sheet",)),
+    Harm("another kind of archive", "data.xlsx", no_workbook, ("no XLSX workbook",)),
+    Harm("a workbook with a password", "data.xlsx", locked, ("no XLSX workbook",)),
+    Harm("60,000 other parts", "data.xlsx", many_parts, ()),
 )
 
 

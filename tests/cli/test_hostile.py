@@ -31,6 +31,7 @@ def test_it_is_refused_in_words_or_read(
     harm.make(tmp_path / harm.file, SMALL)
     code = main([command[0], harm.file, *command[1:]])
     told = capsys.readouterr()
+    assert all(letter >= " " or letter in "\n\t" for letter in told.out + told.err)
     new = {path.name for path in tmp_path.iterdir()} - {harm.file}
     if harm.said:
         assert code == 1

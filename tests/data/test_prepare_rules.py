@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -204,10 +205,21 @@ def _umask() -> int:
 
 
 @pytest.mark.parametrize(
-    ("word", "written"), [("a-b.jsonl", "a-b.jsonl"), (" no", '" no"'), ('$x"`\\', '"\\$x\\"\\`\\\\"'), ("", '""')]
+    ("word", "written"),
+    [
+        ("a-b.jsonl", "a-b.jsonl"),
+        (" no", '" no"'),
+        (" no\n", '" no\n"'),
+        ('$x"`\\', '"\\$x\\"\\`\\\\"'),
+        ("", '""'),
+        ("\x1b[1m'é\\", r"$'\x1b[1m\x27\xc3\xa9\x5c'"),
+        ("\udcff.csv", r"$'\xff.csv'"),
+    ],
 )
 def test_words_are_quoted_for_a_shell(word: str, written: str) -> None:
     assert quoted([word]) == written
+    shell = subprocess.run(["bash", "-c", f"printf %s {written}"], capture_output=True, check=True)
+    assert shell.stdout == os.fsencode(word)
 
 
 @pytest.mark.parametrize(

@@ -124,11 +124,11 @@ def _tell(verdict: Verdict, files: Mapping[str, str], output: Output) -> None:
                 output.say(f"{what} end with `{shown(mark)}`.")
         output.say()
     for file, finding in verdict.findings:
-        colour, plain = (f"\033[{_COLOURS[finding.severity]}m", "\033[0m") if output.terminal else ("", "")
         where = "" if file == TRAINING else f" in {files[file]}"
         rows = f" {finding.rows}" if finding.rows.shown else ""
         count = f", {finding.rows.count:,} row{'s' * (finding.rows.count != 1)}" if finding.rows.count else ""
-        output.say(f"{colour}{finding.severity.value}{plain} {finding.id}{where}{count}{':' * bool(rows)}{rows}")
+        told = f" {finding.id}{where}{count}{':' * bool(rows)}{rows}"
+        output.say(told, lead=finding.severity.value, colour=_COLOURS[finding.severity])
         output.say(f"  {finding.explanation}")
         if finding.fix is not None:
             done = f" `tunesmith prepare {files[file]}` does it." if finding.fix.change else ""

@@ -162,8 +162,7 @@ def _preview(diff: Sequence[str], needed: Mapping[str, Mended], findings: Sequen
         output.say(f"Mended is {finding.id}{action}.")
     output.say()
     for line in diff:
-        colour = {"-": "\033[31m", "+": "\033[32m", "@": "\033[36m"}.get(line[0], "") if output.terminal else ""
-        output.say(f"{colour}{line}\033[0m" if colour else line)
+        output.say(lead=line, colour={"-": 31, "+": 32, "@": 36}.get(line[0]))
     for one in needed.values():
         changes = one.changes
         more = changes.changed + changes.removed - len(changes.shown)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tunesmith.cli.output import Output
+from tunesmith.cli.output import Output, visible
 from tunesmith.client import Client
 
 EPOCH = re.compile(r"Completed epoch (\d+)/(\d+)")
@@ -108,4 +108,4 @@ class LiveView:
 
 def event_line(event: dict[str, Any]) -> str:
     """`[2023-04-18 09:31:05] Fine-tune started`, in local time."""
-    return f"[{datetime.fromtimestamp(event['created_at'])}] {event['message']}"
+    return visible(f"[{datetime.fromtimestamp(event['created_at'])}] {event['message']}")

@@ -22,6 +22,8 @@ COPIED = ("tunesmith ", "> ", "export ")
 
 Format = Literal["table", "csv", "json"]
 
+_UNSEEN = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
 
 class UsageError(TunesmithError):
     """The command line itself is at fault: a file that cannot be read, flags that contradict each other."""
@@ -46,14 +48,20 @@ class Output:
         """One line of a stream of JSON values."""
         print(json.dumps(value), flush=True)
 
-    def say(self, text: str = "") -> None:
-        """A sentence for people; machines do not hear it."""
-        if not self.machine:
-            print(wrapped(text, sys.stdout) if self.terminal else text, flush=True)
+    def say(self, text: str = "", *, lead: str = "", colour: int | None = None) -> None:
+        """A sentence for people; machines do not hear it. `lead` comes first, in a colour where there are colours."""
+        if self.machine:
+            return
+        whole = visible(lead + text)
+        whole = wrapped(whole, sys.stdout) if self.terminal else whole
+        if colour is not None and self.terminal:
+            end = len(visible(lead)) if text else len(whole)
+            whole = f"\033[{colour}m{whole[:end]}\033[0m{whole[end:]}"
+        print(whole, flush=True)
 
     def aside(self, text: str) -> None:
         """A sentence about what is shown, which is no part of it: on standard error."""
-        sys.stderr.write(wrapped(text, sys.stderr) + "\n")
+        sys.stderr.write(wrapped(visible(text), sys.stderr) + "\n")
 
     def failure(self, error: TunesmithError) -> None:
         """The error, on standard error."""
@@ -64,7 +72,7 @@ class Output:
             return
         red, plain = ("\033[91m", "\033[0m") if takes_colour(sys.stderr) else ("", "")
         known = "" if status is None else f" (HTTP status code: {status})"
-        sentence = wrapped(f"Error: {error.message}{known}", sys.stderr)
+        sentence = wrapped(visible(f"Error: {error.message}{known}"), sys.stderr)
         sys.stderr.write(f"{red}Error:{plain}{sentence.removeprefix('Error:')}\n")
 
 
@@ -75,6 +83,11 @@ def output_for(*, json_asked: bool, asked: Format | None) -> Output:
     machine = json_asked or asked == "json"
     watched = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     return Output(machine=machine, terminal=watched and not machine, format="json" if machine else asked)
+
+
+def visible(text: str) -> str:
+    r"""`text` with control characters spelt out, as `\x1b`: file names and data must not steer the terminal."""
+    return text.translate(_UNSEEN)
 
 
 def wrapped(text: str, stream: TextIO) -> str:

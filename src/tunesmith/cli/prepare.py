@@ -17,7 +17,7 @@ import numpy as np
 
 from tunesmith.cli.datafile import base_and_folder, finding_record, lengths_of, watching
 from tunesmith.cli.home import home_settings
-from tunesmith.cli.output import Output, UsageError
+from tunesmith.cli.output import Output, UsageError, visible
 from tunesmith.cli.pace import Speed, speed
 from tunesmith.core.bases import Base
 from tunesmith.core.requests import DEFAULT_N_EPOCHS
@@ -66,7 +66,7 @@ class Talk:
             self.say(f"{question} [Y/n]: Y")
             return True
         try:
-            return input(f"{question} [Y/n]: ").strip().lower() != "n"
+            return input(f"{visible(question)} [Y/n]: ").strip().lower() != "n"
         except EOFError:
             raise UsageError("There is nobody to answer any more; nothing was written.") from None
 

@@ -14,7 +14,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.output import Output
+from tunesmith.cli.output import Output, visible
 
 NARROW_COLUMNS = 60
 """On a narrower terminal a row is shown as lines of `heading  cell`: ids must stay whole to be copied."""
@@ -87,6 +87,7 @@ def show_table(
     if not output.terminal:
         _show_plain(output, columns, rows, numbers)
         return
+    rows = [[visible(cell) for cell in row] for row in rows]
     console = Console(highlight=False)
     if console.width < NARROW_COLUMNS:
         _show_blocks(console, columns, rows)

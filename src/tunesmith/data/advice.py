@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,8 +85,11 @@ def metrics_flags(facts: Facts, alike: Sequence[str] = ()) -> list[str]:
 
 
 def quoted(words: Sequence[str]) -> str:
-    """Words as one line for a shell: in double quotes what is not a plain word, as the published command does."""
-    return " ".join(word if _plain(word) else f'"{_escaped(word)}"' for word in words)
+    r"""Words as one line for a shell: in double quotes what is not a plain word, as the published command does.
+
+    What a terminal would take for a command to itself is spelt out, as bash and its kind read it: `$'a\x1b.csv'`.
+    """
+    return " ".join(word if _plain(word) else _in_quotes(word) for word in words)
 
 
 def duration(seconds: float) -> str:
@@ -98,6 +102,15 @@ def duration(seconds: float) -> str:
 
 def _plain(word: str) -> bool:
     return bool(word) and all(letter.isalnum() or letter in "-_." for letter in word) and word.isascii()
+
+
+def _in_quotes(word: str) -> str:
+    if all(letter.isprintable() or letter == "\n" for letter in word):
+        return f'"{_escaped(word)}"'
+    spelt = (
+        f"\\x{byte:02x}" if byte < 0x20 or byte in b"'\\" or byte >= 0x7F else chr(byte) for byte in os.fsencode(word)
+    )
+    return f"$'{''.join(spelt)}'"
 
 
 def _escaped(word: str) -> str:

@@ -121,9 +121,11 @@ def _values(path: Path, sheet: str | None) -> Iterator[Any]:
     try:
         with load_workbook(str(path)) as workbook:
             names = workbook.sheet_names
-            read = sheet if sheet is not None or not names else names[0]
+            if not names:
+                raise InvalidRequest("The workbook has no sheet.")
+            read = names[0] if sheet is None else sheet
             if read not in names:
-                raise InvalidRequest(f"There is no sheet {read!r}; there are: {', '.join(map(repr, names)) or 'none'}.")
+                raise InvalidRequest(f"There is no sheet {read!r}; there are: {', '.join(map(repr, names))}.")
             yield {"sheets": names, "read": read}
             if sheet is None:
                 return
