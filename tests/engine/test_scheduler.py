@@ -179,6 +179,48 @@ def test_payers_take_turns() -> None:
     assert order == [[0, 4], [5, 2], [3]]
 
 
+def test_who_has_no_place_is_given_one_of_whoever_has_most() -> None:
+    model = Model(BlockPool(100))
+    scheduler: Scheduler[Model] = Scheduler(max_running=4, step_tokens=512)
+
+    def ask(number: int, payer: str, max_tokens: int) -> None:
+        one = sequence(number, model, 10, max_tokens)
+        scheduler.add(replace(one, request=replace(one.request, payer=payer)))
+
+    def step() -> list[int]:
+        chunks = scheduler.next_step()
+        for chunk in chunks:
+            advance(scheduler, chunk)
+        return [chunk.sequence.number for chunk in chunks]
+
+    for number in range(6):
+        ask(number, "a", 20)
+    assert step() == [0, 1, 2, 3]
+    ask(6, "b", 3)
+    ask(7, "b", 1)
+    ask(8, "c", 1)
+    assert step() == [0, 1, 6, 8]  # one each of those who had none, not all that they ask for
+    assert step() == [0, 1, 6, 2]  # the rest goes in turns
+    ask(9, "c", 1)
+    assert 9 in step()
+    while scheduler.busy:
+        step()
+    assert model.pool.room == 100
+
+
+def test_who_has_one_place_keeps_it() -> None:
+    model = Model(BlockPool(100))
+    scheduler: Scheduler[Model] = Scheduler(max_running=2, step_tokens=512)
+    for number in range(3):
+        one = sequence(number, model, 10, 5)
+        scheduler.add(replace(one, request=replace(one.request, payer=f"payer{number}")))
+    for _ in range(3):
+        chunks = scheduler.next_step()
+        assert [chunk.sequence.number for chunk in chunks] == [0, 1]
+        for chunk in chunks:
+            advance(scheduler, chunk)
+
+
 def test_what_is_scored_is_computed() -> None:
     model = Model(BlockPool(40))
     scheduler: Scheduler[Model] = Scheduler(max_running=8, step_tokens=512)

@@ -7,7 +7,7 @@ gone by then, and it goes on where it was. The oldest always finds room, so all 
 
 Each step takes one token of every sequence that is generating, then as much of the prompts, oldest first, as the step
 has room for: a long prompt goes through in chunks and stalls nobody. Those who wait are admitted in turns, one of each
-payer, so that a thousand requests of one hold up no other.
+payer, so that a thousand requests of one hold up no other; where one has all places, whoever has none is given one.
 
 Blocks at the head of a prompt that an earlier sequence of the same model has computed are taken from the cache. One
 whose next block is being computed by another waits for it: many that begin alike compute their beginning once.
@@ -155,6 +155,7 @@ class Scheduler(Generic[ModelT]):
 
     def next_step(self) -> list[Chunk[ModelT]]:
         """What to compute now; empty only if not `busy`."""
+        self._make_way()
         self._admit()
         budget = self._step_tokens
         generating = [sequence for sequence in self._running.values() if sequence.pending == 1]
@@ -196,6 +197,21 @@ class Scheduler(Generic[ModelT]):
         if sequence.generated == 0:
             sequence.prompt_scores.clear()
         self._waiting.setdefault(sequence.request.payer, deque()).appendleft(sequence)
+
+    def _make_way(self) -> None:
+        """Where all places are taken, whoever has most gives one to each payer who waits without any."""
+        if len(self._running) < self._max_running:
+            return
+        places = Counter(one.request.payer for one in self._running.values())
+        without = [payer for payer in self._waiting if not places[payer]]
+        for _ in without:
+            (greedy, most), *_ = places.most_common(1)
+            if most == 1:
+                break
+            places[greedy] -= 1
+            self._put_off(next(one for one in reversed(self._running.values()) if one.request.payer == greedy))
+        # It is their turn: or the places would be taken back.
+        self._waiting = {payer: self._waiting[payer] for payer in [*without, *self._waiting]}
 
     def _admit(self) -> None:
         """Takes from the waiting in turns; one that finds no room holds back only those for the same cache."""
