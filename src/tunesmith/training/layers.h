@@ -1,5 +1,5 @@
-// The layers of a Llama in training, forward and backward, on processors that multiply tiles of bf16 (AMX): what a step is,
-// whatever it learns. step.cpp learns adapters, whole.cpp all weights.
+// The layers of a Llama in training, forward and backward, on processors that multiply tiles of bf16 (AMX): what a step
+// is, whatever it learns. step.cpp learns adapters, whole.cpp all weights.
 //
 // Layers are walked in chunks of tokens that stay in the cache. What comes of a token depends on its own row alone.
 //
@@ -45,7 +45,7 @@ struct Saved {
 //   forward(index, in, first, tokens, place, write)  the site's outputs, as `by_panels_written` gives them
 //   backward(index, gy, in, first, tokens, write)    the gradient of its inputs; `in` is there when all is written
 //   learn(index, gy, in, tokens)                     what it learns of a span, whose panels begin there
-//   embed(), score(), embed_backward()               both ends: x; the loss, and grad from it; what tokens learn from grad
+//   embed(), score(), embed_backward()               both ends: x; the loss, and grad from it; what the embedding learns
 template <typename Self>
 struct Layers {
     const Model &m;
@@ -56,10 +56,10 @@ struct Layers {
     std::vector<int32_t> turn_of;  // by tokens: its place in its row, or -1
     std::vector<Saved> saved;
     std::optional<Attention> attention;
-    float *x, *grad, *inverse, *partial;              // x: [N, D], grad: of x
-    Panels out, between;                              // grad in bf16, behind a layer and within
-    Panels product, grad_wide;                        // of a span
-    Panels grad_normed, grad_mixed;                   // of a chunk, of all
+    float *x, *grad, *inverse, *partial;  // x: [N, D], grad: of x
+    Panels out, between;                  // grad in bf16, behind a layer and within
+    Panels product, grad_wide;            // of a span
+    Panels grad_normed, grad_mixed;       // of a chunk, of all
     alignas(64) float c[BLOCK];
 
     Layers(const Model &model, const Work &given)
@@ -123,7 +123,7 @@ struct Layers {
 
     // work(first token, its place in its span, tokens)
     template <typename Do>
-    void by_chunks(Do work, int64_t from, int64_t to) {
+    void by_chunks(int64_t from, int64_t to, Do work) {
         for (int64_t first = from; first < to; first += CHUNK)
             work(first, first - from, first + CHUNK < to ? CHUNK : to - first);
     }
@@ -137,7 +137,7 @@ struct Layers {
         const int64_t span = span_of(n);
         for (int64_t first = 0, end; first < n; first = end) {
             end = self().end_of_span(first, first + span < n ? first + span : n);
-            by_chunks(work, first, end);
+            by_chunks(first, end, work);
             learn(first, end - first);
         }
     }
@@ -171,10 +171,11 @@ struct Layers {
         }
     }
 
-    // What takes the gradient of gate's product: gives that of gate and up, and the product again, from token `at_span` of
-    // their span on.
+    // What takes the gradient of gate's product: gives that of gate and up, and the product again, from token `at_span`
+    // of their span on.
     auto into_gate(Panels gate_up, int64_t at_span) {
-        return [again_to = product.from(at_span), to = grad_wide.from(at_span), gate_up, half_panels = m.feed_width / SIDE,
+        const int64_t half_panels = m.feed_width / SIDE;
+        return [again_to = product.from(at_span), to = grad_wide.from(at_span), gate_up, half_panels,
                 one = _mm512_set1_ps(1.0f)](int64_t panel, int64_t at, int64_t i, const float *sums) {
             const int64_t up_panel = panel + half_panels;
             __m512 again[2], of_gate[2], of_up[2];
@@ -221,24 +222,24 @@ struct Layers {
 
     void forward_layer(int64_t layer) {
         Saved &s = saved[layer];
-        by_chunks([&](int64_t first, int64_t, int64_t tokens) {
+        by_chunks(0, n, [&](int64_t first, int64_t, int64_t tokens) {
             const Panels normed = s.normed.from(first);
             normalise(m, x + first * m.width, nullptr, normed, s.inverse + first, tokens);
             self().forward(4 * layer, normed, first, tokens, one_by_one, into(s.qkv.from(first)));
             turn(m, s.qkv.from(first), m.layer[layer].bias, turn_of.data() + first, tokens);
-        }, 0, n);
+        });
         std::memset(s.attention.data, 0, sizeof(bf16) * s.attention.rows * mixed);
         for (int64_t row = 0; row < work.rows; ++row) {
             const int64_t start = work.row_start[row];
             attention->forward(s.qkv.from(start), s.attention.from(start), s.softmax.from(start), work.row_length[row]);
         }
-        by_chunks([&](int64_t first, int64_t, int64_t tokens) {
+        by_chunks(0, n, [&](int64_t first, int64_t, int64_t tokens) {
             const Panels normed = s.feed_normed.from(first);
             self().forward(4 * layer + 1, s.attention.from(first), first, tokens, one_by_one, onto_x(first));
             normalise(m, x + first * m.width, nullptr, normed, s.feed_inverse + first, tokens);
             feed(layer, normed, s.gate_up.from(first), first, tokens);
             self().forward(4 * layer + 3, product, first, tokens, one_by_one, onto_x(first));
-        }, 0, n);
+        });
     }
 
     // grad, and `out`, the same in bf16: the gradient of the layer's output becomes that of its input.

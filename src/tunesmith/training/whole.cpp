@@ -1,9 +1,9 @@
 // A training step of all weights of a Llama on processors that multiply tiles of bf16 (AMX): forward and backward in one
 // call, the gradient of every weight in fp32.
 //
-// Packed weights hold the gains of the norms before them, W' = W gain, so products give G, the gradient of W'. That of W is
-// G gain, and that of a gain the sum of W G over the outputs: a norm's gain costs nothing by tokens. Gradients of weights
-// are products over as many tokens as fit beside them in the cache: each is read and written once for so many.
+// Packed weights hold the gains of the norms before them, W' = W gain, so products give G, the gradient of W'. That of W
+// is G gain, and that of a gain the sum of W G over the outputs: a norm's gain costs nothing by tokens. Gradients of
+// weights are products over as many tokens as stay in the cache: each is read and written once for so many.
 //
 // Legend: as in layers.h.
 
@@ -215,8 +215,8 @@ struct Whole : Layers<Whole> {
         }
     }
 
-    // Logits of positions become e^(logit - largest), that of the target less the sum of all; `factor`: the weights of the
-    // positions over their sums. `real` of them are there.
+    // Logits of positions become e^(logit - largest), that of the target less the sum of all; `factor`: the weights of
+    // the positions over their sums. `real` of them are there.
     void weigh_tokens(int64_t row, int64_t position, int64_t real, float *factor) {
         const int64_t v = m.vocabulary;
         const __m512 lowest = _mm512_set1_ps(-__builtin_huge_valf());
