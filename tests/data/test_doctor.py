@@ -228,6 +228,10 @@ def test_texts_whose_tokens_say_something_else_are_found() -> None:
     assert examined(rows, codec=composing).texts["changed_tokens"] == RowList(1, (1,))
 
 
+KEY_40 = "a8Fj3kLm29dKwq77ZpRtXc4vB6nM1sDf0gHj/Q+b"
+"""As long as a secret key of AWS."""
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
@@ -235,6 +239,18 @@ def test_texts_whose_tokens_say_something_else_are_found() -> None:
         ("secrets", "-----BEGIN RSA PRIVATE KEY-----\nMIIE"),
         ("secrets", "token=ghp_a8Fj3kLm29dKwq77ZpRtXc4vB6nM1sDf0gHj"),
         ("secrets", "postgres://admin:hunter22@db.host.io/x"),
+        ("secrets", "aws_secret_access_key = " + KEY_40),
+        ("secrets", '{"SecretAccessKey":"' + KEY_40 + '"}'),
+        ("secrets", "DefaultEndpointsProtocol=https;AccountKey=" + 2 * KEY_40 + "abcdef==;"),
+        ("secrets", "pypi-AgEIcHlwaS5vcmc" + KEY_40.replace("/", "_")),
+        ("secrets", "SENDGRID=SG.a8Fj3kLm29dKwq77ZpRtXc.4vB6nM1sDf0gHja8Fj3kLm29dKwq77ZpRtXc"),
+        ("secrets", "client secret GOCSPX-a8Fj3kLm29dKwq77ZpRtXc4v"),
+        ("secrets", "ghu_a8Fj3kLm29dKwq77ZpRtXc4vB6nM1sDf0gHj"),
+        ("secrets", "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"),
+        ("secrets", "docker login -p dckr_pat_a8Fj3kLm29dKwq77ZpRtXc4vB"),
+        ("secrets", "dop_v1_" + 4 * "a8f13c1f29d0e477"),
+        ("secrets", "signed with whsec_a8Fj3kLm29dKwq77ZpRtXc4vB6nM1sDf"),
+        ("secrets", "xapp-1-A02BC3D4E5F-1234567890-a8f13c1f29d0e477b6e1c4f0"),
         ("secrets", "Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dBjftJeZ4CVPmB92K27uhb"),
         ("card_numbers", "paid with 4012 8888 8888 1881 today"),
         ("card_numbers", "3782-822463-10005"),
@@ -256,6 +272,10 @@ def test_secrets_and_personal_data_are_found(kind: str, text: str) -> None:
     [
         "sk-xxxxxxxxxxxxxxxxxxxxxxxx",
         "sk-learn-is-a-library-for-machine-learning",
+        "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+        "Set secret_access_key=<your key> and go on.",
+        "The SG. Flensburg-Handewitt.Team plays on Sunday",
+        "pypi-publish is a workflow",
         "AKIAIOSFODNN7EXAMPLE",
         "https://user:password@host",
         "postgres://user:<password>@host",

@@ -32,11 +32,28 @@ _SECRET_BEGINS = (
     "ghp_",
     "gho_",
     "ghs_",
+    "ghu_",
+    "ghr_",
     "github_pat_",
     "glpat-",
     "xox",
     "hf_",
     "npm_",
+    "pypi-",
+    "SG.",
+    "GOCSPX-",
+    "ya29.",
+    "dop_v1_",
+    "shpat_",
+    "shpss_",
+    "dckr_pat_",
+    "whsec_",
+    "AGE-SECRET-KEY-1",
+    "xapp-",
+    "secret_access_key",
+    "SECRET_ACCESS_KEY",
+    "SecretAccessKey",
+    "AccountKey=",
     "eyJ",
     "://",
 )
@@ -49,14 +66,26 @@ _SECRET = re.compile(
         | [sr]k_live_[A-Za-z0-9]{16,}
         | A[KS]IA[0-9A-Z]{16}
         | AIza[\w-]{35}
-        | gh[pos]_[A-Za-z0-9]{36}
+        | gh[oprsu]_[A-Za-z0-9]{36}
         | github_pat_\w{40,}
         | glpat-[\w-]{20,}
         | xox[abprs]-[A-Za-z0-9-]{16,}
         | hf_[A-Za-z0-9]{30,}
         | npm_[A-Za-z0-9]{36}
+        | pypi-[\w-]{50,}
+        | SG\.[\w-]{16,32}\.[\w-]{16,64}
+        | GOCSPX-[\w-]{20,}
+        | ya29\.[\w-]{20,}
+        | dop_v1_[a-f0-9]{64}
+        | shp(?:at|ss)_[a-fA-F0-9]{32}
+        | dckr_pat_[\w-]{20,}
+        | whsec_[A-Za-z0-9+/]{24,}
+        | AGE-SECRET-KEY-1[0-9A-Z]{50,}
+        | xapp-\d-[A-Z0-9]{8,}-\d+-[A-Za-z0-9]{16,}
         | eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}
     ) (?![\w-])
+    | (?:secret_access_key|SECRET_ACCESS_KEY|SecretAccessKey)["']?[ ]{0,3}[=:][ ]{0,3}["']?[A-Za-z0-9/+]{40}(?![\w/+])
+    | AccountKey=[A-Za-z0-9+/]{80,96}={0,2}
     | ://[^\s:/@\0]{1,64}:[^\s:/@\0]{6,64}@(?=[\w.-]+)
     """,
     re.VERBOSE,
