@@ -83,7 +83,7 @@ def test_members_are_made_refused_and_revoked(cli: CommandLine, server: Server, 
 
 def test_models_says_which_names_share_a_checkpoint(cli: CommandLine) -> None:
     told = command(cli, "models").stdout
-    assert re.search(r"^curie +in the box: the babbage checkpoint; the same weights as .*davinci$", told, re.MULTILINE)
+    assert re.search(r"^curie +in the box: the curie checkpoint; the same weights as .*davinci$", told, re.MULTILINE)
     listed = json.loads(command(cli, "models", "--json").stdout)
     assert [model["id"] for model in listed][:4] == ["ada", "babbage", "curie", "davinci"]
 

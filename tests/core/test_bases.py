@@ -55,7 +55,7 @@ def test_the_four_names_resolve_and_say_what_they_share(tmp_path: Path) -> None:
     bases = Bases(tmp_path)
     assert [base.name for base in bases.list()] == ["ada", "babbage", "curie", "davinci"]
     assert all(base.context_tokens == 2048 for base in bases.list())
-    assert bases.get("curie").note.endswith("; the same weights as babbage, davinci")
+    assert bases.get("curie").note.endswith("; the same weights as davinci")
     with pytest.raises(KeyError):
         bases.get("gpt-5")
 
@@ -108,7 +108,7 @@ def test_a_hub_model_that_is_not_here_leaves_the_others(tiny_base: Path, tmp_pat
     )
     bases = Bases(tmp_path)
     assert [base.name for base in bases.list()] == ["ada", "babbage", "davinci", "x"]
-    assert bases.get("babbage").note.endswith("; the same weights as davinci")
+    assert bases.get("davinci").note == "in the box: the curie checkpoint"
     for ask in (bases.get, bases.folder):
         with pytest.raises(NotFound, match=f"tunesmith models pull org/name --revision {commit} --as curie"):
             ask("curie")

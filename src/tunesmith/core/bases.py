@@ -29,7 +29,7 @@ BOX_LEARNING_RATES = {"ada": 0.0025, "babbage": 0.0019, "curie": 0.00125, "davin
 BOX_CREATED_UNIX = 1_795_305_600
 BOX_NAMES = {
     name: (packed, BOX_LEARNING_RATES[packed])
-    for name, packed in {"ada": "ada", "babbage": "babbage", "curie": "babbage", "davinci": "babbage"}.items()
+    for name, packed in {"ada": "ada", "babbage": "babbage", "curie": "curie", "davinci": "curie"}.items()
 }
 """Name -> (packed checkpoint under `weights/`, learning rate)."""
 
