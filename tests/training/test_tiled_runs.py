@@ -157,7 +157,7 @@ def test_runs_in_one_trainer_get_the_bytes_they_get_alone(tiled_base: Path, tmp_
 def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiled_base: Path, tmp_path: Path) -> None:
     chance = random.Random(3)
     whole, killed = (
-        _run(tmp_path / name, tiled_base, checkpoint_interval_s=0.0, hyperparameters=replace(PLAIN, n_epochs=12))
+        _run(tmp_path / name, tiled_base, checkpoint_interval_s=0.0, hyperparameters=replace(PLAIN, n_epochs=40))
         for name in ("whole", "killed")
     )
     train(whole)

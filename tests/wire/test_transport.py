@@ -50,7 +50,7 @@ async def test_unknown_url_names_method_and_path(shared_parts: Parts, method: st
         ("DELETE", "/v1/fine-tunes/ft-x", {"GET", "HEAD"}),
         ("PUT", "/v1/files", {"GET", "HEAD", "POST"}),
         ("GET", "/v1/completions", {"POST"}),
-        ("POST", "/v1/engines/ada", {"GET", "HEAD"}),
+        ("DELETE", "/v1/engines/ada", {"GET", "HEAD", "POST"}),
     ],
 )
 async def test_wrong_method(shared: httpx.AsyncClient, method: str, path: str, allowed: set[str]) -> None:
