@@ -1,14 +1,17 @@
-"""Rows, adapters and run folders for tests of the trainer."""
+"""Models, rows, adapters and run folders for tests of the trainer."""
 
 from __future__ import annotations
 
 import json
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from pretraining.shapes import SHAPES, random_llama
 from tunesmith.adapters.lora import Layout, Lora, initial
+from tunesmith.decoder.llama import Llama
 from tunesmith.rundir import ResolvedHyperparameters, RunDir, RunSpec
 from tunesmith.training.batches import Row
 
@@ -24,6 +27,39 @@ def random_lora(layout: Layout, *, rank: int, alpha: float, seed: int = 3) -> Lo
     if lora.embedding is not None:
         lora.embedding.a_RI.normal_(std=0.02, generator=chance)
     return lora
+
+
+def random_model(
+    *,
+    head_width: int = 32,
+    heads: int = 4,
+    kv_heads: int = 2,
+    bias: bool = False,
+    vocabulary: int = 16_384,
+    tied: bool = True,
+) -> Llama:
+    """A small Llama for compiled steps, each weight random: gains and biases too."""
+    chance = torch.Generator().manual_seed(5)
+    shape = replace(
+        SHAPES["tiny"],
+        width=96,
+        layers=3,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=head_width,
+        feed_forward_width=288,
+        vocabulary_size=vocabulary,
+    )
+    model = random_llama(shape, chance)
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=chance)
+    if bias:
+        for layer in model.layers:
+            layer.qkv_bias = torch.randn(len(layer.qkv), generator=chance) * 0.1
+    if not tied:
+        head_VD = model.head_VD + 0.1 * torch.randn(model.head_VD.shape, generator=chance)
+        model = replace(model, config=replace(shape, tied=False), head_VD=head_VD)
+    return model
 
 
 def random_rows(lengths: list[tuple[int, int]], *, seed: int = 7) -> list[Row]:

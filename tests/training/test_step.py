@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretraining.shapes import SHAPES, random_llama
 from tests.tiles import needs_tiles
-from tests.training.rows import random_lora, random_rows
+from tests.training.rows import random_lora, random_model, random_rows
 from tunesmith.decoder.llama import Llama
 from tunesmith.training import gradients, native, step
 from tunesmith.training.batches import Row
@@ -25,29 +24,6 @@ pytestmark = needs_tiles
 
 FEW = random_rows([(5, 1), (31, 1), (1, 4), (60, 2), (33, 32)])
 MANY = random_rows([(300, 3), (150, 40), (64, 1), (256, 1), (20, 20), (1, 200)])
-
-
-def _model(
-    *, head_width: int = 32, heads: int = 4, kv_heads: int = 2, bias: bool = False, vocabulary: int = 16_384
-) -> Llama:
-    chance = torch.Generator().manual_seed(5)
-    shape = replace(
-        SHAPES["tiny"],
-        width=96,
-        layers=3,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_width=head_width,
-        feed_forward_width=288,
-        vocabulary_size=vocabulary,
-    )
-    model = random_llama(shape, chance)
-    for parameter in model.parameters():
-        parameter += 0.05 * torch.randn(parameter.shape, generator=chance)
-    if bias:
-        for layer in model.layers:
-            layer.qkv_bias = torch.randn(len(layer.qkv), generator=chance) * 0.1
-    return model
 
 
 def _factors(model: Llama, rank: int, *, seed: int = 3, embedding: bool = True) -> TrainableLora:
@@ -80,10 +56,10 @@ def _assert_alike(factors: TrainableLora, found: torch.Tensor, expected: torch.T
 @pytest.mark.parametrize(
     ("model", "rank"),
     [
-        (_model(), 4),
-        (_model(heads=3, kv_heads=3, bias=True), 32),
-        (_model(head_width=64, heads=4, kv_heads=1), 48),
-        (_model(vocabulary=1_003), 16),
+        (random_model(), 4),
+        (random_model(heads=3, kv_heads=3, bias=True), 32),
+        (random_model(head_width=64, heads=4, kv_heads=1), 48),
+        (random_model(vocabulary=1_003), 16),
     ],
     ids=["grouped", "bias", "wide heads", "odd vocabulary"],
 )
@@ -105,7 +81,7 @@ def test_loss_and_gradients_are_those_of_autograd(model: Llama, rank: int, rows:
 
 def test_jobs_of_any_rank_go_together_and_what_is_not_covered_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 10_000)
-    model = _model()
+    model = random_model()
     lessons = [
         Lesson(_factors(model, rank, seed=rank, embedding=rank != 8), random_rows(lengths, seed=rank), plw)
         for rank, lengths, plw in ((4, [(9, 2), (40, 1)], 0.0), (8, [(70, 5)], 0.5), (40, [(3, 3), (30, 2)], 0.01))
@@ -120,7 +96,7 @@ def test_jobs_of_any_rank_go_together_and_what_is_not_covered_stays(monkeypatch:
 
 
 def test_a_step_adds_nothing_to_the_next() -> None:
-    model = _model()
+    model = random_model()
     factors = _factors(model, 16)
     large, small = Lesson(factors, MANY, 0.1, max_tokens=600), Lesson(factors, FEW, 0.1)
     with Workers(1) as workers:
@@ -134,7 +110,7 @@ def test_a_step_adds_nothing_to_the_next() -> None:
 
 
 def test_widths_that_are_not_whole_blocks_are_left_to_others() -> None:
-    model = _model()
+    model = random_model()
     assert step.covers(model)
     for config in (
         replace(model.config, width=80),

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretraining.shapes import SHAPES, random_llama
 from tests.tiles import needs_tiles
-from tests.training.rows import examples, make_run, random_rows
+from tests.training.rows import examples, make_run, random_model, random_rows
 from tests.waiting import until
 from tunesmith.decoder.llama import Llama
 from tunesmith.rundir import ResolvedHyperparameters, RunDir
@@ -37,38 +36,6 @@ N_ROWS = 11
 """The last batch has two rows."""
 
 
-def _model(
-    *,
-    head_width: int = 32,
-    heads: int = 4,
-    kv_heads: int = 2,
-    bias: bool = False,
-    vocabulary: int = 16_384,
-    tied: bool = True,
-) -> Llama:
-    chance = torch.Generator().manual_seed(5)
-    shape = replace(
-        SHAPES["tiny"],
-        width=96,
-        layers=3,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_width=head_width,
-        feed_forward_width=288,
-        vocabulary_size=vocabulary,
-    )
-    model = random_llama(shape, chance)
-    for parameter in model.parameters():
-        parameter += 0.05 * torch.randn(parameter.shape, generator=chance)
-    if bias:
-        for layer in model.layers:
-            layer.qkv_bias = torch.randn(len(layer.qkv), generator=chance) * 0.1
-    if not tied:
-        head_VD = model.head_VD + 0.1 * torch.randn(model.head_VD.shape, generator=chance)
-        model = replace(model, config=replace(shape, tied=False), head_VD=head_VD)
-    return model
-
-
 def _learn(
     weights: TrainableWeights, rows: Sequence[Row], *, dtype: torch.dtype, threads: int = 1, max_tokens: int = 2_048
 ) -> Tally:
@@ -81,10 +48,10 @@ def _learn(
 @pytest.mark.parametrize(
     "model",
     [
-        _model(),
-        _model(heads=3, kv_heads=3, bias=True),
-        _model(head_width=64, heads=4, kv_heads=1, tied=False),
-        _model(vocabulary=1_003),
+        random_model(),
+        random_model(heads=3, kv_heads=3, bias=True),
+        random_model(head_width=64, heads=4, kv_heads=1, tied=False),
+        random_model(vocabulary=1_003),
     ],
     ids=["grouped", "bias", "wide heads, untied", "odd vocabulary"],
 )
@@ -109,7 +76,7 @@ def test_loss_and_gradients_are_those_of_autograd(model: Llama, rows: list[Row])
 
 
 def test_how_rows_are_cut_and_shared_changes_the_gradient_by_rounding() -> None:
-    weights = TrainableWeights(_model())
+    weights = TrainableWeights(random_model())
     _learn(weights, MANY, dtype=torch.bfloat16)
     whole = weights.flat_gradient.clone()
     for threads, max_tokens in ((1, 300), (2, 2_048)):
@@ -122,7 +89,7 @@ def test_how_rows_are_cut_and_shared_changes_the_gradient_by_rounding() -> None:
 
 
 def test_a_step_adds_nothing_to_the_next_and_reads_the_weights_of_now() -> None:
-    weights = TrainableWeights(_model())
+    weights = TrainableWeights(random_model())
     _learn(weights, FEW, dtype=torch.bfloat16)
     first = weights.flat_gradient.clone()
     _learn(weights, MANY, dtype=torch.bfloat16)
@@ -138,7 +105,7 @@ def test_a_step_adds_nothing_to_the_next_and_reads_the_weights_of_now() -> None:
 
 
 def test_what_is_not_covered_is_left_to_autograd() -> None:
-    model = _model()
+    model = random_model()
     for config in (replace(model.config, width=80), replace(model.config, head_width=16)):
         weights = TrainableWeights(model)
         weights.model.config = config

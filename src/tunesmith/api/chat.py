@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from functools import cache
 from hashlib import blake2b
 from importlib.metadata import version
 from typing import Any
@@ -21,6 +22,7 @@ from tunesmith.api.body import Fields, read_json
 from tunesmith.api.connection import while_connected
 from tunesmith.api.generating import (
     Asked,
+    GeneratingApi,
     begin,
     check_amount,
     model_name,
@@ -32,11 +34,9 @@ from tunesmith.api.routing import path_id
 from tunesmith.api.sse import DONE, EventStream, frame
 from tunesmith.chat_template import Conversation, Message
 from tunesmith.core.accounts import Caller
-from tunesmith.core.models import Models
-from tunesmith.core.store import Clock, NewId
 from tunesmith.errors import InvalidRequest
 from tunesmith.serving.choice import Logprobs
-from tunesmith.serving.completer import Choice, ChoiceDelta, Completer, CompletionRequest, CompletionStream, Usage
+from tunesmith.serving.completer import Choice, ChoiceDelta, CompletionRequest, CompletionStream, Usage
 from tunesmith.tokenizer import bytes_text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -71,18 +71,8 @@ PASSED_OVER = (
 )
 
 
-class ChatApi:
+class ChatApi(GeneratingApi):
     """The verb of chat, under both of its URLs."""
-
-    def __init__(
-        self, completer: Completer, models: Models, *, clock: Clock, new_id: NewId, heartbeat_s: float
-    ) -> None:
-        self.completer = completer
-        self.models = models
-        self.clock = clock
-        self.new_id = new_id
-        self.heartbeat_s = heartbeat_s
-        self.fingerprint = _fingerprint()
 
     async def create(self, request: Request, caller: Caller) -> Response:
         """POST /v1/chat/completions. A client that hangs up ends the generation, streamed or not."""
@@ -96,13 +86,8 @@ class ChatApi:
         fields = await read_json(request)
         name = model_name(fields, engine)
         asked = await run_in_threadpool(self._parse, fields, caller, name)
-        head = {
-            "id": self.new_id("chatcmpl-"),
-            "object": "chat.completion.chunk" if asked.stream else "chat.completion",
-            "created": int(self.clock()),
-            "model": name,
-            "system_fingerprint": self.fingerprint,
-        }
+        kind = "chat.completion.chunk" if asked.stream else "chat.completion"
+        head = self.head(kind, name, prefix="chatcmpl-") | {"system_fingerprint": _fingerprint()}
         if not asked.stream:
             done = await while_connected(request.receive, self.completer.complete(asked.completion))
             choices = [_choice_to_wire(choice) for choice in done.choices]
@@ -131,6 +116,7 @@ class ChatApi:
         return Asked(completion, stream, include_usage)
 
 
+@cache
 def _fingerprint() -> str:
     """Answers to the same request with the same seed can differ where this does."""
     return "fp_" + blake2b(f"{__version__} {version('torch')}".encode(), digest_size=5).hexdigest()

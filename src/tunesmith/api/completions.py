@@ -18,6 +18,7 @@ from tunesmith.api.connection import while_connected
 from tunesmith.api.generating import (
     MAX_LOGPROBS,
     Asked,
+    GeneratingApi,
     begin,
     check_amount,
     model_name,
@@ -28,13 +29,10 @@ from tunesmith.api.generating import (
 from tunesmith.api.routing import path_id
 from tunesmith.api.sse import DONE, EventStream, frame
 from tunesmith.core.accounts import Caller
-from tunesmith.core.models import Models
-from tunesmith.core.store import Clock, NewId
 from tunesmith.errors import InvalidRequest
 from tunesmith.serving.completer import (
     Choice,
     ChoiceDelta,
-    Completer,
     CompletionRequest,
     CompletionStream,
     Logprobs,
@@ -43,17 +41,8 @@ from tunesmith.serving.completer import (
 from tunesmith.serving.request import Prompt
 
 
-class CompletionsApi:
+class CompletionsApi(GeneratingApi):
     """The verb of completions, under both of its URLs."""
-
-    def __init__(
-        self, completer: Completer, models: Models, *, clock: Clock, new_id: NewId, heartbeat_s: float
-    ) -> None:
-        self.completer = completer
-        self.models = models
-        self.clock = clock
-        self.new_id = new_id
-        self.heartbeat_s = heartbeat_s
 
     async def create(self, request: Request, caller: Caller) -> Response:
         """POST /v1/completions. A client that hangs up ends the generation, streamed or not."""
@@ -67,12 +56,7 @@ class CompletionsApi:
         fields = await read_json(request)
         name = model_name(fields, engine)
         asked = await run_in_threadpool(self._parse, fields, caller, name)
-        head = {
-            "id": self.new_id("cmpl-"),
-            "object": "text_completion",
-            "created": int(self.clock()),
-            "model": name,
-        }
+        head = self.head("text_completion", name, prefix="cmpl-")
         if not asked.stream:
             done = await while_connected(request.receive, self.completer.complete(asked.completion))
             choices = [_choice_to_wire(choice) for choice in done.choices]

@@ -20,31 +20,28 @@ from starlette.responses import JSONResponse, Response
 
 from tunesmith.api.body import Fields, read_json
 from tunesmith.api.connection import while_connected
-from tunesmith.api.generating import MAX_LOGPROBS, begin, check_amount, sampling_values, usage_to_wire
+from tunesmith.api.generating import (
+    MAX_LOGPROBS,
+    GeneratingApi,
+    begin,
+    check_amount,
+    sampling_values,
+    usage_to_wire,
+)
 from tunesmith.api.pages import envelope
 from tunesmith.api.routing import path_id
 from tunesmith.api.sse import DONE, EventStream, frame
 from tunesmith.core.accounts import Caller
-from tunesmith.core.models import Model, ModelRef, Models
-from tunesmith.core.store import Clock, NewId
+from tunesmith.core.models import Model, ModelRef
 from tunesmith.errors import InvalidRequest, TunesmithError
-from tunesmith.serving.completer import Choice, ChoiceDelta, Completer, CompletionRequest, CompletionStream, Usage
+from tunesmith.serving.completer import Choice, ChoiceDelta, CompletionRequest, CompletionStream, Usage
 
 OLD_NAMES = {"prompt": "context", "max_tokens": "length", "n": "completions"}
 """Fields of completions -> what `generate` calls them."""
 
 
-class EnginesApi:
+class EnginesApi(GeneratingApi):
     """The verbs of engines."""
-
-    def __init__(
-        self, completer: Completer, models: Models, *, clock: Clock, new_id: NewId, heartbeat_s: float
-    ) -> None:
-        self.completer = completer
-        self.models = models
-        self.clock = clock
-        self.new_id = new_id
-        self.heartbeat_s = heartbeat_s
 
     async def list(self, _request: Request, caller: Caller) -> Response:
         """GET /v1/engines: the models, as they were called before 2022."""
@@ -83,12 +80,7 @@ class EnginesApi:
         fields = await read_json(request)
         stream = fields.flag("stream") or False
         asked = await run_in_threadpool(self._parse, fields, caller, path_id(request))
-        head = {
-            "id": self.new_id("cmpl-"),
-            "object": "text_completion",
-            "created": int(self.clock()),
-            "model": asked.model.name,
-        }
+        head = self.head("text_completion", asked.model.name, prefix="cmpl-")
         (context,) = asked.prompts
         assert isinstance(context, str)
         writer = _Writer(None if asked.echo else context)

@@ -7,6 +7,8 @@ from typing import Any
 
 from tunesmith.api.body import Fields
 from tunesmith.core.accounts import Caller
+from tunesmith.core.models import Models
+from tunesmith.core.store import Clock, NewId
 from tunesmith.errors import InvalidRequest
 from tunesmith.serving.completer import ChoiceDelta, Completer, CompletionRequest, CompletionStream, Usage
 from tunesmith.serving.request import MAX_N
@@ -19,6 +21,24 @@ MAX_LOGPROBS = 5
 """Most alternatives that the tables of completions show at each place."""
 MAX_BIASES = 1024
 """Most tokens with a `logit_bias`; each costs at every step of every sequence."""
+
+
+class GeneratingApi:
+    """What verbs that generate stand on, and how their answers begin."""
+
+    def __init__(
+        self, completer: Completer, models: Models, *, clock: Clock, new_id: NewId, heartbeat_s: float
+    ) -> None:
+        """`clock` gives seconds since 1970; a stream shows that it is alive every `heartbeat_s`."""
+        self.completer = completer
+        self.models = models
+        self.clock = clock
+        self.new_id = new_id
+        self.heartbeat_s = heartbeat_s
+
+    def head(self, kind: str, model: str, *, prefix: str) -> dict[str, Any]:
+        """The beginning of an answer of that `object`, and of each piece of it; `prefix` is that of its id."""
+        return {"id": self.new_id(prefix), "object": kind, "created": int(self.clock()), "model": model}
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,6 +204,8 @@ class Scheduler(Generic[ModelT]):
             return
         places = Counter(one.request.payer for one in self._running.values())
         without = [payer for payer in self._waiting if not places[payer]]
+        if not without:
+            return
         for _ in without:
             (greedy, most), *_ = places.most_common(1)
             if most == 1:

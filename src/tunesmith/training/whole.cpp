@@ -274,10 +274,12 @@ struct Whole : Layers<Whole> {
                 [&](int64_t panel, int64_t at, int64_t i, const float *sums) {
                     float *to = grad_states + (row + at + i) * d + panel * SIDE;
                     const __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + 16);
-                    if (first)
+                    if (first) {
                         add(to, low, high);
-                    else
-                        _mm512_storeu_ps(to, low), _mm512_storeu_ps(to + 16, high);
+                    } else {
+                        _mm512_storeu_ps(to, low);
+                        _mm512_storeu_ps(to + 16, high);
+                    }
                 },
                 panels);
         }
