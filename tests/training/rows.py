@@ -62,6 +62,24 @@ def random_model(
     return model
 
 
+def extreme_attention() -> Llama:
+    """A model whose tokens look away from themselves: their own scores are 140 below the largest."""
+    model = random_model(bias=True)
+    for layer in model.layers:
+        assert layer.qkv_bias is not None
+        q, k, _ = layer.qkv_bias.split([4 * 32, 2 * 32, 2 * 32])
+        for part, value in ((q, 20.0), (k, -20.0)):
+            part.view(-1, 32)[:, [0, 16]] = value * 0.5**0.5  # the pair that turns by one radian a token
+    return model
+
+
+def extreme_head() -> Llama:
+    """A model whose logits lie hundreds apart."""
+    model = random_model()
+    model.norm_D *= 300.0
+    return model
+
+
 def random_rows(lengths: list[tuple[int, int]], *, seed: int = 7) -> list[Row]:
     """Rows of (prompt, completion) tokens each."""
     chance = torch.Generator().manual_seed(seed)

@@ -334,7 +334,7 @@ struct Step {
                 const int64_t real = rows - first < SIDE ? rows - first : SIDE;
                 const int64_t blocks = (span.position + (first + real - 1) / group) / SIDE + 1;
                 const bool top = real <= SIDE / 2;  // half of the tiles do
-                float factor[SIDE], unused;
+                float factor[SIDE];
                 for (int64_t i = 0; i < real; ++i)
                     for (int64_t j = 0; j < head_panels; ++j)
                         std::memcpy(queries + j * BLOCK + i * SIDE, row(qkv, span, head, first + i, j), SIDE * 2);
@@ -345,7 +345,7 @@ struct Step {
                 }
                 for (int64_t i = 0; i < real; ++i) {
                     const int64_t seen = span.position + (first + i) / group + 1;
-                    factor[i] = weigh(scores + i * SIDE, weights + i * SIDE, seen, &unused);
+                    factor[i] = weigh(scores + i * SIDE, weights + i * SIDE, seen);
                     for (int64_t at = rounded_up(seen) / SIDE; at < blocks; ++at)  // which later queries see
                         std::memset(weights + at * BLOCK + i * SIDE, 0, sizeof(bf16) * SIDE);
                 }

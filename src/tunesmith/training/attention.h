@@ -12,16 +12,18 @@
 
 namespace {
 
-// What the softmax of each query was: its largest score, and one over the sum of its weights.
+// What the softmax of each query was: the score that weights were counted from, and one over their sum.
 struct Softmax {
-    float *largest, *over;  // [H, N], a head `stride` behind the one before
+    float *reference, *over;  // [H, N], a head `stride` behind the one before
     int64_t stride;
 
-    Softmax from(int64_t token) const { return {largest + token, over + token, stride}; }
+    Softmax from(int64_t token) const { return {reference + token, over + token, stride}; }
     Softmax of_head(int64_t head) const { return from(head * stride); }
 };
 
 struct Attention {
+    static constexpr float BEYOND = 1e26f;  // a sum of weights that is close to the end of numbers
+
     const Model &m;
     const int64_t head_panels, group;
     bf16 *turned, *queries_by_column, *outs_by_column, *queries_by_row, *outs_by_row, *weights, *grad_weights;
@@ -108,8 +110,10 @@ struct Attention {
                         take_sums(scores + at * BLOCK);
                     }
                     __m512 over[2];
-                    for (int64_t half = 0; half <= wide; ++half)
-                        over[half] = weigh_queries(half, block, real, of_head.from(first + half * SIDE / 2));
+                    if (wide)
+                        weigh_queries<2>(block, real, of_head.from(first), over);
+                    else
+                        weigh_queries<1>(block, real, of_head.from(first), over);
                     for (int64_t j = 0; j < head_panels; ++j) {
                         clear();
                         accumulate_part(true, wide, turned + j * blocks * BLOCK, BLOCK, weights, block + 1);
@@ -122,30 +126,61 @@ struct Attention {
         }
     }
 
-    // The weights of 16 queries of a block, but for the factor that is returned, from scores of its and all earlier keys.
-    __m512 weigh_queries(int64_t half, int64_t block, int64_t real, Softmax softmax) {
-        const float *score = scores + half * SIDE / 2;
-        bf16 *to = weights + half * BLOCK / 2;
-        __m512 most = _mm512_set1_ps(-__builtin_huge_valf()), total = _mm512_setzero_ps();
-        const int64_t diagonal = block * SIDE, keys = diagonal + real;
-        for (int64_t key = 0; key < diagonal; ++key) most = _mm512_max_ps(most, _mm512_load_ps(score + key * SIDE));
-        for (int64_t key = diagonal; key < keys; ++key)
-            most = _mm512_mask_max_ps(most, seen_by(half, key - diagonal), most, _mm512_load_ps(score + key * SIDE));
-        for (int64_t key = 0; key < diagonal + SIDE; key += 2) {
-            __m512 pair[2] = {};
-            for (int64_t i = 0; i < 2 && key + i < keys; ++i) {
-                const __mmask16 seen = key < diagonal ? 0xffff : seen_by(half, key + i - diagonal);
-                const __m512 above = _mm512_sub_ps(_mm512_load_ps(score + (key + i) * SIDE), most);
-                pair[i] = _mm512_maskz_mov_ps(seen, exponential(above));
-                total = _mm512_add_ps(total, pair[i]);
-            }
-            _mm512_storeu_si512(to + key / SIDE * BLOCK + key % SIDE / 2 * SIDE, in_pairs(pair[0], pair[1]));
+    // The weights of the queries of a block, 16 to a half, but for the factors `over`, from scores of its and all earlier
+    // keys. They are counted from the score of each query's own key: the largest takes its place only where it is so far
+    // above that this overflows.
+    template <int HALVES>
+    void weigh_queries(int64_t block, int64_t real, Softmax softmax, __m512 over[HALVES]) {
+        const __m512i own = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                               _mm512_set1_epi32(SIDE + 1));
+        __m512 from[HALVES];
+        for (int half = 0; half < HALVES; ++half)
+            from[half] = _mm512_i32gather_ps(own, scores + block * BLOCK + half * (SIDE + 1) * SIDE / 2, sizeof(float));
+        weigh_from<HALVES>(block, real, from, over);
+        bool again = false;
+        for (int half = 0; half < HALVES; ++half) {
+            const __mmask16 there = first_of_16(real - half * SIDE / 2);
+            const __mmask16 beyond = _mm512_mask_cmp_ps_mask(there, over[half], _mm512_set1_ps(BEYOND), _CMP_GT_OQ);
+            if (!beyond) continue;
+            from[half] = _mm512_mask_mov_ps(from[half], beyond, largest_of(half, block, real));
+            again = true;
         }
-        const __m512 over = _mm512_div_ps(_mm512_set1_ps(1.0f), total);
-        const __mmask16 there = first_of_16(real - half * SIDE / 2);
-        _mm512_mask_storeu_ps(softmax.largest, there, most);
-        _mm512_mask_storeu_ps(softmax.over, there, over);
-        return over;
+        if (again) weigh_from<HALVES>(block, real, from, over);
+        for (int half = 0; half < HALVES; ++half) {
+            const __mmask16 there = first_of_16(real - half * SIDE / 2);
+            over[half] = _mm512_div_ps(_mm512_set1_ps(1.0f), over[half]);
+            _mm512_mask_storeu_ps(softmax.reference + half * SIDE / 2, there, from[half]);
+            _mm512_mask_storeu_ps(softmax.over + half * SIDE / 2, there, over[half]);
+        }
+    }
+
+    // The weights, counted from the given scores; their sums come into `total`.
+    template <int HALVES>
+    void weigh_from(int64_t block, int64_t real, const __m512 from[HALVES], __m512 total[HALVES]) {
+        const int64_t diagonal = block * SIDE, keys = diagonal + real;
+        for (int half = 0; half < HALVES; ++half) total[half] = _mm512_setzero_ps();
+        for (int64_t key = 0; key < diagonal + SIDE; key += 2)
+            for (int half = 0; half < HALVES; ++half) {
+                __m512 pair[2] = {};
+                for (int64_t i = 0; i < 2 && key + i < keys; ++i) {
+                    const __mmask16 seen = key < diagonal ? 0xffff : seen_by(half, key + i - diagonal);
+                    const float *score = scores + (key + i) * SIDE + half * SIDE / 2;
+                    pair[i] = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(_mm512_load_ps(score), from[half])));
+                }
+                total[half] = _mm512_add_ps(total[half], _mm512_add_ps(pair[0], pair[1]));
+                bf16 *to = weights + half * BLOCK / 2 + key / SIDE * BLOCK + key % SIDE / 2 * SIDE;
+                _mm512_storeu_si512(to, in_pairs(pair[0], pair[1]));
+            }
+    }
+
+    // The largest score of each of 16 queries.
+    __m512 largest_of(int64_t half, int64_t block, int64_t real) const {
+        __m512 most = _mm512_set1_ps(-__builtin_huge_valf());
+        for (int64_t key = 0; key < block * SIDE + real; ++key) {
+            const __mmask16 seen = key < block * SIDE ? 0xffff : seen_by(half, key - block * SIDE);
+            most = _mm512_mask_max_ps(most, seen, most, _mm512_load_ps(scores + key * SIDE + half * SIDE / 2));
+        }
+        return most;
     }
 
     // Which of 16 queries see a key, the places of both counted from the same.
@@ -208,7 +243,10 @@ struct Attention {
                         accumulate_part(deep, wide, v.block(0, at * SIDE), v.step(), outs_by_column + block * head_size,
                                         head_panels);
                         take_sums(c);
-                        weigh_back(score, at, block, t, softmax.of_head(head), in_pairs);
+                        if (at < block)  // every query sees every key
+                            weigh_back<true>(score, at, block, t, softmax.of_head(head), in_pairs);
+                        else
+                            weigh_back<false>(score, at, block, t, softmax.of_head(head), in_pairs);
                         for (int64_t j = 0; j < head_panels; ++j) {
                             float *to = grad_q + j * row_size + block * BLOCK;
                             give_sums(to);
@@ -243,24 +281,22 @@ struct Attention {
     void find_drift(Panels go, Panels o, int64_t t) {
         for (int64_t i = 0; i < t; ++i) {
             __m512 along = _mm512_setzero_ps();
-            for (int64_t j = 0; j < head_panels; ++j) {
-                const bf16 *g = go.block(j, i), *value = o.block(j, i);
-                along = _mm512_fmadd_ps(load_low(g), load_low(value), along);
-                along = _mm512_fmadd_ps(load_low(g + 16), load_low(value + 16), along);
-            }
+            for (int64_t j = 0; j < head_panels; ++j)
+                along = _mm512_dpbf16_ps(along, load_32(go.block(j, i)), load_32(o.block(j, i)));
             drift[i] = sum(along);
         }
     }
 
     // From scores, and the gradients of weights in c: weights and gradients of scores, the latter also as pairs of rows.
-    // Keys beyond the row get zeros; so do queries, whose gradient is nothing.
+    // Keys beyond the row get zeros; so do queries, whose gradient is nothing. SEEN: every query sees every key.
+    template <bool SEEN>
     void weigh_back(const float *score, int64_t at, int64_t block, int64_t t, Softmax softmax, bf16 *pairs) {
         const int64_t first = block * SIDE, keys = t - at * SIDE;
-        __m512 largest[2], over[2], drifts[2];
+        __m512 reference[2], over[2], drifts[2];
         for (int64_t half = 0; half < 2; ++half) {
             const int64_t query = first + half * SIDE / 2;
             const __mmask16 there = first_of_16(t - query);
-            largest[half] = _mm512_maskz_loadu_ps(there, softmax.largest + query);
+            reference[half] = _mm512_maskz_loadu_ps(there, softmax.reference + query);
             over[half] = _mm512_maskz_loadu_ps(there, softmax.over + query);
             drifts[half] = _mm512_maskz_loadu_ps(there, drift + query);
         }
@@ -270,9 +306,9 @@ struct Attention {
             for (int64_t i = 0; i < 2; ++i) {
                 const int64_t place = (key + i) * SIDE;
                 __m512 value[2] = {}, slope[2] = {};
-                for (int64_t half = 0; half < 2 && key + i < keys; ++half) {
-                    const __mmask16 seen = at < block ? 0xffff : seen_by(half, key + i);
-                    const __m512 above = _mm512_sub_ps(_mm512_load_ps(score + place + 16 * half), largest[half]);
+                for (int64_t half = 0; half < 2 && (SEEN || key + i < keys); ++half) {
+                    const __mmask16 seen = SEEN || at < block ? 0xffff : seen_by(half, key + i);
+                    const __m512 above = _mm512_sub_ps(_mm512_load_ps(score + place + 16 * half), reference[half]);
                     value[half] = _mm512_maskz_mul_ps(seen, exponential(above), over[half]);
                     slope[half] = _mm512_mul_ps(
                         value[half], _mm512_sub_ps(_mm512_load_ps(c + place + 16 * half), drifts[half]));

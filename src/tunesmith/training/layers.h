@@ -33,6 +33,10 @@ namespace {
 
 constexpr int64_t CHUNK = 256;  // tokens that go through products together: their states stay in the cache
 
+// For `by_panels_written`.
+inline int64_t one_by_one(int64_t panel) { return panel; }
+inline void nothing(int64_t, int64_t) {}
+
 // What the way back of a layer needs.
 struct Saved {
     Panels normed, qkv, attention, feed_normed, gate_up;  // [N, D], [N, W] turned, [N, H d], [N, D], [N, 2F]
@@ -104,8 +108,6 @@ struct Layers {
 
     const Site &site_at(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
 
-    static int64_t one_by_one(int64_t panel) { return panel; }
-
     // What puts blocks into panels.
     static auto into(Panels to) {
         return [to](int64_t panel, int64_t at, int64_t i, const float *sums) {
@@ -149,13 +151,10 @@ struct Layers {
         const int64_t d = m.width;
         for (int64_t i = 0; i < tokens; ++i) {
             float *row = grad + (first + i) * d;
-            __m512 along[2] = {};
-            for (int64_t j = 0; j < d; j += SIDE) {
-                const bf16 *g = dy.block(j / SIDE, i), *v = y.block(j / SIDE, i);
-                along[0] = _mm512_fmadd_ps(load_low(g), load_low(v), along[0]);
-                along[1] = _mm512_fmadd_ps(load_low(g + 16), load_low(v + 16), along[1]);
-            }
-            const __m512 mean = _mm512_set1_ps(sum(_mm512_add_ps(along[0], along[1])) / static_cast<float>(d));
+            __m512 along = _mm512_setzero_ps();
+            for (int64_t j = 0; j < d; j += SIDE)
+                along = _mm512_dpbf16_ps(along, load_32(dy.block(j / SIDE, i)), load_32(y.block(j / SIDE, i)));
+            const __m512 mean = _mm512_set1_ps(sum(along) / static_cast<float>(d));
             const __m512 factor = _mm512_set1_ps(inverses[first + i]);
             for (int64_t j = 0; j < d; j += SIDE) {
                 __m512 value[2];
@@ -220,6 +219,13 @@ struct Layers {
 
     // -- layers
 
+    // Zeros for tokens that are in no row, of which attention says nothing.
+    void clear_outside(Panels of, int64_t columns) const {
+        for (int64_t token = 0; token < n; ++token)
+            for (int64_t panel = 0; turn_of[token] < 0 && panel < columns / SIDE; ++panel)
+                _mm512_storeu_si512(of.block(panel, token), _mm512_setzero_si512());
+    }
+
     void forward_layer(int64_t layer) {
         Saved &s = saved[layer];
         by_chunks(0, n, [&](int64_t first, int64_t, int64_t tokens) {
@@ -228,7 +234,7 @@ struct Layers {
             self().forward(4 * layer, normed, first, tokens, one_by_one, into(s.qkv.from(first)));
             turn(m, s.qkv.from(first), m.layer[layer].bias, turn_of.data() + first, tokens);
         });
-        std::memset(s.attention.data, 0, sizeof(bf16) * s.attention.rows * mixed);
+        clear_outside(s.attention, mixed);
         for (int64_t row = 0; row < work.rows; ++row) {
             const int64_t start = work.row_start[row];
             attention->forward(s.qkv.from(start), s.attention.from(start), s.softmax.from(start), work.row_length[row]);
@@ -262,7 +268,7 @@ struct Layers {
                 self().learn(o, between.from(first), s.attention.from(first), tokens);
             });
         const Panels grad_qkv = s.gate_up;  // no longer needed, and large enough: see covers() in step.py
-        std::memset(grad_qkv.data, 0, sizeof(bf16) * grad_qkv.rows * wide);
+        clear_outside(grad_qkv, wide);
         for (int64_t row = 0; row < work.rows; ++row) {
             const int64_t start = work.row_start[row];
             attention->backward(s.qkv.from(start), s.attention.from(start), grad_mixed.from(start), s.softmax.from(start),
@@ -293,18 +299,6 @@ struct Layers {
             inverse[token] = root_of_inverse(sum(squares) / static_cast<float>(m.width) + m.epsilon);
             for (int64_t j = 0; j < m.width; ++j) row[j] *= inverse[token];
         }
-    }
-
-    // What the head reads of `rows` positions from `first` on, of which `real` are there.
-    void take_states(Panels states, int64_t first, int64_t real, int64_t rows) {
-        for (int64_t i = 0; i < rows; ++i)
-            for (int64_t j = 0; j < m.width; j += 16) {
-                __m512 value = _mm512_setzero_ps();
-                if (i < real)
-                    value = _mm512_mul_ps(_mm512_loadu_ps(x + work.predicting[first + i] * m.width + j),
-                                          _mm512_loadu_ps(m.norm + j));
-                store_16(states.block(j / SIDE, i) + j % SIDE, value);
-            }
     }
 
     // grad of all tokens in bf16.

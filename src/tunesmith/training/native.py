@@ -15,7 +15,9 @@ from tunesmith.decoder import packed
 from tunesmith.rundir import write_bytes
 from tunesmith.training.kernels import Eager, Heads, Kernels, RowGroup, Spread, Turn
 
-SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in ("step.cpp", "layers.h", "attention.h", "kernels.cpp"))
+SOURCE, *INCLUDED = (
+    Path(__file__).with_name(name) for name in ("step.cpp", "head.h", "layers.h", "attention.h", "kernels.cpp")
+)
 """Whole steps (`training.step`), and what they are made of."""
 
 _SIZE, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p

@@ -12,7 +12,7 @@
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 
 #include "kernels.cpp"
-#include "layers.h"
+#include "head.h"
 
 extern "C" {
 
@@ -35,7 +35,7 @@ struct Pass {
 
 namespace {
 
-constexpr int64_t HEAD_CHUNK = 128;  // positions whose logits are held at once
+constexpr int64_t HEAD_CHUNK = 256;  // positions that go through the head together
 
 struct Step : Layers<Step> {
     static constexpr int64_t SPAN = CHUNK;
@@ -45,8 +45,10 @@ struct Step : Layers<Step> {
     std::vector<Places> places;      // by pieces
     std::vector<int32_t> piece_of;   // by blocks of 32 tokens
     std::vector<Panels> kept;        // by sites [P S, N]: what A gave
-    float *grad_states, *low_in;
-    Panels states, logits, low, grad_low, grad_low_turned;  // of a chunk
+    float *low_in;
+    std::optional<Head> head;
+    Panels weights;                        // of a slice of the vocabulary
+    Panels low, grad_low, grad_low_turned;  // of a chunk
 
     Step(const Model &model, const Pass &pass) : Layers(model, pass.work), p(pass), piece_of(n / SIDE, 0) {
         for (int64_t i = 0; i < p.pieces; ++i) {
@@ -56,14 +58,12 @@ struct Step : Layers<Step> {
             embedded = piece.embedding_rank > embedded ? piece.embedding_rank : embedded;
             for (int64_t at = piece.start; at < piece.start + piece.tokens; at += SIDE) piece_of[at / SIDE] = i;
         }
-        const int64_t chunk = n < CHUNK ? n : CHUNK, weighed = rounded_up(work.positions);
-        const int64_t head_chunk = weighed < HEAD_CHUNK ? weighed : HEAD_CHUNK;
+        const int64_t chunk = n < CHUNK ? n : CHUNK;
         for (int64_t index = 0; index < 4 * m.layers; ++index)
             kept.push_back(arena.panels(site_at(index).parts * deep, n));
-        grad_states = arena.take<float>(HEAD_CHUNK * m.width);
         low_in = arena.take<float>(n * embedded);
-        states = arena.panels(uneven(head_chunk), m.width);
-        logits = arena.panels(uneven(head_chunk), rounded_up(m.vocabulary));
+        head.emplace(m, work, HEAD_CHUNK, arena);
+        weights = arena.panels(uneven(head->most_rows), Head::SLICE * SIDE);
         low = arena.panels(uneven(chunk), 3 * deep);
         grad_low = arena.panels(uneven(chunk), 3 * deep);
         grad_low_turned = arena.panels(3 * deep, chunk);
@@ -87,7 +87,7 @@ struct Step : Layers<Step> {
                                     a + r * site.inputs, site.inputs / SIDE);
                     take_sums(c);
                     round_block(c, low.block((part * deep + r) / SIDE, at));
-                    round_turned(c, kept[index].block((first + at) / SIDE, part * deep + r));
+                    round_turned(c, p.piece[which].rank - r, kept[index].block((first + at) / SIDE, part * deep + r));
                 }
             }
         const auto factors = [&](int64_t panel, int64_t at) {
@@ -120,7 +120,7 @@ struct Step : Layers<Step> {
                                     b + r * site.outputs[part], site.outputs[part] / SIDE);
                     take_sums(c);
                     round_block(c, grad_low.block((part * own + r) / SIDE, at));  // as deep as the piece has them
-                    round_turned(c, grad_low_turned.block(at / SIDE, part * deep + r));
+                    round_turned(c, p.piece[which].rank - r, grad_low_turned.block(at / SIDE, part * deep + r));
                 }
             }
         const auto factors = [&](int64_t panel, int64_t at) {
@@ -251,54 +251,28 @@ struct Step : Layers<Step> {
 
     // The loss of all positions, and its gradient up to the input of the last norm.
     void score() {
-        const int64_t d = m.width, panels = rounded_up(m.vocabulary) / SIDE;
         for (int64_t first = 0; first < work.positions; first += HEAD_CHUNK) {
             const int64_t real = work.positions - first < HEAD_CHUNK ? work.positions - first : HEAD_CHUNK;
             const int64_t rows = rounded_up(real);
-            float factor[HEAD_CHUNK];
-            take_states(states, first, real, rows);
-            by_panels(states, m.head_forward, d / SIDE, panels, rows, partial, [&](int64_t panel, int64_t at) {
-                take_sums(c);
-                round_block(c, logits.block(panel, at));
-            });
-            for (int64_t i = 0; i < real; ++i) factor[i] = weigh_tokens(i, first + i);
-            by_panels(logits, m.head_backward, panels, d / SIDE, rows, partial, [&](int64_t panel, int64_t at) {
-                take_sums(grad_states + (panel * HEAD_CHUNK + at) * SIDE);
-            });
-            for (int64_t i = 0; i < real; ++i) leave_head(i, first + i, factor[i]);
+            head->take(x, first, real, rows);
+            do
+                head->by_slices([&](int64_t panel, int64_t count) {
+                    head->weigh(panel, count, rows, weights);
+                    head->leave(weights, panel, count, 0, rows);
+                });
+            while (head->again(rows));
+            for (int64_t i = 0; i < real; ++i) leave_head(i, first + i, head->score(i, first + i));
         }
-    }
-
-    // Logits of a position become e^(logit - largest); returns the weight of the position over their sum.
-    float weigh_tokens(int64_t row, int64_t position) {
-        const int64_t v = m.vocabulary, target = work.target[position];
-        const __m512 lowest = _mm512_set1_ps(-__builtin_huge_valf());
-        __m512 most = lowest, total = _mm512_setzero_ps();
-        for (int64_t j = 0; j < v; j += 16)
-            most = _mm512_max_ps(most, _mm512_mask_mov_ps(lowest, first_of_16(v - j),
-                                                          load_low(logits.block(j / SIDE, row) + j % SIDE)));
-        const float largest = _mm512_reduce_max_ps(most), wanted = load(logits.block(target / SIDE, row)[target % SIDE]);
-        for (int64_t j = 0; j < rounded_up(v); j += 16) {
-            bf16 *at = logits.block(j / SIDE, row) + j % SIDE;
-            const __m512 value = exponential(_mm512_sub_ps(load_low(at), _mm512_set1_ps(largest)));
-            const __m512 there = _mm512_maskz_mov_ps(first_of_16(v - j), value);
-            total = _mm512_add_ps(total, there);
-            store_16(at, there);
-        }
-        const float all = sum(total);
-        work.nll[position] = std::log(all) + largest - wanted;
-        work.right[position] = wanted == largest;
-        return work.weight[position] / all;
     }
 
     // From what the head gave back for one position, weight (p W - W_target) through the last norm, into grad.
     void leave_head(int64_t row, int64_t position, float factor) {
         const int64_t d = m.width, token = work.predicting[position];
-        const float *head = m.head + work.target[position] * d, *y = x + token * d, weight = work.weight[position];
+        const float *wanted = m.head + work.target[position] * d, *y = x + token * d, weight = work.weight[position];
+        const float *given = head->grad_states + row * d;
         float *to = grad + token * d, dot = 0.0f;
         for (int64_t j = 0; j < d; ++j) {
-            const float g = grad_states[(j / SIDE * HEAD_CHUNK + row) * SIDE + j % SIDE];
-            to[j] = (g * factor - head[j] * weight) * m.norm[j];
+            to[j] = (given[j] * factor - wanted[j] * weight) * m.norm[j];
             dot += to[j] * y[j];
         }
         const float mean = dot / static_cast<float>(d), over = inverse[token];

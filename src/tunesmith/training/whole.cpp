@@ -11,7 +11,7 @@
 
 #include <utility>
 
-#include "layers.h"
+#include "head.h"
 
 extern "C" {
 
@@ -25,9 +25,7 @@ struct WholePass {
 
 namespace {
 
-constexpr int64_t HEAD_CHUNK = 1024;  // positions whose logits are held at once
-constexpr int64_t SLICE = 64;         // blocks of the vocabulary whose logits stay in the cache
-constexpr int64_t AT_ONCE = 8;        // positions whose logits are walked together: their lines are neighbours
+constexpr int64_t HEAD_CHUNK = 1024;  // positions that go through the head together
 
 struct Whole : Layers<Whole> {
     static constexpr int64_t SPAN = 1024;
@@ -38,17 +36,16 @@ struct Whole : Layers<Whole> {
     };
 
     const WholePass &p;
-    const int64_t padded;      // V, in whole blocks
     std::vector<Place> places;  // by layers
-    int64_t norm, head;         // where they stand
+    int64_t norm_at, head_at;   // where they stand
     bf16 *packed, *turned;      // for learn_matrix
-    float *grad_states, *sums, *more;
-    Panels states, logits;
+    float *more;
+    std::optional<Head> head;
+    Panels weights;  // of the vocabulary
 
     Whole(const Model &model, const WholePass &pass)
-        : Layers(model, pass.work), p(pass), padded(rounded_up(model.vocabulary)) {
-        const int64_t d = m.width, weighed = rounded_up(work.positions);
-        const int64_t head_chunk = weighed < HEAD_CHUNK ? weighed : HEAD_CHUNK;
+        : Layers(model, pass.work), p(pass) {
+        const int64_t d = m.width;
         int64_t at = m.vocabulary * d;
         const auto next = [&at](int64_t size) { return std::exchange(at, at + size); };
         for (int64_t i = 0; i < m.layers; ++i) {
@@ -62,20 +59,17 @@ struct Whole : Layers<Whole> {
             place.weight[3] = next(d * m.feed_width);
             places.push_back(place);
         }
-        norm = next(d);
-        head = m.head == m.embedding ? 0 : next(m.vocabulary * d);
-        const int64_t span = span_of(n) < n ? span_of(n) : n, deepest = span > head_chunk ? span : head_chunk;
+        norm_at = next(d);
+        head_at = m.head == m.embedding ? 0 : next(m.vocabulary * d);
+        head.emplace(m, work, HEAD_CHUNK, arena);
+        const int64_t span = span_of(n) < n ? span_of(n) : n, deepest = span > head->most_rows ? span : head->most_rows;
         packed = arena.take<bf16>(d * deepest);
         turned = arena.take<bf16>(SIDE * deepest);
-        more = arena.take<float>((head_chunk > d ? head_chunk : d) * SIDE);
-        grad_states = arena.take<float>(HEAD_CHUNK * d);
-        states = arena.panels(uneven(head_chunk), d);
-        logits = arena.panels(uneven(head_chunk), padded);
+        more = arena.take<float>(d * SIDE);
+        weights = arena.panels(uneven(head->most_rows), head->panels * SIDE);
     }
 
     // -- products of a site, for `tokens` from token `first` on; panels given begin there
-
-    static void nothing(int64_t, int64_t) {}
 
     template <typename Place, typename Write>
     void forward(int64_t index, Panels in, int64_t, int64_t tokens, Place place, Write write) {
@@ -201,88 +195,30 @@ struct Whole : Layers<Whole> {
 
     // The loss of all positions, its gradient up to the input of the last norm, and those of head and norm.
     void score() {
-        const int64_t d = m.width, panels = padded / SIDE;
         float factor[HEAD_CHUNK];
         for (int64_t first = 0; first < work.positions; first += HEAD_CHUNK) {
             const int64_t real = work.positions - first < HEAD_CHUNK ? work.positions - first : HEAD_CHUNK;
             const int64_t rows = rounded_up(real);
-            take_states(states, first, real, rows);
-            by_panels_written(states, m.head_forward, d / SIDE, panels, rows, more, one_by_one, nothing, into(logits));
-            for (int64_t i = 0; i < rows; i += AT_ONCE) weigh_tokens(i, first + i, real - i, factor + i);
-            for (int64_t at = 0; at < rows; at += CHUNK) leave_logits(at, rows - at < CHUNK ? rows - at : CHUNK);
+            head->take(x, first, real, rows);
+            do
+                head->weigh(0, head->panels, rows, weights);
+            while (head->again(rows));
+            for (int64_t i = 0; i < rows; ++i) factor[i] = i < real ? score_one(i, first + i) : 0.0f;
+            for (int64_t at = 0; at < rows; at += CHUNK)
+                head->by_slices([&](int64_t panel, int64_t count) {
+                    head->leave(weights.panels(panel), panel, count, at, rows - at < CHUNK ? rows - at : CHUNK);
+                });
             learn_head(rows, factor);
             for (int64_t i = 0; i < real; ++i) leave_head(i, first + i, factor[i]);
         }
     }
 
-    // Logits of positions become e^(logit - largest), that of the target less the sum of all; `factor`: the weights of
-    // the positions over their sums. `real` of them are there.
-    void weigh_tokens(int64_t row, int64_t position, int64_t real, float *factor) {
-        const int64_t v = m.vocabulary;
-        const __m512 lowest = _mm512_set1_ps(-__builtin_huge_valf());
-        __m512 most[AT_ONCE], total[AT_ONCE] = {};
-        float wanted[AT_ONCE] = {};
-        for (int64_t i = 0; i < AT_ONCE; ++i) most[i] = lowest;
-        for (int64_t j = 0; j < padded; j += SIDE) {
-            const __mmask16 low = first_of_16(v - j), high = first_of_16(v - j - 16);
-            for (int64_t i = 0; i < AT_ONCE; ++i) {
-                const bf16 *at = logits.block(j / SIDE, row + i);
-                most[i] = _mm512_mask_max_ps(most[i], low, most[i], load_low(at));
-                most[i] = _mm512_mask_max_ps(most[i], high, most[i], load_low(at + 16));
-            }
-        }
-        float largest[AT_ONCE];
-        for (int64_t i = 0; i < AT_ONCE; ++i) {
-            largest[i] = _mm512_reduce_max_ps(most[i]);
-            most[i] = _mm512_set1_ps(largest[i]);
-            if (i < real) wanted[i] = load(*logit(row + i, position + i));
-        }
-        for (int64_t j = 0; j < padded; j += SIDE) {
-            const __mmask16 low = first_of_16(v - j), high = first_of_16(v - j - 16);
-            for (int64_t i = 0; i < AT_ONCE; ++i) {
-                bf16 *at = logits.block(j / SIDE, row + i);
-                const __m512 left = _mm512_maskz_mov_ps(low, exponential(_mm512_sub_ps(load_low(at), most[i])));
-                const __m512 right = _mm512_maskz_mov_ps(high, exponential(_mm512_sub_ps(load_low(at + 16), most[i])));
-                total[i] = _mm512_add_ps(total[i], _mm512_add_ps(left, right));
-                store_32(at, left, right);
-            }
-        }
-        for (int64_t i = 0; i < AT_ONCE; ++i) {
-            factor[i] = 0.0f;
-            if (i >= real) continue;
-            const float all = sum(total[i]);
-            work.nll[position + i] = std::log(all) + largest[i] - wanted[i];
-            work.right[position + i] = wanted[i] == largest[i];
-            store(logit(row + i, position + i), std::exp(wanted[i] - largest[i]) - all);
-            factor[i] = work.weight[position + i] / all;
-        }
-    }
-
-    bf16 *logit(int64_t row, int64_t position) {
+    // As the head scores; the target's weight becomes less the sum of all: the gradient but for the factor.
+    float score_one(int64_t row, int64_t position) {
         const int64_t target = work.target[position];
-        return logits.block(target / SIDE, row) + target % SIDE;
-    }
-
-    // The gradient of states but for the factors, from what logits became: a slice of the vocabulary at a time.
-    void leave_logits(int64_t row, int64_t rows) {
-        const int64_t d = m.width, panels = padded / SIDE;
-        for (int64_t first = 0; first < panels; first += SLICE) {
-            const int64_t steps = panels - first < SLICE ? panels - first : SLICE;
-            by_panels_written(
-                logits.panels(first).from(row), m.head_backward + first * BLOCK, steps, d / SIDE, rows, more, one_by_one,
-                nothing,
-                [&](int64_t panel, int64_t at, int64_t i, const float *sums) {
-                    float *to = grad_states + (row + at + i) * d + panel * SIDE;
-                    const __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + 16);
-                    if (first) {
-                        add(to, low, high);
-                    } else {
-                        _mm512_storeu_ps(to, low);
-                        _mm512_storeu_ps(to + 16, high);
-                    }
-                },
-                panels);
-        }
+        store(weights.block(target / SIDE, row) + target % SIDE,
+              std::exp(head->wanted[row] - head->reference[row]) - head->sum_of(row));
+        return head->score(row, position);
     }
 
     // `states` are taken times the factors.
@@ -290,12 +226,12 @@ struct Whole : Layers<Whole> {
         const int64_t d = m.width;
         for (int64_t panel = 0; panel < d / SIDE; ++panel)
             for (int64_t i = 0; i < rows; ++i) {
-                bf16 *at = states.block(panel, i);
+                bf16 *at = head->states.block(panel, i);
                 const __m512 by = _mm512_set1_ps(factor[i]);
                 store_32(at, _mm512_mul_ps(load_low(at), by), _mm512_mul_ps(load_low(at + 16), by));
             }
-        learn_matrix(logits, m.vocabulary, states, d, rows,
-                     [to = p.gradient + head, d](int64_t row, int64_t column, const float *sums) {
+        learn_matrix(weights, m.vocabulary, head->states, d, rows,
+                     [to = p.gradient + head_at, d](int64_t row, int64_t column, const float *sums) {
                          add(to + row * d + column, _mm512_load_ps(sums), _mm512_load_ps(sums + 16));
                      });
     }
@@ -303,8 +239,8 @@ struct Whole : Layers<Whole> {
     // From what the head gave back for one position through the last norm, into grad.
     void leave_head(int64_t row, int64_t position, float factor) {
         const int64_t d = m.width, token = work.predicting[position];
-        const float *y = x + token * d, *from = grad_states + row * d;
-        float *to = grad + token * d, *of_gain = p.gradient + norm, dot = 0.0f;
+        const float *y = x + token * d, *from = head->grad_states + row * d;
+        float *to = grad + token * d, *of_gain = p.gradient + norm_at, dot = 0.0f;
         for (int64_t j = 0; j < d; ++j) {
             const float g = from[j] * factor;
             of_gain[j] += g * y[j];

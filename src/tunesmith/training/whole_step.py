@@ -23,7 +23,7 @@ from tunesmith.training import step
 from tunesmith.training.loss import Scores
 from tunesmith.training.work import Assignment, Memory, Work
 
-SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in ("whole.cpp", "layers.h", "attention.h"))
+SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in ("whole.cpp", "head.h", "layers.h", "attention.h"))
 
 
 class _Pass(ctypes.Structure):
