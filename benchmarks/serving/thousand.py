@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,9 @@ def main() -> int:
                 outcomes += drive(server, args.clients, (_ask(kind, model, numbers) for model in asked))
                 rates[kind].append(args.requests / (time.perf_counter() - begun))
         memory = resident_mib(server)
-    faults = [outcome.fault for outcome in outcomes if outcome.fault is not None]
+    faults = Counter(outcome.fault for outcome in outcomes if outcome.fault is not None)
+    for fault, number in faults.most_common(10):
+        print(f"WRONG {number} times: {fault}")
     single = statistics.median(rates["one model"])
     ratios = {kind: statistics.median(found) / single for kind, found in rates.items()}
     print(
@@ -88,7 +91,7 @@ def main() -> int:
         "cold_p99_ms": round(_ms(cold, 0.99)),
         "warm_p99_ms": round(_ms(warm, 0.99)),
         "engine_mib": {stage: round(found["tunesmith.engine"]) for stage, found in stages},
-        "faults": len(faults),
+        "faults": faults.total(),
     }
     return conclude("serving/thousand", min(ratios.values()) >= RATIO and not faults, facts)
 
