@@ -58,7 +58,8 @@ class Cell:
         """The medians, and how they compare."""
         rates = {setting: _rate(results) for setting, results in self.peers.items()}
         best = max(rates, key=lambda setting: rates[setting])
-        trl = max((setting for setting in rates if setting.startswith("TRL")), key=lambda setting: rates[setting])
+        by_trl = [setting for setting in rates if setting.startswith("TRL")]
+        trl = max(by_trl, key=lambda setting: rates[setting], default=None)
         ours = _rate(self.ours)
         return {
             "name": self.shape.name,
@@ -72,7 +73,7 @@ class Cell:
             "gemm_share": round(ours * self.flops_per_token / 1e9 / gemm_gflops, 3),
             "peak_rss_mib": round(_median(self.ours, "peak_rss_mib")),
             "trl_setting": trl,
-            "trl_peak_rss_mib": round(_median(self.peers[trl], "peak_rss_mib")),
+            "trl_peak_rss_mib": None if trl is None else round(_median(self.peers[trl], "peak_rss_mib")),
             "system_share": round(_median(self.ours, "system_share"), 3),
             "target": TARGETS[self.shape.model.name],
         }
@@ -184,8 +185,9 @@ def _misses(summary: Mapping[str, Any], shape: Shape) -> Iterator[str]:
         yield f"{shape.name}: ratio {summary['ratio']} < {summary['target']}"
     if shape.batch >= LARGE_BATCH and summary["gemm_share"] < GEMM_SHARE:
         yield f"{shape.name}: {summary['gemm_share']} of the GEMM rate < {GEMM_SHARE}"
-    if summary["peak_rss_mib"] > MEMORY_SHARE * summary["trl_peak_rss_mib"]:
-        yield f"{shape.name}: {summary['peak_rss_mib']} MiB > {MEMORY_SHARE} of {summary['trl_peak_rss_mib']}"
+    by_trl = summary["trl_peak_rss_mib"]
+    if by_trl is not None and summary["peak_rss_mib"] > MEMORY_SHARE * by_trl:
+        yield f"{shape.name}: {summary['peak_rss_mib']} MiB > {MEMORY_SHARE} of {by_trl}"
 
 
 def _table(summaries: Sequence[Mapping[str, Any]]) -> str:

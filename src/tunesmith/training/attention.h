@@ -1,8 +1,8 @@
 // Causal attention of one row after another, and its gradient, in blocks of 32 keys and 32 queries that stay in the cache:
 // no square of a row is ever in memory. For step.cpp.
 //
-// Scores lie with a key to a row and a query to a column: what is found over the keys of a query, its largest score and the
-// sum of its weights, is found for 16 queries at once, and weights are operands of products as they come.
+// Scores lie with a key to a row and a query to a column: the weights over the keys of a query, and their sum, are found for
+// 16 queries at once, and they are operands of products as they come.
 //
 // Legend: as in step.cpp.
 
