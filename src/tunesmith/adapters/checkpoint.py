@@ -102,7 +102,7 @@ def load(folder: Path, layout: Layout) -> tuple[Lora, dict[str, Any]]:
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
     try:
-        state = safetensors_torch.load_file(folder / WEIGHTS)
+        state = safetensors_torch.load((folder / WEIGHTS).read_bytes())
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
 
