@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pretraining.shapes import SHAPES, random_llama
-from tests.training.rows import random_lora, random_rows
+from tests.training.rows import random_lora, random_model, random_rows
 from tunesmith.decoder.llama import Llama
 from tunesmith.training import attention, folded, gradients, passes
 from tunesmith.training.factors import TrainableLora
@@ -18,18 +17,6 @@ from tunesmith.training.metrics import Tally
 from tunesmith.training.workers import Workers
 
 ROWS = random_rows([(5, 1), (12, 3), (1, 4), (60, 2), (7, 2), (33, 9)])
-
-
-def _model(*, heads: int = 4, kv_heads: int = 2, qkv_bias: bool = False) -> Llama:
-    generator = torch.Generator().manual_seed(5)
-    shape = replace(SHAPES["tiny"], heads=heads, kv_heads=kv_heads, layers=3, vocabulary_size=16_384)
-    model = random_llama(shape, generator)
-    for parameter in model.parameters():
-        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    if qkv_bias:
-        for layer in model.layers:
-            layer.qkv_bias = torch.randn(len(layer.qkv), generator=generator) * 0.1
-    return model
 
 
 def _step(
@@ -61,7 +48,7 @@ def test_loss_and_gradients_are_those_of_autograd(
     kernels: Kernels | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = _model(heads=heads, kv_heads=kv_heads, qkv_bias=qkv_bias)
+    model = random_model(heads=heads, kv_heads=kv_heads, bias=qkv_bias)
     theirs, expected = _by_autograd(model, monkeypatch)
 
     monkeypatch.setattr(attention, "LONGEST_PLAIN_ROW", longest_plain_row)
@@ -76,7 +63,7 @@ def test_loss_and_gradients_are_those_of_autograd(
 @pytest.mark.parametrize("alone_from_tokens", [0, 512])
 def test_in_bf16_the_gradient_points_the_same_way(monkeypatch: pytest.MonkeyPatch, alone_from_tokens: int) -> None:
     monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", alone_from_tokens)
-    model = _model()
+    model = random_model()
     theirs, expected = _by_autograd(model, monkeypatch)
 
     ours, gradient = _step(model, torch.bfloat16)
@@ -87,7 +74,7 @@ def test_in_bf16_the_gradient_points_the_same_way(monkeypatch: pytest.MonkeyPatc
 
 
 def test_rounding_up_tokens_and_cells_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _model()
+    model = random_model()
     _, plain = _step(model, torch.float32)
 
     monkeypatch.setattr(passes, "PIECE_ROUNDING", 128)
@@ -98,8 +85,8 @@ def test_rounding_up_tokens_and_cells_changes_nothing(monkeypatch: pytest.Monkey
 
 
 def test_what_it_does_not_cover_is_left_to_autograd() -> None:
-    assert folded.covers(_model())
-    assert not folded.covers(replace(_model(), config=replace(_model().config, qk_norm=True)))
+    assert folded.covers(random_model())
+    assert not folded.covers(replace(random_model(), config=replace(random_model().config, qk_norm=True)))
 
 
 def test_precision_is_as_asked() -> None:

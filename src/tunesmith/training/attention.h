@@ -1,5 +1,5 @@
 // Causal attention of one row after another, and its gradient, in blocks of 32 keys and 32 queries that stay in the cache:
-// no square of a row is ever in memory. For step.cpp.
+// no square of a row is ever in memory. For layers.h.
 //
 // Scores lie with a key to a row and a query to a column: the weights over the keys of a query, and their sum, are found for
 // 16 queries at once, and they are operands of products as they come.

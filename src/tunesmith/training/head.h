@@ -30,7 +30,7 @@ struct Head {
         : m(model), work(given),
           most_rows(rounded_up(given.positions) < at_once ? rounded_up(given.positions) : at_once),
           panels(rounded_up(model.vocabulary) / SIDE) {
-        states = arena.panels(most_rows | SIDE, m.width);
+        states = arena.panels(uneven(most_rows), m.width);
         grad_states = arena.take<float>(most_rows * m.width);
         reference = arena.take<float>(most_rows);
         wanted = arena.take<float>(most_rows);
@@ -59,6 +59,7 @@ struct Head {
         begin(rows);
     }
 
+    // Nothing has been weighed yet.
     void begin(int64_t rows) {
         const __m512 lowest = _mm512_set1_ps(-__builtin_huge_valf());
         for (int64_t i = 0; i < rows; ++i) {
@@ -71,8 +72,7 @@ struct Head {
     void weigh(int64_t first, int64_t count, int64_t rows, Panels to) {
         const int64_t depth = m.width / SIDE, in_last = m.vocabulary - (panels - 1) * SIDE;
         by_panels_written(
-            states, m.head_forward + first * depth * BLOCK, depth, count, rows, partial,
-            one_by_one, nothing,
+            states, m.head_forward + first * depth * BLOCK, depth, count, rows, partial, one_by_one, nothing,
             [=](int64_t panel, int64_t at, int64_t i, const float *sums) {
                 const int64_t row = at + i, column = target[row] - (first + panel) * SIDE;
                 if (0 <= column && column < SIDE) wanted[row] = sums[column];
@@ -120,8 +120,7 @@ struct Head {
     // at `weights`.
     void leave(Panels weights, int64_t first, int64_t count, int64_t row, int64_t rows) {
         by_panels_written(
-            weights.from(row), m.head_backward + first * BLOCK, count, m.width / SIDE, rows, partial,
-            one_by_one, nothing,
+            weights.from(row), m.head_backward + first * BLOCK, count, m.width / SIDE, rows, partial, one_by_one, nothing,
             [=](int64_t panel, int64_t at, int64_t i, const float *sums) {
                 float *to = grad_states + (row + at + i) * m.width + panel * SIDE;
                 __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + 16);

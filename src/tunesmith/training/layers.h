@@ -33,6 +33,10 @@ namespace {
 
 constexpr int64_t CHUNK = 256;  // tokens that go through products together: their states stay in the cache
 
+// Rows of panels that are read side by side: an odd number of blocks, so that their lines do not all compete for the same
+// half of the places of the cache.
+inline int64_t uneven(int64_t rows) { return rows | SIDE; }
+
 // For `by_panels_written`.
 inline int64_t one_by_one(int64_t panel) { return panel; }
 inline void nothing(int64_t, int64_t) {}
@@ -101,10 +105,6 @@ struct Layers {
     }
 
     Self &self() { return static_cast<Self &>(*this); }
-
-    // Rows of panels that are read side by side: an odd number of blocks, so that their lines do not all compete for the
-    // same half of the places of the cache.
-    static int64_t uneven(int64_t rows) { return rows | SIDE; }
 
     const Site &site_at(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
 
