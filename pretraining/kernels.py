@@ -84,7 +84,7 @@ def softmax_gradient(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Summed cross-entropy through a tied head; the [N, V] logits turn into their gradient in place, in bf16."""
+    """Summed cross-entropy through a tied head; logits turn into their gradient in place, some positions at a time."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -92,13 +92,22 @@ class HeadLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         head_VD: Tensor,
         target_N: Tensor,
-        scratch_NV: Tensor,
+        scratch_nV: Tensor,
         to_gradient: Callable[[Tensor, Tensor], Tensor] = softmax_gradient,
     ) -> Tensor:
-        """The loss; the gradients are computed here too, while the logits are at hand. `scratch_NV` is overwritten."""
-        logits_NV = torch.mm(hidden_ND, head_VD.T, out=scratch_NV)
-        loss = to_gradient(logits_NV, target_N)
-        ctx.save_for_backward(logits_NV @ head_VD, logits_NV.T @ hidden_ND)
+        """The loss; the gradients are computed here too, while the logits are at hand.
+
+        `scratch_nV` is overwritten; it has rows for as many positions as are done at a time.
+        """
+        loss, grad_head_VD = hidden_ND.new_zeros((), dtype=torch.float32), torch.zeros_like(head_VD)
+        grad_ND = torch.empty_like(hidden_ND)
+        parts = (x.split(len(scratch_nV)) for x in (hidden_ND, target_N, grad_ND))
+        for hidden_nD, target_n, grad_nD in zip(*parts, strict=True):
+            logits_nV = torch.mm(hidden_nD, head_VD.T, out=scratch_nV[: len(hidden_nD)])
+            loss = loss + to_gradient(logits_nV, target_n)
+            torch.mm(logits_nV, head_VD, out=grad_nD)
+            grad_head_VD.addmm_(logits_nV.T, hidden_nD)
+        ctx.save_for_backward(grad_ND, grad_head_VD)
         return loss
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretraining.precision import products
 from pretraining.recipe import Recipe
 
 
@@ -46,8 +47,9 @@ class Optimizer:
             parameter.addcdiv_(first, divisor, value=-rate * recipe.adam_learning_rate / bias_1)
 
     def _directions(self, matrices: list[int], workers: Workers) -> dict[int, Tensor]:
-        """The orthogonal update of each matrix, bf16: equal shapes in one batch, the work shared by the processes."""
-        directions = {i: torch.zeros_like(self.parameters[i], dtype=torch.bfloat16) for i in matrices}
+        """The orthogonal update of each matrix: equal shapes in one batch, the work shared by the processes."""
+        dtype = products(self.parameters[0].device)
+        directions = {i: torch.zeros_like(self.parameters[i], dtype=dtype) for i in matrices}
         for shape in dict.fromkeys(self.parameters[i].shape for i in matrices):
             mine = [i for i in matrices if self.parameters[i].shape == shape][workers.rank :: workers.count]
             if mine:
@@ -65,11 +67,11 @@ def gradient(parameter: Tensor) -> Tensor:
 
 
 def orthogonal(matrices_LRC: Tensor) -> Tensor:
-    """For each matrix, one with its singular vectors and singular values near 1, by five Newton-Schulz steps; bf16.
+    """For each matrix, one with its singular vectors and singular values near 1, by five Newton-Schulz steps.
 
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
     """
-    x = matrices_LRC.bfloat16()
+    x = matrices_LRC.to(products(matrices_LRC.device))
     tall = x.shape[1] > x.shape[2]
     x = x.mT.contiguous() if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 
 from pretraining.kernels import CausalRows, HeadLoss, softmax_gradient
+from pretraining.precision import products
 from tunesmith.decoder.llama import Llama
 from tunesmith.training import whole_step
+from tunesmith.training.native import available
 from tunesmith.training.whole import TrainableWeights
 from tunesmith.training.whole_step import WholeStep
+
+SCORED_ON_CPU = 256
+"""Positions whose logits are in memory at once on a processor, where more of them would be in none of its caches."""
 
 
 class Steps(Protocol):
@@ -67,6 +72,12 @@ class CompiledSteps:
         return scores.nll_M.double().sum().float()
 
 
+def _gradient_on_cpu(logits_nV: Tensor, target_n: Tensor) -> Tensor:
+    """`softmax_gradient` in fewer passes over memory."""
+    nll_n, _ = available().loss(logits_nV, target_n, torch.ones(len(target_n)))
+    return nll_n.sum()
+
+
 class TorchSteps:
     """Forward by the decoder, backward by autograd, with hand-made gradients of the two costly pieces."""
 
@@ -74,10 +85,13 @@ class TorchSteps:
         """With `compiled`, torch compiles the layers: needs a C++ compiler or CUDA."""
         self._start = start
         self._compiled_on_cpu = compiled and device == "cpu"
-        self._scratch_NV = torch.empty(0, start.config.vocabulary_size, dtype=torch.bfloat16, device=device)
+        self._dtype = products(device)
+        self._most_scored = SCORED_ON_CPU if device == "cpu" else 1 << 30
+        self._scratch_nV = torch.empty(0, start.config.vocabulary_size, dtype=self._dtype, device=device)
         self.parameters = [p.to(device).requires_grad_() for p in start.parameters()]
         compiling = torch.compile(fullgraph=True, dynamic=False, disable=not compiled)
-        self._layers, self._to_gradient = compiling(self._hidden), compiling(softmax_gradient)
+        self._layers = compiling(self._hidden)
+        self._to_gradient = _gradient_on_cpu if device == "cpu" else compiling(softmax_gradient)
 
     def begin(self) -> None:
         """See `Steps`."""
@@ -86,11 +100,12 @@ class TorchSteps:
 
     def learn(self, ids_N: Tensor, next_N: Tensor, row: int, share: float) -> Tensor:
         """See `Steps`."""
-        if len(self._scratch_NV) != len(ids_N):
-            self._scratch_NV = self._scratch_NV.new_empty(len(ids_N), self._scratch_NV.shape[1])
-        weights = [p.bfloat16() for p in self.parameters]
+        scored = min(len(ids_N), self._most_scored)
+        if len(self._scratch_nV) != scored:
+            self._scratch_nV = self._scratch_nV.new_empty(scored, self._scratch_nV.shape[1])
+        weights = [p.to(self._dtype) for p in self.parameters]
         hidden_ND = self._layers(weights, ids_N, row)
-        loss: Tensor = HeadLoss.apply(hidden_ND, weights[0], next_N, self._scratch_NV, self._to_gradient)
+        loss: Tensor = HeadLoss.apply(hidden_ND, weights[0], next_N, self._scratch_nV, self._to_gradient)
         (loss * share).backward()
         return loss.detach()
 

@@ -3,9 +3,9 @@
     python -m pretraining.train ada --data build/train.bin --tokens 60e6 --out build/ada
     torchrun --nproc-per-node 2 -m pretraining.train babbage ... --compile      # two processes share each batch
 
-bf16 arithmetic over fp32 weights; Muon for the matrices inside the layers, Adam for embedding and norms; a schedule of
-warm-up, plateau and linear decay to zero; short rows first, full context for the last part, so that 2,048 tokens of
-context are really trained and most tokens cost the attention of 512.
+Products in bf16, where the device multiplies it, over fp32 weights; Muon for the matrices inside the layers, Adam for
+embedding and norms; a schedule of warm-up, plateau and linear decay to zero; short rows first, full context for the
+last part, so that 2,048 tokens of context are really trained and most tokens cost the attention of 512.
 
 A folder made by `pretraining.grow` is gone on with: its weights come from a smaller model, and the data from where that
 model had stopped reading.

@@ -1,0 +1,220 @@
+// Products of fp32 on any processor: the sums of a few rows and of two vectors of columns stay in registers while what
+// is multiplied from the right passes by. It lies in panels of WIDE columns, each [depth, WIDE], with zeros for columns
+// that there are not. A row's sums are added up in one order, whatever rows lie beside it.
+
+#pragma once
+
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int WIDE = 2 * LANES;
+constexpr int TALL = MANY_REGISTERS ? 12 : 6;  // rows of a block: two sums for each, beside what is multiplied
+constexpr int64_t DEEPEST = 24 * 1024 / (sizeof(float) * WIDE);  // of a panel: what stays in the cache next to the core
+
+inline int64_t whole_panels(int64_t columns) { return (columns + WIDE - 1) / WIDE * WIDE; }
+inline int64_t panels_size(int64_t columns, int64_t depth) { return whole_panels(columns) * depth; }
+
+constexpr int64_t CHUNK_ROWS = 16 * 12;  // that go past all panels before the next do: they stay in the second cache
+
+// A matrix whose element (d, c) is from[d * deep + c * wide], times gain[d] or gain[c], where given, and `scale`.
+struct Unpacked {
+    const float *from;
+    int64_t deep, wide;
+    const float *gain_deep = nullptr, *gain_wide = nullptr;
+    float scale = 1.0f;
+};
+
+void pack(Unpacked m, int64_t columns, int64_t depth, float *to) {
+    for (int64_t first = 0; first < columns; first += WIDE, to += depth * WIDE) {
+        const int64_t real = columns - first < WIDE ? columns - first : WIDE;
+        for (int64_t j = 0; j < real; ++j) {
+            const float factor = m.scale * (m.gain_wide ? m.gain_wide[first + j] : 1.0f);
+            const float *column = m.from + (first + j) * m.wide;
+            for (int64_t d = 0; d < depth; ++d)
+                to[d * WIDE + j] = column[d * m.deep] * factor * (m.gain_deep ? m.gain_deep[d] : 1.0f);
+        }
+        for (int64_t d = 0; d < depth; ++d)
+            for (int64_t j = real; j < WIDE; ++j) to[d * WIDE + j] = 0.0f;
+    }
+}
+
+template <int ROWS>
+struct Block {
+    Lanes sums[ROWS][2];
+
+    void clear() {
+        for (int i = 0; i < ROWS; ++i) sums[i][0] = sums[i][1] = Lanes{};
+    }
+
+    // Adds ROWS rows of `a`, whose elements lie `a_row` and `a_deep` apart, times `depth` rows of `b`. A function of its
+    // own: where it is used there are more things at hand than registers, and here there are to be none but these.
+    __attribute__((noinline)) void add(const float *a, int64_t a_row, int64_t a_deep, const float *b, int64_t b_deep,
+                                       int64_t depth) {
+        Block now = *this;
+        for (int64_t d = 0; d < depth; ++d, a += a_deep, b += b_deep) {
+            const Lanes left = read(b), right = read(b + LANES);
+            for (int i = 0; i < ROWS; ++i) {
+                const float x = a[i * a_row];
+                now.sums[i][0] += x * left;
+                now.sums[i][1] += x * right;
+            }
+        }
+        *this = now;
+    }
+
+    // Row i in memory, as a whole panel; of its columns `real` are there.
+    template <typename Put>
+    void each_row(int64_t real, Put put) const {
+        for (int i = 0; i < ROWS; ++i) {
+            float row[WIDE];
+            write(row, sums[i][0]);
+            write(row + LANES, sums[i][1]);
+            for (int64_t j = 0; j < real; ++j) put(i, j, row[j]);
+        }
+    }
+
+    // The sums from memory, and to it: row(i) is where row i of them lies, `real` columns of which are there.
+    template <typename Row>
+    void take(Row row, int64_t real) {
+        for (int i = 0; i < ROWS; ++i) {
+            float some[WIDE] = {};
+            if (real < WIDE) std::memcpy(some, row(i), sizeof(float) * real);
+            const float *from = real < WIDE ? some : row(i);
+            sums[i][0] = read(from);
+            sums[i][1] = read(from + LANES);
+        }
+    }
+
+    template <typename Row>
+    void give(Row row, int64_t real) const {
+        if (real < WIDE) return each_row(real, [&](int i, int64_t j, float sum) { row(i)[j] = sum; });
+        for (int i = 0; i < ROWS; ++i) {
+            write(row(i), sums[i][0]);
+            write(row(i) + LANES, sums[i][1]);
+        }
+    }
+};
+
+// work(block, its first row) for rows `first` to `end`, TALL at a time.
+template <int ROWS = TALL, typename Work>
+inline void by_blocks(int64_t end, int64_t first, Work work) {
+    for (; first + ROWS <= end; first += ROWS) {
+        Block<ROWS> block;
+        work(block, first);
+    }
+    if constexpr (ROWS > 1) by_blocks<ROWS - 1>(end, first, work);
+}
+
+// Part by part of `depth`, as deep as stays in the nearest cache: work(first, deep).
+template <typename Work>
+inline void by_depth(int64_t depth, int64_t deepest, Work work) {
+    const int64_t parts = (depth + deepest - 1) / deepest, size = parts ? (depth + parts - 1) / parts : 0;
+    for (int64_t first = 0; first < depth; first += size) work(first, depth - first < size ? depth - first : size);
+}
+
+// Rows of a product.
+struct Stretch {
+    int64_t start, rows;
+};
+
+// y [.., columns] = x [.., depth] times panels, for the rows of `stretches` stretches: stretch(0), stretch(1), ..., one
+// behind the other, the last of which ends at `rows`. then(block, i, row, column) adds what else belongs to the sums,
+// `row` being counted from the start of stretch i. What is read again and again stays in the caches: a part of a panel
+// in the nearest, the rows of a chunk in the second.
+template <typename Which, typename Then>
+inline void multiply(const float *x, int64_t x_row, const float *panels, int64_t depth, int64_t columns, float *y,
+                     int64_t y_row, int64_t rows, int64_t stretches, Which stretch, Then then) {
+    by_depth(depth, DEEPEST, [&](int64_t from, int64_t deep) {
+        for (int64_t chunk = 0; chunk < rows; chunk += CHUNK_ROWS)
+            for (int64_t column = 0; column < columns; column += WIDE) {
+                const float *panel = panels + column * depth + from * WIDE;
+                const int64_t real = columns - column < WIDE ? columns - column : WIDE;
+                for (int64_t i = 0; i < stretches; ++i) {
+                    const Stretch here = stretch(i);
+                    const int64_t first = chunk - here.start > 0 ? chunk - here.start : 0;
+                    const int64_t end = chunk + CHUNK_ROWS - here.start;
+                    by_blocks(end < here.rows ? end : here.rows, first, [&](auto &block, int64_t row) {
+                        const int64_t at = here.start + row;
+                        const auto to = [&](int i) { return y + (at + i) * y_row + column; };
+                        from ? block.take(to, real) : block.clear();
+                        block.add(x + at * x_row + from, x_row, 1, panel, WIDE, deep);
+                        if (from + deep == depth) then(block, i, row, column);
+                        block.give(to, real);
+                    });
+                }
+            }
+    });
+}
+
+// The same for rows 0 to `rows`.
+inline void multiply(const float *x, int64_t x_row, const float *panels, int64_t depth, int64_t columns, float *y,
+                     int64_t y_row, int64_t rows) {
+    multiply(x, x_row, panels, depth, columns, y, y_row, rows, 1, [&](int64_t) { return Stretch{0, rows}; },
+             [](auto &, int64_t, int64_t, int64_t) {});
+}
+
+// Adds x [rows, depth] times b [depth, columns], which is as it is, to rows of y: row(i) is where the i-th lies. `room`: for
+// columns that fill no panel.
+template <typename Row>
+inline void add_product(const float *x, int64_t x_row, const float *b, int64_t b_deep, int64_t depth, int64_t columns,
+                        int64_t rows, Row row, std::vector<float> &room) {
+    for (int64_t column = 0; column < columns; column += WIDE) {
+        const int64_t real = columns - column < WIDE ? columns - column : WIDE;
+        const float *panel = b + column;
+        if (real < WIDE) {
+            room.assign(depth * WIDE, 0.0f);
+            for (int64_t d = 0; d < depth; ++d) std::memcpy(room.data() + d * WIDE, panel + d * b_deep, sizeof(float) * real);
+            panel = room.data();
+        }
+        by_blocks(rows, 0, [&](auto &block, int64_t first) {
+            const auto to = [&](int i) { return row(first + i) + column; };
+            block.take(to, real);
+            block.add(x + first * x_row, x_row, 1, panel, real < WIDE ? WIDE : b_deep, depth);
+            block.give(to, real);
+        });
+    }
+}
+
+// One row times panels, to the same bits as `multiply`: four panels at once, or sums would wait for
+// each other.
+inline void multiply_row(const float *x, const float *panels, int64_t depth, int64_t columns, float *y) {
+    constexpr int TOGETHER = 4;
+    for (; columns >= TOGETHER * WIDE; columns -= TOGETHER * WIDE, y += TOGETHER * WIDE) {
+        Lanes sums[TOGETHER][2] = {};
+        for (int64_t d = 0; d < depth; ++d)
+            for (int i = 0; i < TOGETHER; ++i) {
+                const float *at = panels + (i * depth + d) * WIDE;
+                sums[i][0] += x[d] * read(at);
+                sums[i][1] += x[d] * read(at + LANES);
+            }
+        for (int i = 0; i < TOGETHER; ++i) {
+            write(y + i * WIDE, sums[i][0]);
+            write(y + i * WIDE + LANES, sums[i][1]);
+        }
+        panels += TOGETHER * depth * WIDE;
+    }
+    multiply(x, depth, panels, depth, columns, y, columns, 1);
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t tunesmith_panels_size(int64_t columns, int64_t depth) { return panels_size(columns, depth); }
+
+// A matrix [outputs, inputs], times `gain` [inputs] where given, for products inputs -> outputs and back, where asked for.
+void tunesmith_pack_panels(const float *weight, int64_t outputs, int64_t inputs, const float *gain, float *forward,
+                           float *backward) {
+    if (forward) pack({weight, 1, inputs, gain}, outputs, inputs, forward);
+    if (backward) pack({weight, inputs, 1, nullptr, gain}, inputs, outputs, backward);
+}
+
+// y [rows, columns] = x [rows, depth] times panels.
+void tunesmith_multiply(const float *x, const float *panels, int64_t depth, int64_t columns, int64_t rows, float *y) {
+    multiply(x, depth, panels, depth, columns, y, columns, rows);
+}
+
+}  // extern "C"

@@ -1,0 +1,92 @@
+"""What a step by hand multiplies with: the frozen weights and the head, laid out for it, and the factors of jobs.
+
+`PlainWeights` has torch's products; `training.panels` compiled ones of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tunesmith.adapters.lora import Site as SiteName
+from tunesmith.decoder.llama import Llama
+from tunesmith.training.factors import TrainableLora
+from tunesmith.training.kernels import Kernels
+from tunesmith.training.loss import PlainHead, Scores, Weighed, score, score_frozen
+from tunesmith.training.sites import SharedSite, SingleSite, Site
+
+Sites = dict[SiteName, Site]
+"""Of a layer."""
+MOST_SHARED_WEIGHTS = 64_000_000
+"""Larger models compute every job alone with torch's products: there one thread would be too slow for a pass, and with
+several the last digits of a job would depend on the jobs beside it."""
+
+
+class FrozenWeights(Protocol):
+    """Threads may share it."""
+
+    dtype: torch.dtype
+    """Of products, and of what is between two of them."""
+    shares: bool
+    """Whether a pass may hold pieces of several jobs."""
+    grid: int | None
+    """Tokens of a piece are rounded up to a multiple; None: as torch's products like it."""
+
+    def take(self, factors: TrainableLora, *, single: bool) -> None:
+        """The factors of a job as they are now, for the passes of a step: with `single` passes of that job alone."""
+
+    def layers(self, *, single: bool) -> Sequence[Sites]:
+        """For a pass; with `single` all of it is of the job taken last."""
+
+    def score(self, states_MD: Tensor, work: Weighed, grad_MD: Tensor, *, single: bool) -> Scores:
+        """See `loss.score`: of the last states, whose gradient comes into `grad_MD`."""
+
+
+class PlainWeights:
+    """Implements `FrozenWeights` by those of torch."""
+
+    grid: int | None = None
+
+    def __init__(self, model: Llama, site_outputs: Sequence[list[int]], dtype: torch.dtype, kernels: Kernels) -> None:
+        """`site_outputs` are the outputs of each linear layer of each site (`TrainableLora.site_outputs`)."""
+        self.dtype = dtype
+        self.shares = sum(weight.numel() for weight in model.parameters()) <= MOST_SHARED_WEIGHTS
+        self._model, self._kernels = model, kernels
+        self._head = PlainHead(model.head_VD.to(dtype))
+        outputs = iter(site_outputs)
+        self._shared: list[dict[SiteName, SharedSite]] = []
+        for layer in model.layers:
+            gains = {"qkv": layer.attention_norm_D, "gate_up": layer.feed_norm_D}
+            weights = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
+            self._shared.append(
+                {
+                    site: SharedSite.over(weight, gains.get(site), next(outputs), dtype)
+                    for site, weight in weights.items()
+                }
+            )
+        self._single: list[dict[SiteName, SingleSite]] = [
+            {name: SingleSite(site) for name, site in layer.items()} for layer in self._shared
+        ]
+
+    def take(self, factors: TrainableLora, *, single: bool) -> None:
+        """See `FrozenWeights`."""
+        if not single:
+            return
+        pairs, _ = factors.pairs(factors.flat)
+        sites = [site for layer in self._single for site in layer.values()]
+        for site, pair in zip(sites, pairs, strict=True):
+            site.take(pair, factors.lora.scale)
+
+    def layers(self, *, single: bool) -> Sequence[Sites]:
+        """See `FrozenWeights`."""
+        return self._single if single else self._shared  # type: ignore[return-value]
+
+    def score(self, states_MD: Tensor, work: Weighed, grad_MD: Tensor, *, single: bool) -> Scores:
+        """See `FrozenWeights`."""
+        if single:
+            return score_frozen(self._kernels, self._head, states_MD, work, grad_MD)
+        coarse_VD = None if self.dtype == torch.float32 else self._head.head_VD
+        return score(self._model, states_MD, work, grad_MD, prompt_head_VD=coarse_VD)
