@@ -10,7 +10,7 @@ import torch
 
 from pretraining.shapes import SHAPES, random_llama
 from tests.training.rows import random_lora, random_rows
-from tunesmith.training import folded, gradients, native
+from tunesmith.training import frozen, gradients, native
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.gradients import Learner, Lesson
 from tunesmith.training.kernels import Eager, Kernels
@@ -109,7 +109,7 @@ def test_in_a_large_model_every_job_is_computed_alone(monkeypatch: pytest.Monkey
     monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 0)
     expected = _learn(lessons, torch.bfloat16, 1, Eager())
     monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 10_000)
-    monkeypatch.setattr(folded, "MOST_SHARED_WEIGHTS", 1_000)
+    monkeypatch.setattr(frozen, "MOST_SHARED_WEIGHTS", 1_000)
 
     found = _learn(lessons, torch.bfloat16, 1, Eager())
 

@@ -6,20 +6,20 @@
 // Legend: rows = sequences, D = width, H, K = query and key/value heads, d = head width, F = feed-forward width,
 // V = vocabulary, I, O = inputs and outputs of a product, R = rank, P = linear layers stacked in a product.
 
-#include <vector>
+#include <utility>
 
-#include "lanes.h"
+#include "../decoder/panels.h"
 
 extern "C" {
 
-struct Layer {
+struct Layer {  // weights as panels
     const float *attention_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *feed_norm, *gate_up, *down;
 };
 
 struct Model {
     int32_t width, layers, heads, kv_heads, head_width, feed_width, vocabulary, block_tokens;
     float epsilon;
-    const float *embedding, *norm, *head;
+    const float *embedding, *norm, *head;  // the head as panels
     const float *cosines, *sines;  // [positions, d / 2]
     const Layer *layer;
 };
@@ -52,61 +52,48 @@ void add_scaled(float *__restrict y, const float *__restrict x, float factor, in
     for (int i = 0; i < n; ++i) y[i] += factor * x[i];
 }
 
-float total(Lanes lanes) {
-    float sum = 0.0f;
-    for (int i = 0; i < LANES; ++i) sum += lanes[i];
-    return sum;
-}
-
-// OUTPUTS of ROWS at once: enough sums under way to keep the processor busy, each weight read once for all rows.
-template <int ROWS, int OUTPUTS>
-void tile(const float *weight, const float *x, float *y, int inputs, int outputs) {
-    Lanes sums[ROWS][OUTPUTS] = {};
-    int i = 0;
-    for (; i + LANES <= inputs; i += LANES) {
-        Lanes in[ROWS];
-        for (int row = 0; row < ROWS; ++row) in[row] = *reinterpret_cast<const Lanes *>(x + int64_t(row) * inputs + i);
-        for (int o = 0; o < OUTPUTS; ++o) {
-            const Lanes w = *reinterpret_cast<const Lanes *>(weight + int64_t(o) * inputs + i);
-            for (int row = 0; row < ROWS; ++row) sums[row][o] += w * in[row];
-        }
-    }
-    for (int row = 0; row < ROWS; ++row)
-        for (int o = 0; o < OUTPUTS; ++o) {
-            float rest = 0.0f;
-            for (int j = i; j < inputs; ++j) rest += weight[int64_t(o) * inputs + j] * x[int64_t(row) * inputs + j];
-            y[int64_t(row) * outputs + o] = total(sums[row][o]) + rest;
-        }
-}
-
-template <int OUTPUTS>
-void tiles(const float *weight, const float *x, float *y, int rows, int inputs, int outputs) {
-    for (; rows >= 4; rows -= 4, x += 4 * int64_t(inputs), y += 4 * int64_t(outputs))
-        tile<4, OUTPUTS>(weight, x, y, inputs, outputs);
-    if (rows == 3) tile<3, OUTPUTS>(weight, x, y, inputs, outputs);
-    if (rows == 2) tile<2, OUTPUTS>(weight, x, y, inputs, outputs);
-    if (rows == 1) tile<1, OUTPUTS>(weight, x, y, inputs, outputs);
-}
-
 // y = x weight^T + bias
 void product(const float *weight, const float *bias, const float *x, float *y, int rows, int inputs, int outputs) {
-    int o = 0;
-    for (; o + 4 <= outputs; o += 4) tiles<4>(weight + int64_t(o) * inputs, x, y + o, rows, inputs, outputs);
-    for (; o < outputs; ++o) tiles<1>(weight + int64_t(o) * inputs, x, y + o, rows, inputs, outputs);
+    if (rows == 1)
+        multiply_row(x, weight, inputs, outputs, y);
+    else
+        multiply(x, inputs, weight, inputs, outputs, y, outputs, rows);
     if (bias)
         for (int row = 0; row < rows; ++row) add_scaled(y + int64_t(row) * outputs, bias, 1.0f, outputs);
 }
 
-// y += x A B, B being block-diagonal: `parts` linear layers with `sizes` outputs side by side.
-void add_delta(const Factors &factors, int rank, const float *x, float *y, int inputs, int outputs, const int *sizes,
-               int parts, std::vector<float> &low) {
-    const int all = rank * parts;
-    low.assign(all, 0.0f);
-    for (int i = 0; i < inputs; ++i) add_scaled(low.data(), factors.a + int64_t(i) * all, x[i], all);
-    for (int part = 0, first = 0; part < parts; first += sizes[part++])
-        for (int r = part * rank; r < (part + 1) * rank; ++r)
-            add_scaled(y + first, factors.b + int64_t(r) * outputs + first, low[r], sizes[part]);
-}
+// What adapters add: y += x A B, for the rows of each, B being block-diagonal: `parts` linear layers with `sizes` outputs
+// side by side. What a row gets is the same to the bit, however many others have its adapter.
+struct Deltas {
+    std::vector<float> gathered, low, room;
+
+    void add(const Factors &factors, int rank, const std::vector<int> &rows, const float *x, float *y, int inputs,
+             int outputs, const int *sizes, int parts) {
+        const int all = rank * parts, n = int(rows.size());
+        low.assign(int64_t(n) * all, 0.0f);
+        if (n == 1)
+            return add_alone(factors, rank, x + int64_t(rows[0]) * inputs, y + int64_t(rows[0]) * outputs, inputs, outputs,
+                             sizes, parts);
+        gathered.resize(int64_t(n) * inputs);
+        for (int i = 0; i < n; ++i)
+            std::memcpy(gathered.data() + int64_t(i) * inputs, x + int64_t(rows[i]) * inputs, sizeof(float) * inputs);
+        add_product(gathered.data(), inputs, factors.a, all, inputs, all, n,
+                    [&](int64_t i) { return low.data() + i * all; }, room);
+        for (int part = 0, first = 0; part < parts; first += sizes[part++])
+            add_product(low.data() + part * rank, all, factors.b + int64_t(part) * rank * outputs + first, outputs, rank,
+                        sizes[part], n, [&](int64_t i) { return y + int64_t(rows[i]) * outputs + first; }, room);
+    }
+
+    // A row alone reads each factor from its beginning to its end.
+    void add_alone(const Factors &factors, int rank, const float *x, float *y, int inputs, int outputs, const int *sizes,
+                   int parts) {
+        const int all = rank * parts;
+        for (int i = 0; i < inputs; ++i) add_scaled(low.data(), factors.a + int64_t(i) * all, x[i], all);
+        for (int part = 0, first = 0; part < parts; first += sizes[part++])
+            for (int r = part * rank; r < (part + 1) * rank; ++r)
+                add_scaled(y + first, factors.b + int64_t(r) * outputs + first, low[r], sizes[part]);
+    }
+};
 
 void softmax(float *x, int n) {
     const float inverse = 1.0f / exponentials(x, n);
@@ -116,11 +103,21 @@ void softmax(float *x, int n) {
 struct Work {
     const Model &m;
     const Step &s;
-    std::vector<float> x, y, wide, out, scores, low;
+    std::vector<float> x, y, wide, out, scores;
+    std::vector<std::pair<const Adapter *, std::vector<int>>> tuned;  // each adapter, and its rows
+    Deltas deltas;
 
     Work(const Model &model, const Step &step)
         : m(model), s(step), x(step.rows * model.width), y(step.rows * widest()), wide(step.rows * widest()),
-          out(step.rows * model.width) {}
+          out(step.rows * model.width) {
+        for (int row = 0; row < s.rows; ++row) {
+            if (!s.adapters[row]) continue;
+            auto known = tuned.begin();
+            while (known != tuned.end() && known->first != s.adapters[row]) ++known;
+            if (known == tuned.end()) known = tuned.insert(known, {s.adapters[row], {}});
+            known->second.push_back(row);
+        }
+    }
 
     int widest() const {
         const int stacked = (m.heads + 2 * m.kv_heads) * m.head_width, fed = 2 * m.feed_width;
@@ -141,16 +138,14 @@ struct Work {
         }
     }
 
-    // The product of a site, from `from` to `to`, with each row's adapter.
+    // The product of a site, from `from` to `to`, with what adapters add.
     void site(int layer, int place, const float *weight, const float *bias, const float *from, float *to, int inputs,
               const int *sizes, int parts) {
         int outputs = 0;
         for (int part = 0; part < parts; ++part) outputs += sizes[part];
         product(weight, bias, from, to, s.rows, inputs, outputs);
-        for (int row = 0; row < s.rows; ++row)
-            if (const Adapter *adapter = s.adapters[row])
-                add_delta(adapter->sites[4 * layer + place], adapter->rank, from + int64_t(row) * inputs,
-                          to + int64_t(row) * outputs, inputs, outputs, sizes, parts, low);
+        for (const auto &[adapter, rows] : tuned)
+            deltas.add(adapter->sites[4 * layer + place], adapter->rank, rows, from, to, inputs, outputs, sizes, parts);
     }
 
     void normed(const float *gain) {

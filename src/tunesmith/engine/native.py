@@ -18,13 +18,13 @@ from torch import Tensor
 
 from tunesmith import compiled
 from tunesmith.adapters.stack import PackedAdapter
-from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama, rotation
+from tunesmith.decoder.panels import HEADERS
 from tunesmith.engine.blocks import BLOCK_TOKENS
 from tunesmith.engine.kvcache import KVCache, Span
+from tunesmith.engine.paneled import PaneledLlama
 
 SOURCE = Path(__file__).with_name("decode.cpp")
-INCLUDED = (SOURCE.with_name("lanes.h"),)
 MOST_ROWS = 64
 """Up to so many sequences this is faster than torch's step (benchmarks/decode.py)."""
 ROWS_A_THREAD = 2
@@ -78,8 +78,8 @@ class _Step(ctypes.Structure):
 class NativeStep:
     """Steps of one base. Keeps the weights and the adapters that it points to alive. For one thread."""
 
-    def __init__(self, library: ctypes.CDLL, weights: Llama, cache: KVCache) -> None:
-        """`covers(weights)`; `cache` is that of the base."""
+    def __init__(self, library: ctypes.CDLL, weights: Llama, panels: PaneledLlama, cache: KVCache) -> None:
+        """`covers(weights)`, which lie in `panels`; `cache` is that of the base."""
         self._run = library.tunesmith_decode
         self._run.argtypes, self._run.restype = (ctypes.POINTER(_Model), ctypes.POINTER(_Step)), None
         self._cache = cache
@@ -88,25 +88,13 @@ class NativeStep:
         config = weights.config
         positions = torch.arange(config.context_tokens + 1)
         turns = [x[:, 0, : config.head_width // 2].contiguous() for x in rotation(positions, config, torch.float32)]
-        layers = (_Layer * config.layers)(
-            *(
-                _Layer(*(_address(tensor) for tensor in parts))
-                for layer in weights.layers
-                for parts in [
-                    (
-                        layer.attention_norm_D,
-                        layer.qkv,
-                        layer.qkv_bias,
-                        layer.q_norm_d,
-                        layer.k_norm_d,
-                        layer.o,
-                        layer.feed_norm_D,
-                        layer.gate_up,
-                        layer.down,
-                    )
-                ]
-            )
-        )
+        layers = (_Layer * config.layers)()
+        for native, layer, sites in zip(layers, weights.layers, panels.layers, strict=True):
+            native.attention_norm, native.feed_norm = _address(layer.attention_norm_D), _address(layer.feed_norm_D)
+            native.q_norm, native.k_norm = _address(layer.q_norm_d), _address(layer.k_norm_d)
+            native.qkv_bias = _address(layer.qkv_bias)
+            for name, site in sites.items():
+                setattr(native, name, _address(site.data))
         self._model = _Model(
             width=config.width,
             layers=config.layers,
@@ -119,14 +107,14 @@ class NativeStep:
             epsilon=config.norm_epsilon,
             embedding=_address(weights.embedding_VD),
             norm=_address(weights.norm_D),
-            head=_address(weights.head_VD),
+            head=_address(panels.head.data),
             cosines=_address(turns[0]),
             sines=_address(turns[1]),
             layer=layers,
         )
         self._layers = config.layers
         self._width, self._vocabulary = config.width, config.vocabulary_size
-        self._kept = (weights, turns, layers)
+        self._kept = (weights, panels, turns, layers)
 
     def __call__(
         self, token_ids: Sequence[int], spans: Sequence[Span], adapters: Sequence[PackedAdapter | None]
@@ -182,12 +170,9 @@ class NativeStep:
         return known[0]
 
 
-def native_step(weights: Decoder, cache: KVCache) -> NativeStep | None:
-    """What does the steps of a base; None where nothing here can."""
-    if not isinstance(weights, Llama) or not covers(weights):
-        return None
-    library = compiled.load(SOURCE, *INCLUDED)
-    return None if library is None else NativeStep(library, weights, cache)
+def library() -> ctypes.CDLL | None:
+    """What is compiled here; None without a compiler."""
+    return compiled.load(SOURCE, *HEADERS)
 
 
 def covers(weights: Llama) -> bool:

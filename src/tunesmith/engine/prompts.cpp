@@ -1,12 +1,10 @@
-// What stands between the products of a step with prompts in fp32: norms, angles, attention over the paged cache, gates.
-// The products themselves are torch's, which nothing here would be faster than. engine/prompts.py calls this.
+// What a step with prompts in fp32 is made of: products by panels, and what stands between them: norms, angles, attention
+// over the paged cache, gates. engine/prompts.py calls this.
 //
 // Legend: N = tokens, D = width, H, K = query and key/value heads, G = H / K, d = head width, F = feed-forward width,
 // P = positions of a block of the cache.
 
-#include <vector>
-
-#include "lanes.h"
+#include "../decoder/panels.h"
 
 extern "C" {
 
@@ -31,8 +29,9 @@ struct Attention {
 
 namespace {
 
-constexpr int POSITIONS = 32;  // of a block of the cache: two vectors
-constexpr int ROWS = 6;        // queries at once: enough sums under way to keep the processor busy
+constexpr int POSITIONS = 32;               // of a block of the cache
+constexpr int VECTORS = POSITIONS / LANES;  // of its positions, and of what is mixed at once
+constexpr int ROWS = 12 / VECTORS;          // queries at once: so many sums are under way beside what is multiplied
 
 // Attention of one head of keys and values in one span.
 struct Head {
@@ -79,18 +78,16 @@ struct Head {
         const int64_t length = blocks * POSITIONS;
         const int64_t seen_blocks = (span.position + (row + N - 1) / group) / POSITIONS + 1;
         for (int64_t block = 0; block < seen_blocks; ++block) {
-            Lanes sums[N][2] = {};
+            Lanes sums[N][VECTORS] = {};
             const float *key = turned.data() + block * d * POSITIONS;
             for (int i = 0; i < d; ++i, key += POSITIONS)
                 for (int n = 0; n < N; ++n) {
                     const float x = query(row + n)[i];
-                    sums[n][0] += x * read(key);
-                    sums[n][1] += x * read(key + LANES);
+                    for (int j = 0; j < VECTORS; ++j) sums[n][j] += x * read(key + j * LANES);
                 }
-            for (int n = 0; n < N; ++n) {
-                write(scores.data() + n * length + block * POSITIONS, sums[n][0]);
-                write(scores.data() + n * length + block * POSITIONS + LANES, sums[n][1]);
-            }
+            for (int n = 0; n < N; ++n)
+                for (int j = 0; j < VECTORS; ++j)
+                    write(scores.data() + n * length + block * POSITIONS + j * LANES, sums[n][j]);
         }
         float inverse[N];
         for (int n = 0; n < N; ++n) {
@@ -100,7 +97,7 @@ struct Head {
             std::memset(weights + seen, 0, sizeof(float) * (seen_blocks * POSITIONS - seen));
         }
         int i = 0;
-        for (; i + 2 * LANES <= d; i += 2 * LANES) mix<N, 2>(row, i, seen_blocks, inverse);
+        for (; i + POSITIONS <= d; i += POSITIONS) mix<N, VECTORS>(row, i, seen_blocks, inverse);
         for (; i + LANES <= d; i += LANES) mix<N, 1>(row, i, seen_blocks, inverse);
         for (; i < d; ++i)
             for (int n = 0; n < N; ++n) {

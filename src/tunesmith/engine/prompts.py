@@ -1,4 +1,4 @@
-"""Steps with prompts in fp32, on the processor: torch's products, and compiled code between them (`prompts.cpp`).
+"""Steps with prompts in fp32, on the processor, by compiled code: its products, and what is between (`prompts.cpp`).
 
 Legend: N = tokens, D = model width, H, K = query and key/value heads, d = head width, F = feed-forward width.
 """
@@ -18,14 +18,13 @@ from torch import Tensor
 from tunesmith import compiled
 from tunesmith.adapters.lora import Site
 from tunesmith.adapters.stack import Mixture
-from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama, rotation
+from tunesmith.decoder.panels import HEADERS, declare
 from tunesmith.engine.blocks import BLOCK_TOKENS
 from tunesmith.engine.kvcache import KVCache, Span
-from tunesmith.engine.native import covers
+from tunesmith.engine.paneled import PaneledLlama
 
 SOURCE = Path(__file__).with_name("prompts.cpp")
-INCLUDED = (SOURCE.with_name("lanes.h"),)
 _Floats, _Count, _Size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -60,8 +59,8 @@ class _Room(NamedTuple):
 class PromptStep:
     """Steps of one base. For one thread."""
 
-    def __init__(self, library: ctypes.CDLL, weights: Llama, cache: KVCache) -> None:
-        """`native.covers(weights)`; `cache` is that of the base."""
+    def __init__(self, library: ctypes.CDLL, weights: Llama, panels: PaneledLlama, cache: KVCache) -> None:
+        """`native.covers(weights)`, which lie in `panels`; `cache` is that of the base."""
         self._attend, self._norm, self._gate = (
             getattr(library, f"tunesmith_{name}") for name in ("attend", "norm", "gate")
         )
@@ -69,7 +68,7 @@ class PromptStep:
         self._norm.argtypes = (_Floats, _Floats, _Floats, ctypes.c_float, _Size, _Count, _Floats)
         self._gate.argtypes = (_Floats, _Size, _Count, _Floats)
         self._attend.restype = self._norm.restype = self._gate.restype = None
-        self._weights, self._cache = weights, cache
+        self._weights, self._panels, self._cache = weights, panels, cache
         self._room = _Room(*[torch.empty(0)] * 5)
         config = weights.config
         positions = torch.arange(config.context_tokens + 1)
@@ -94,7 +93,9 @@ class PromptStep:
         y_ND = torch.empty_like(x_ND)
         for index, layer in enumerate(weights.layers):
             self._normalise(x_ND, added_ND, layer.attention_norm_D, y_ND)
-            qkv = _product(y_ND, layer.qkv, layer.qkv_bias, adapters, index, "qkv", room.qkv[:n_tokens])
+            qkv = self._product(y_ND, adapters, index, "qkv", room.qkv[:n_tokens])
+            if layer.qkv_bias is not None:
+                qkv.add_(layer.qkv_bias)
             mixed = room.mixed[:n_tokens]
             attention = _Attention(
                 heads=config.heads,
@@ -114,14 +115,20 @@ class PromptStep:
                 mixed=_address(mixed),
             )
             self._by_heads(attention)
-            added_ND = _product(mixed, layer.o, None, adapters, index, "o", room.added_ND[:n_tokens])
+            added_ND = self._product(mixed, adapters, index, "o", room.added_ND[:n_tokens])
             self._normalise(x_ND, added_ND, layer.feed_norm_D, y_ND)
-            gate_up = _product(y_ND, layer.gate_up, None, adapters, index, "gate_up", room.gate_up[:n_tokens])
+            gate_up = self._product(y_ND, adapters, index, "gate_up", room.gate_up[:n_tokens])
             product_NF = room.product_NF[:n_tokens]
             self._gate(gate_up.data_ptr(), n_tokens, config.feed_forward_width, product_NF.data_ptr())
-            added_ND = _product(product_NF, layer.down, None, adapters, index, "down", added_ND)
+            added_ND = self._product(product_NF, adapters, index, "down", added_ND)
         self._normalise(x_ND, added_ND, weights.norm_D, y_ND)
         return y_ND
+
+    def _product(self, x: Tensor, adapters: Mixture | None, layer: int, site: Site, into: Tensor) -> Tensor:
+        product = self._panels.product(x, self._panels.layers[layer][site], into)
+        if adapters is not None:
+            adapters.add(layer, site, x, product)
+        return product
 
     def _room_for(self, n_tokens: int) -> _Room:
         if n_tokens > len(self._room.qkv):
@@ -147,21 +154,10 @@ class PromptStep:
             list(self._threads.map(lambda part: self._attend(attention, ends[part], ends[part + 1]), range(parts)))
 
 
-def prompt_step(weights: Decoder, cache: KVCache) -> PromptStep | None:
-    """What does the steps with prompts of a base; None where nothing here can."""
-    if not isinstance(weights, Llama) or not covers(weights):
-        return None
-    library = compiled.load(SOURCE, *INCLUDED)
-    return None if library is None else PromptStep(library, weights, cache)
-
-
-def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Mixture | None, layer: int, site: Site, into: Tensor
-) -> Tensor:
-    product = torch.mm(x, weight.T, out=into) if bias is None else torch.addmm(bias, x, weight.T, out=into)
-    if adapters is not None:
-        adapters.add(layer, site, x, product)
-    return product
+def library() -> ctypes.CDLL | None:
+    """What is compiled here, panels with it; None without a compiler."""
+    found = compiled.load(SOURCE, *HEADERS)
+    return None if found is None else declare(found)
 
 
 def _address(tensor: Tensor | None) -> int | None:

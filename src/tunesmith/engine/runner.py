@@ -23,14 +23,15 @@ from tunesmith.adapters.stack import AdapterStacks, Mixture, PackedAdapter
 from tunesmith.decoder import loading
 from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama
-from tunesmith.engine import sampling, scheduler, tiled
+from tunesmith.engine import native, prompts, sampling, scheduler, tiled
 from tunesmith.engine.base import FinishReason, GenerateRequest, PromptScored, SampledToken, TokenScore
 from tunesmith.engine.blocks import BLOCK_TOKENS, BlockPool
 from tunesmith.engine.handles import handle_of
 from tunesmith.engine.kvcache import KVCache
 from tunesmith.engine.messages import Ended, Event, Produced
-from tunesmith.engine.native import MOST_ROWS, NativeStep, native_step
-from tunesmith.engine.prompts import PromptStep, prompt_step
+from tunesmith.engine.native import MOST_ROWS, NativeStep
+from tunesmith.engine.paneled import PaneledLlama
+from tunesmith.engine.prompts import PromptStep
 from tunesmith.engine.scheduler import Chunk, Scheduler
 from tunesmith.engine.tiled import TiledAdapter, TiledStep
 from tunesmith.rundir import holds_all_weights
@@ -55,13 +56,16 @@ class LoadedBase:
         self.cache = cache
         self.stacks = AdapterStacks()
         self.tiled: TiledStep | None = None
+        self.panels: PaneledLlama | None = None
         self.native: NativeStep | None = None
         self.prompts: PromptStep | None = None
         if cache.dtype == torch.bfloat16 and isinstance(weights, Llama) and tiled.covers(weights):
             self.tiled = TiledStep(weights, cache, eight=eight)
-        else:
-            self.native = native_step(weights, cache)
-            self.prompts = prompt_step(weights, cache)
+        elif isinstance(weights, Llama) and native.covers(weights) and (library := prompts.library()) is not None:
+            self.panels = PaneledLlama(library, weights)
+            self.prompts = PromptStep(library, weights, self.panels, cache)
+            if (decode := native.library()) is not None:
+                self.native = NativeStep(decode, weights, self.panels, cache)
 
     @classmethod
     def load(
@@ -101,7 +105,7 @@ class LoadedBase:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """[B, V] of states after the last norm."""
-        return self.weights.logits(hidden_BD) if self.tiled is None else self.tiled.logits(hidden_BD)
+        return (self.tiled or self.panels or self.weights).logits(hidden_BD)
 
 
 def _read(folder: Path, dtype: torch.dtype, device: str) -> tuple[Decoder, torch.dtype]:

@@ -24,14 +24,11 @@ from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama, rotation
 from tunesmith.training.attention import Attended, attend
 from tunesmith.training.factors import TrainableLora
+from tunesmith.training.frozen import FrozenWeights, Sites
 from tunesmith.training.kernels import Heads, Kernels, RowGroup, Turn
-from tunesmith.training.loss import Scores, score, score_frozen
+from tunesmith.training.loss import Scores
 from tunesmith.training.passes import Pass, Piece
-from tunesmith.training.sites import Part, SharedSite, SingleSite, Site
-
-MOST_SHARED_WEIGHTS = 64_000_000
-"""Larger models compute every job alone: there one thread would be too slow for a pass, and with several the last
-digits of a job would depend on the jobs beside it."""
+from tunesmith.training.sites import Part
 
 
 def product_dtype(precision: str) -> torch.dtype:
@@ -64,51 +61,28 @@ class _Saved:
     """What each site keeps for itself."""
 
 
-_Sites = dict[SiteName, Site]
-
-
 class FoldedLlama:
     """A model's weights, laid out for training steps. Threads may share it."""
 
-    def __init__(self, model: Llama, site_outputs: Sequence[list[int]], dtype: torch.dtype, kernels: Kernels) -> None:
-        """`covers(model)`; products are computed in `dtype`, everything between them that adds up in fp32.
-
-        `site_outputs` are the outputs of each linear layer of each site (`TrainableLora.site_outputs`).
-        """
-        self._model, self._dtype, self._kernels = model, dtype, kernels
-        self._head_VD = model.head_VD.to(dtype)
-        self.shares = sum(weight.numel() for weight in model.parameters()) <= MOST_SHARED_WEIGHTS
-        """Whether a pass may hold pieces of several jobs."""
+    def __init__(self, model: Llama, weights: FrozenWeights, kernels: Kernels) -> None:
+        """`covers(model)`, whose weights `weights` has; everything between products that adds up does so in fp32."""
+        self._model, self._weights, self._kernels = model, weights, kernels
         self._heads = Heads(model.config.heads, model.config.kv_heads, model.config.head_width)
-        outputs = iter(site_outputs)
-        self._shared: list[dict[SiteName, SharedSite]] = []
-        for layer in model.layers:
-            gains = {"qkv": layer.attention_norm_D, "gate_up": layer.feed_norm_D}
-            weights = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
-            self._shared.append(
-                {
-                    site: SharedSite.over(weight, gains.get(site), next(outputs), dtype)
-                    for site, weight in weights.items()
-                }
-            )
-        self._single: list[dict[SiteName, SingleSite]] = [
-            {name: SingleSite(site) for name, site in layer.items()} for layer in self._shared
-        ]
+
+    @property
+    def shares(self) -> bool:
+        """Whether a pass may hold pieces of several jobs."""
+        return self._weights.shares
 
     def take(self, factors: TrainableLora, *, single: bool) -> None:
-        """The factors of a job as they are now, for the passes of a step: with `single` passes of that job alone."""
-        if not single:
-            return
-        pairs, _ = factors.pairs(factors.flat)
-        sites = [site for layer in self._single for site in layer.values()]
-        for site, pair in zip(sites, pairs, strict=True):
-            site.take(pair, factors.lora.scale)
+        """See `FrozenWeights`."""
+        self._weights.take(factors, single=single)
 
     @torch.no_grad()
     def learn(self, pieces: Sequence[Piece], *, single: bool) -> tuple[Pass, Scores]:
         """A pass over `pieces`: adds its gradient to their views. With `single` all are of the job taken last."""
-        work = Pass.of(pieces)
-        layers: Sequence[_Sites] = self._single if single else self._shared  # type: ignore[assignment]
+        work = Pass.of(pieces, grid=self._weights.grid)
+        layers = self._weights.layers(single=single)
         kernels, groups = self._kernels, work.groups()
         turn = self._turn(max(group.cells for group in groups))
         x_ND, low = self._embed(work)
@@ -123,21 +97,15 @@ class FoldedLlama:
 
         states_MD = hidden_ND[work.predicting_M] * self._model.norm_D
         grad_MD = torch.empty_like(states_MD)
-        scores = self._score(work, states_MD, grad_MD, single=single)
+        scores = self._weights.score(states_MD, work, grad_MD, single=single)
 
         grad_ND = torch.zeros_like(x_ND).index_copy_(0, work.predicting_M, grad_MD.mul_(self._model.norm_D))
         of_hidden_ND, grad_ND = grad_ND, torch.zeros_like(x_ND)
-        rounded_ND = kernels.norm_backward(of_hidden_ND, hidden_ND, inverse_N, grad_ND).to(self._dtype)
+        rounded_ND = kernels.norm_backward(of_hidden_ND, hidden_ND, inverse_N, grad_ND).to(self._weights.dtype)
         for index in reversed(range(len(layers))):
             rounded_ND = self._backward(layers[index], index, saved.pop(), grad_ND, rounded_ND, work)
         self._embed_backward(work, low, grad_ND)
         return work, scores
-
-    def _score(self, work: Pass, states_MD: Tensor, grad_MD: Tensor, *, single: bool) -> Scores:
-        if single:
-            return score_frozen(self._kernels, self._head_VD, states_MD, work, grad_MD)
-        coarse_VD = None if self._dtype == torch.float32 else self._head_VD
-        return score(self._model, states_MD, work, grad_MD, prompt_head_VD=coarse_VD)
 
     def _embed(self, work: Pass) -> tuple[Tensor, list[Tensor | None]]:
         """And the low-rank inputs of each piece."""
@@ -170,7 +138,7 @@ class FoldedLlama:
 
     def _forward(
         self,
-        layer: _Sites,
+        layer: Sites,
         index: int,
         x_ND: Tensor,
         added_ND: Tensor | None,
@@ -181,7 +149,7 @@ class FoldedLlama:
         """Adds `added_ND` to `x_ND`; returns what is to be added next."""
         kernels, heads, epsilon = self._kernels, self._heads, self._model.config.norm_epsilon
         parts, kept = _parts(work, index), {}
-        normed_ND, inverse_N = kernels.norm(x_ND, added_ND, epsilon, self._dtype)
+        normed_ND, inverse_N = kernels.norm(x_ND, added_ND, epsilon, self._weights.dtype)
         qkv, kept["qkv"] = layer["qkv"].forward(normed_ND, parts["qkv"])
         bias = self._model.layers[index].qkv_bias
         if bias is not None:
@@ -190,20 +158,20 @@ class FoldedLlama:
         attended = [attend(kernels, qkv, group, turn, heads, attention_N) for group in groups]
         out_ND, kept["o"] = layer["o"].forward(attention_N, parts["o"])
 
-        feed_normed_ND, feed_inverse_N = kernels.norm(x_ND, out_ND, epsilon, self._dtype)
+        feed_normed_ND, feed_inverse_N = kernels.norm(x_ND, out_ND, epsilon, self._weights.dtype)
         gate_up, kept["gate_up"] = layer["gate_up"].forward(feed_normed_ND, parts["gate_up"])
         out_ND, kept["down"] = layer["down"].forward(kernels.swiglu(gate_up), parts["down"])
         saved = _Saved(normed_ND, inverse_N, attended, attention_N, feed_normed_ND, feed_inverse_N, gate_up, kept)
         return out_ND, saved
 
     def _backward(
-        self, layer: _Sites, index: int, saved: _Saved, grad_ND: Tensor, rounded_ND: Tensor, work: Pass
+        self, layer: Sites, index: int, saved: _Saved, grad_ND: Tensor, rounded_ND: Tensor, work: Pass
     ) -> Tensor:
         """Turns `grad_ND` from the gradient of the layer's output into that of its input.
 
         `rounded_ND` is the same in the dtype of the products, before; what is returned, after.
         """
-        kernels, kept, parts = self._kernels, saved.sites, _parts(work, index)
+        kernels, heads, kept, parts = self._kernels, self._heads, saved.sites, _parts(work, index)
         product_NF = kernels.swiglu(saved.gate_up)  # computed again: faster than to bring it from memory
         grad_NF = layer["down"].backward(rounded_ND, product_NF, kept["down"], parts["down"])
         grad_gate_up = kernels.swiglu_backward(saved.gate_up, grad_NF)
@@ -211,8 +179,7 @@ class FoldedLlama:
         rounded_ND = kernels.norm_backward(grad_normed, saved.feed_normed_ND, saved.feed_inverse_N, grad_ND)
 
         grad_N = layer["o"].backward(rounded_ND, saved.attention_N, kept["o"], parts["o"])
-        outputs = sum(self._shared[index]["qkv"].outputs)
-        grad_qkv = grad_N.new_zeros(len(grad_N), outputs)
+        grad_qkv = grad_N.new_zeros(len(grad_N), (heads.queries + 2 * heads.keys) * heads.width)
         for attended in saved.attended:
             attended.backward(grad_N, grad_qkv)
         grad_normed = layer["qkv"].backward(grad_qkv, saved.normed_ND, kept["qkv"], parts["qkv"])

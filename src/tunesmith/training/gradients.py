@@ -15,15 +15,18 @@ from functools import partial
 import torch
 
 from tunesmith.decoder.base import Decoder
-from tunesmith.training import step
+from tunesmith.decoder.llama import Llama
+from tunesmith.training import panels, step
 from tunesmith.training.batches import Row
 from tunesmith.training.factors import FactorView, TrainableLora
 from tunesmith.training.folded import FoldedLlama, covers
+from tunesmith.training.frozen import FrozenWeights, PlainWeights
 from tunesmith.training.kernels import Kernels
 from tunesmith.training.loss import Scores, score
 from tunesmith.training.metrics import Tally
 from tunesmith.training.native import available
 from tunesmith.training.packing import MICRO_BATCH_TOKENS, MicroBatch, micro_batches
+from tunesmith.training.panels import PanelWeights
 from tunesmith.training.passes import Pass, Piece
 from tunesmith.training.step import CompiledLlama
 from tunesmith.training.workers import Workers, deal
@@ -86,7 +89,9 @@ class Learner:
             if kernels is None and dtype == torch.bfloat16 and step.covers(model):
                 self._by_hand = CompiledLlama(model)
             else:
-                self._by_hand = FoldedLlama(model, site_outputs, dtype, kernels or available())
+                chosen = kernels or available()
+                weights = _laid_out(model, site_outputs, dtype, chosen, compiled=kernels is None)
+                self._by_hand = FoldedLlama(model, weights, chosen)
         by_autograd = self._by_hand is None and dtype != torch.float32
         self._prompt_head_VD = model.head_VD.to(dtype) if by_autograd else None
         self._workers = workers
@@ -166,6 +171,15 @@ class Learner:
             gradient_ND = torch.zeros_like(hidden_ND).index_copy_(0, batch.predicting_M, gradient_MD.mul_(share))
         hidden_ND.backward(gradient_ND)
         return scores
+
+
+def _laid_out(
+    model: Llama, site_outputs: Sequence[list[int]], dtype: torch.dtype, kernels: Kernels, *, compiled: bool
+) -> FrozenWeights:
+    library = panels.library() if compiled and dtype == torch.float32 else None
+    if library is None:
+        return PlainWeights(model, site_outputs, dtype, kernels)
+    return PanelWeights(library, model, kernels)
 
 
 def _passes(shares: Sequence[_Share], max_tokens: int) -> Iterator[list[Piece]]:

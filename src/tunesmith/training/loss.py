@@ -90,20 +90,51 @@ def score(
     return scores
 
 
-def score_frozen(kernels: Kernels, head_VD: Tensor, hidden_MD: Tensor, batch: Weighed, gradient_MD: Tensor) -> Scores:
-    """As `score` with a gradient, all in the dtype of `head_VD`.
+class Head(Protocol):
+    """A frozen head, for products in the dtype that it has them in."""
 
-    It is faster, but what is said of a position may depend in its last digits on how many others there are.
-    """
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+
+    def logits(self, states_MD: Tensor) -> Tensor:
+        """[M, V]."""
+
+    def back(self, grad_MV: Tensor) -> Tensor:
+        """The gradient of the states [M, D], from that of the logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainHead:
+    """Products of torch. What they give a position may depend in its last digits on how many others there are."""
+
+    head_VD: Tensor
+
+    @property
+    def vocabulary(self) -> int:
+        """See `Head`."""
+        return len(self.head_VD)
+
+    def logits(self, states_MD: Tensor) -> Tensor:
+        """See `Head`."""
+        return states_MD.to(self.head_VD.dtype) @ self.head_VD.T
+
+    def back(self, grad_MV: Tensor) -> Tensor:
+        """See `Head`."""
+        return grad_MV @ self.head_VD
+
+
+def score_frozen(kernels: Kernels, head: Head, hidden_MD: Tensor, batch: Weighed, gradient_MD: Tensor) -> Scores:
+    """As `score` with a gradient, faster, all by the products of `head`."""
     scores = Scores(torch.empty(len(hidden_MD)), torch.empty(len(hidden_MD), dtype=torch.bool))
-    size = max(1, _CHUNK_LOGITS // len(head_VD))
+    size = max(1, _CHUNK_LOGITS // head.vocabulary)
     for start in range(0, len(hidden_MD), size):
         chunk = slice(start, start + size)
-        logits_mV = hidden_MD[chunk].to(head_VD.dtype) @ head_VD.T
+        logits_mV = head.logits(hidden_MD[chunk])
         scores.nll_M[chunk], scores.right_M[chunk] = kernels.loss(
             logits_mV, batch.target_M[chunk], batch.weight_M[chunk]
         )
-        gradient_MD[chunk] = logits_mV @ head_VD  # no longer logits: their gradient
+        gradient_MD[chunk] = head.back(logits_mV)  # no longer logits: their gradient
     return scores
 
 

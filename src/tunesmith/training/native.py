@@ -50,13 +50,13 @@ def available() -> Kernels:
 def confirm(record: Path) -> None:
     """Writes to `record` which kernels a run begins with. Raises KernelsChanged where it began with others."""
     found = library()
-    kind = "eager" if found is None else "tiles" if packed.library(SOURCE, *INCLUDED) else "native"
+    kind = "eager" if found is None else "tiles" if packed.library(SOURCE, *INCLUDED) else "panels"
     if not record.exists():
         write_bytes(record, kind.encode())
     elif (known := record.read_text()) != kind:
         raise KernelsChanged(
             f"{record}: this run began with {known} kernels, and here are {kind} ones: a C++ compiler was removed or "
-            "added, or this is another processor; put that back, or fine-tune again"
+            "added, this is another processor, or tunesmith was updated; put that back, or fine-tune again"
         )
 
 
