@@ -31,7 +31,15 @@ from benchmarks.training.shapes import MODELS, ROWS, Shape, read_tokens, useful_
 from tunesmith.runs.local import trainer_environment
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ("TRL defaults", "TRL fp32", "TRL bf16 packing", "TRL bf16 by length", "HF fp32", "HF bf16 by length")
+SETTINGS = (
+    "TRL defaults",
+    "TRL fp32",
+    "TRL bf16 packing",
+    "TRL bf16 by length",
+    "HF fp32",
+    "HF fp32 by length",
+    "HF bf16 by length",
+)
 """`peers.SETTINGS` in the order in which they are tried; that module does not load without the peers."""
 FINALISTS = 2
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
@@ -148,12 +156,10 @@ def _measure(
     task = {"base": str(base), "tokens": str(tokens), "batch": shape.batch, "threads": options.threads}
     task["budget_s"] = options.budget_s
     mine = {**task, "task": "train", "text": str(text), "precision": options.precision}
+    how = {"threads": options.threads, "precision": options.precision}
     settings: Sequence[str] = options.setting or SETTINGS
     for number in range(options.rounds):
-        rates = [
-            _checked(ours.perform({"task": "gemm", "size": size, "budget_s": 0.3, "threads": options.threads}))
-            for size in GEMM_SIZES
-        ]
+        rates = [_checked(ours.perform({"task": "gemm", "size": size, "budget_s": 0.3, **how})) for size in GEMM_SIZES]
         gemm.append(max(float(rate["gflops_per_cpu_s"]) for rate in rates))
         cell.ours.append(_checked(ours.perform(mine)))
         for setting in settings:

@@ -44,6 +44,7 @@ from tunesmith.decoder import llama
 from tunesmith.rundir import ResolvedHyperparameters, RunDir, RunSpec
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training.batches import Schedule, encode_rows, generator
+from tunesmith.training.folded import product_dtype
 from tunesmith.training.loop import train
 
 SEED = 1
@@ -146,10 +147,10 @@ def _spec(base: str, batch: int, threads: int, precision: Any) -> RunSpec:
     )
 
 
-def gemm(size: int, budget_s: float, threads: int) -> Result:
-    """Rate of a square bf16 product, per second of one thread."""
+def gemm(size: int, budget_s: float, threads: int, precision: str) -> Result:
+    """Rate of a square product in the dtype that a step of this precision has, per second of one thread."""
     torch.set_num_threads(threads)
-    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=product_dtype(precision)) for _ in range(2))
     torch.mm(a, b)
     began, n = time.process_time(), 0
     while time.process_time() - began < budget_s:

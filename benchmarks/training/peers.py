@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train_sampling_strategy": "group_by_length",
     },
     "HF fp32": {"bf16": False},
+    "HF fp32 by length": {"bf16": False, "train_sampling_strategy": "group_by_length"},
     "HF bf16 by length": {"bf16": True, "train_sampling_strategy": "group_by_length"},
 }
 """Options beyond the defaults. TRL's are bf16 autocast with gradient checkpointing."""
