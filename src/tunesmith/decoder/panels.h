@@ -49,8 +49,8 @@ struct Block {
         for (int i = 0; i < ROWS; ++i) sums[i][0] = sums[i][1] = Lanes{};
     }
 
-    // Adds ROWS rows of `a`, whose elements lie `a_row` and `a_deep` apart, times `depth` rows of `b`. A function of its
-    // own: where it is used there are more things at hand than registers, and here there are to be none but these.
+    // Adds ROWS rows of `a`, whose elements lie `a_row` and `a_deep` apart, times `depth` rows of `b`. A function of
+    // its own: where it is used there are more things at hand than registers, and here there are to be none but these.
     __attribute__((noinline)) void add(const float *a, int64_t a_row, int64_t a_deep, const float *b, int64_t b_deep,
                                        int64_t depth) {
         Block now = *this;
@@ -105,7 +105,7 @@ inline void by_blocks(int64_t end, int64_t first, Work work) {
         Block<ROWS> block;
         work(block, first);
     }
-    if constexpr (ROWS > 1) by_blocks<ROWS - 1>(end, first, work);
+    if constexpr (ROWS > 1) by_blocks<(ROWS > 6 ? 6 : ROWS - 1)>(end, first, work);  // each kind has to be compiled
 }
 
 // Part by part of `depth`, as deep as stays in the nearest cache: work(first, deep).
@@ -156,8 +156,8 @@ inline void multiply(const float *x, int64_t x_row, const float *panels, int64_t
              [](auto &, int64_t, int64_t, int64_t) {});
 }
 
-// Adds x [rows, depth] times b [depth, columns], which is as it is, to rows of y: row(i) is where the i-th lies. `room`: for
-// columns that fill no panel.
+// Adds x [rows, depth] times b [depth, columns], which is as it is, to rows of y: row(i) is where the i-th lies.
+// `room`: for columns that fill no panel.
 template <typename Row>
 inline void add_product(const float *x, int64_t x_row, const float *b, int64_t b_deep, int64_t depth, int64_t columns,
                         int64_t rows, Row row, std::vector<float> &room) {
@@ -166,7 +166,8 @@ inline void add_product(const float *x, int64_t x_row, const float *b, int64_t b
         const float *panel = b + column;
         if (real < WIDE) {
             room.assign(depth * WIDE, 0.0f);
-            for (int64_t d = 0; d < depth; ++d) std::memcpy(room.data() + d * WIDE, panel + d * b_deep, sizeof(float) * real);
+            for (int64_t d = 0; d < depth; ++d)
+                std::memcpy(room.data() + d * WIDE, panel + d * b_deep, sizeof(float) * real);
             panel = room.data();
         }
         by_blocks(rows, 0, [&](auto &block, int64_t first) {
@@ -205,7 +206,8 @@ extern "C" {
 
 int64_t tunesmith_panels_size(int64_t columns, int64_t depth) { return panels_size(columns, depth); }
 
-// A matrix [outputs, inputs], times `gain` [inputs] where given, for products inputs -> outputs and back, where asked for.
+// A matrix [outputs, inputs], times `gain` [inputs] where given, for products inputs -> outputs and back, where asked
+// for.
 void tunesmith_pack_panels(const float *weight, int64_t outputs, int64_t inputs, const float *gain, float *forward,
                            float *backward) {
     if (forward) pack({weight, 1, inputs, gain}, outputs, inputs, forward);

@@ -48,6 +48,14 @@ struct Step {
 
 namespace {
 
+float total(Lanes x) {
+    float lanes[LANES];
+    write(lanes, x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[half + i];
+    return lanes[0];
+}
+
 void add_scaled(float *__restrict y, const float *__restrict x, float factor, int n) {
     for (int i = 0; i < n; ++i) y[i] += factor * x[i];
 }
@@ -94,6 +102,42 @@ struct Deltas {
                 add_scaled(y + first, factors.b + int64_t(r) * outputs + first, low[r], sizes[part]);
     }
 };
+
+// scores[i] = scale q . keys[i], for n keys [n, d], four at a time.
+void score(const float *q, const float *keys, int n, int d, float scale, float *scores) {
+    const int whole = d / LANES * LANES;
+    int i = 0;
+    for (; i + 4 <= n; i += 4, keys += 4 * d) {
+        Lanes sums[4] = {};
+        for (int j = 0; j < whole; j += LANES)
+            for (int k = 0; k < 4; ++k) sums[k] += read(q + j) * read(keys + k * d + j);
+        for (int k = 0; k < 4; ++k)
+            scores[i + k] = scale * (total(sums[k]) + dot(q + whole, keys + k * d + whole, d - whole));
+    }
+    for (; i < n; ++i, keys += d) {
+        Lanes sum{};
+        for (int j = 0; j < whole; j += LANES) sum += read(q + j) * read(keys + j);
+        scores[i] = scale * (total(sum) + dot(q + whole, keys + whole, d - whole));
+    }
+}
+
+// Adds weights [n] times values [n, d] to mixed [d], VECTORS vectors of which stay in registers.
+template <int VECTORS>
+void mix(const float *weights, const float *values, int n, int d, float *mixed) {
+    Lanes sums[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) sums[v] = read(mixed + v * LANES);
+    for (int i = 0; i < n; ++i, values += d)
+        for (int v = 0; v < VECTORS; ++v) sums[v] += weights[i] * read(values + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) write(mixed + v * LANES, sums[v]);
+}
+
+void add_mixed(const float *weights, const float *values, int n, int d, float *mixed) {
+    int at = 0;
+    for (; at + 4 * LANES <= d; at += 4 * LANES) mix<4>(weights, values + at, n, d, mixed + at);
+    for (; at + LANES <= d; at += LANES) mix<1>(weights, values + at, n, d, mixed + at);
+    for (int i = 0; i < n; ++i)
+        for (int j = at; j < d; ++j) mixed[j] += weights[i] * values[i * d + j];
+}
 
 void softmax(float *x, int n) {
     const float inverse = 1.0f / exponentials(x, n);
@@ -183,14 +227,14 @@ struct Work {
             for (int first = 0; first <= place; first += size) {
                 const float *keys = s.keys[layer] + start(first);
                 const int last = place + 1 - first < size ? place + 1 - first : size;
-                for (int i = 0; i < last; ++i) scores[first + i] = scale * dot(q, keys + i * d, d);
+                score(q, keys, last, d, scale, scores.data() + first);
             }
             softmax(scores.data(), place + 1);
             for (int i = 0; i < d; ++i) mixed[i] = 0.0f;
             for (int first = 0; first <= place; first += size) {
                 const float *values = s.values[layer] + start(first);
                 const int last = place + 1 - first < size ? place + 1 - first : size;
-                for (int i = 0; i < last; ++i) add_scaled(mixed, values + i * d, scores[first + i], d);
+                add_mixed(scores.data() + first, values, last, d, mixed);
             }
         }
     }

@@ -127,7 +127,8 @@ int64_t tunesmith_low_width(const Site *site, int64_t rank) { return low_width(*
 int64_t tunesmith_site_factors_size(const Site *site, int64_t rank) { return Places(*site, rank).size; }
 
 // A [P R, I] and B [O, R], stacked; B times `scale`.
-void tunesmith_pack_site_factors(const Site *site, const float *a, const float *b, int64_t rank, float scale, float *to) {
+void tunesmith_pack_site_factors(const Site *site, const float *a, const float *b, int64_t rank, float scale,
+                                 float *to) {
     const Places at(*site, rank);
     const int64_t ranks = site->parts * rank, inputs = site->inputs;
     pack({a, 1, inputs, site->gain}, ranks, inputs, to + at.a_forward);
