@@ -12,13 +12,16 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.common import conclude, parser, table
 from tests.engine.models import make_adapter
 from tunesmith.core import box
+from tunesmith.engine import prompts
 from tunesmith.engine.base import GenerateRequest, SamplingParams
 from tunesmith.engine.runner import Runner
 
@@ -52,11 +55,9 @@ def main() -> int:
 def _tokens_a_second(base: Path, adapters: list[Path], sequences: int, native: bool) -> float:
     runner = Runner()
     names = adapters if adapters else [None]
-    for index, adapter in enumerate(names):
-        runner.load(str(index), str(base), None if adapter is None else str(adapter))
-    if not native:
-        for loaded in {id(model.base): model.base for model in runner._models.values()}.values():
-            loaded.native = None
+    with nullcontext() if native else patch.object(prompts, "library", lambda: None):
+        for index, adapter in enumerate(names):
+            runner.load(str(index), str(base), None if adapter is None else str(adapter))
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0)
     for number in range(sequences):
         prompt = tuple(range(100 + number, 164 + number))

@@ -14,6 +14,7 @@ from tests.engine.models import make_adapter
 from tests.tiny import VOCABULARY_SIZE, make_tiny_base
 from tunesmith import compiled
 from tunesmith.decoder import llama
+from tunesmith.engine import prompts as prompts_module
 from tunesmith.engine.base import GenerateRequest, SamplingParams, TokenScore
 from tunesmith.engine.messages import Produced
 from tunesmith.engine.native import covers
@@ -28,12 +29,12 @@ def answers(
 ) -> list[list[TokenScore]]:
     """Greedy completions with log-probabilities: prompt i by adapter i, all in one batch."""
     runner = Runner()
-    for index, adapter in enumerate(adapters):
-        runner.load(str(index), str(base), None if adapter is None else str(adapter))
-    loaded = {id(model.base): model.base for model in runner._models.values()}
-    assert all(one.native is not None for one in loaded.values())
-    for one in loaded.values():
-        one.native, one.prompts = (one.native, one.prompts) if native else (None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(prompts_module, "library", lambda: None)
+        for index, adapter in enumerate(adapters):
+            runner.load(str(index), str(base), None if adapter is None else str(adapter))
+    assert all((model.base.native is not None) == native for model in runner._models.values())
     found: list[list[TokenScore]] = [[] for _ in prompts]
     for number, prompt in enumerate(prompts):
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.decoder.llama import Llama
-from tunesmith.decoder.mapped import release, stacked
+from tunesmith.decoder.mapped import stacked
 
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("panels.h", "lanes.h"))
 """What sources that work on panels include."""
@@ -64,9 +64,3 @@ def sites(model: Llama) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The weights [O, I] of qkv, o, gate_up and down of each layer."""
     for layer in model.layers:
         yield stacked(layer.qkv_parts), layer.o, layer.gate_up, layer.down
-
-
-def give_back(model: Llama) -> None:
-    """The memory of weights in mapped files that lie in panels now: whoever needs them reads them again."""
-    weights = [weight for layer in model.layers for weight in (*layer.qkv_parts, layer.o, layer.gate_up, layer.down)]
-    release([*weights, model.head_VD])

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tunesmith.adapters.lora import Site
 from tunesmith.decoder.llama import Llama
-from tunesmith.decoder.panels import Panels, give_back, sites
+from tunesmith.decoder.mapped import release
+from tunesmith.decoder.panels import Panels, sites
 
 ROWS_A_THREAD = 48
 """Rows of a product are dealt to threads from so many for each on: below, to hand them over takes as long."""
@@ -24,14 +25,23 @@ class PaneledLlama:
     """Weights for steps of one thread at a time, which shares its products out to as many as torch has."""
 
     def __init__(self, library: ctypes.CDLL, model: Llama) -> None:
-        """Of weights in fp32; `library` has the functions of `panels.h`. What lies in mapped files is given back."""
+        """Takes over the matrices of a model in fp32, which then has embedding and norms alone.
+
+        `library` has the functions of `panels.h`.
+        """
         names: tuple[Site, ...] = ("qkv", "o", "gate_up", "down")
-        self.layers: list[dict[Site, Panels]] = [
-            {name: Panels(library, weight_OI) for name, weight_OI in zip(names, weights, strict=True)}
-            for weights in sites(model)
-        ]
+        self.layers: list[dict[Site, Panels]] = []
+        nothing = torch.empty(0)
+        for layer, weights in zip(model.layers, sites(model), strict=True):
+            self.layers.append(
+                {name: Panels(library, weight_OI) for name, weight_OI in zip(names, weights, strict=True)}
+            )
+            release([*layer.qkv_parts, *weights[1:]])
+            layer.qkv_parts, layer.o, layer.gate_up, layer.down = [], nothing, nothing, nothing
         self.head = Panels(library, model.head_VD)
-        give_back(model)
+        release([model.head_VD])
+        if not model.config.tied:
+            model.head_VD = nothing
         self._threads = ThreadPoolExecutor(max(1, torch.get_num_threads()), "products")
 
     def product(self, x: Tensor, weight: Panels, into: Tensor | None = None) -> Tensor:

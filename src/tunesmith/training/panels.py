@@ -22,7 +22,8 @@ from torch import Tensor
 from tunesmith import compiled
 from tunesmith.adapters.lora import Site as SiteName
 from tunesmith.decoder.llama import Llama
-from tunesmith.decoder.panels import HEADERS, Floats, Panels, Size, declare, give_back, sites
+from tunesmith.decoder.mapped import release
+from tunesmith.decoder.panels import HEADERS, Floats, Panels, Size, declare, sites
 from tunesmith.training.factors import Pair, TrainableLora
 from tunesmith.training.frozen import Sites
 from tunesmith.training.kernels import Kernels
@@ -164,7 +165,8 @@ class PanelWeights:
                     for (name, linears), weight_OI, gain_I in zip(names.items(), weights, gains, strict=True)
                 }
             )
-        give_back(model)
+            release([*layer.qkv_parts, *weights[1:]])
+        release([model.head_VD])
 
     def take(self, factors: TrainableLora, *, single: bool) -> None:
         """See `FrozenWeights`."""
