@@ -73,6 +73,16 @@ def test_any_number_of_sequences_and_adapters(tiny_base: Path, tmp_path: Path, r
         torch.set_num_threads(1)
 
 
+def test_a_sequence_gets_the_same_bits_alone_and_in_company(tiny_base: Path) -> None:
+    prompts = prompts_of([3, 40, 90, 1, 17, 33, 64, 5])
+    together = answers(tiny_base, [None], native=True, prompts=prompts)
+    for prompt, beside in zip(prompts, together, strict=True):
+        (alone,) = answers(tiny_base, [None], native=True, prompts=[prompt])
+        assert [(score.token_id, score.logprob, score.top) for score in alone] == [
+            (score.token_id, score.logprob, score.top) for score in beside
+        ]
+
+
 @pytest.mark.parametrize("kind", sorted(OWN))
 def test_every_kind_of_model_of_the_family(tmp_path: Path, kind: str) -> None:
     base = make_base(tmp_path / kind, OWN[kind])

@@ -13,11 +13,10 @@ namespace {
 constexpr int WIDE = 2 * LANES;
 constexpr int TALL = MANY_REGISTERS ? 12 : 6;  // rows of a block: two sums for each, beside what is multiplied
 constexpr int64_t DEEPEST = 24 * 1024 / (sizeof(float) * WIDE);  // of a panel: what stays in the cache next to the core
+constexpr int64_t CHUNK_ROWS = 16 * 12;  // that go past all panels before the next do: they stay in the second cache
 
 inline int64_t whole_panels(int64_t columns) { return (columns + WIDE - 1) / WIDE * WIDE; }
 inline int64_t panels_size(int64_t columns, int64_t depth) { return whole_panels(columns) * depth; }
-
-constexpr int64_t CHUNK_ROWS = 16 * 12;  // that go past all panels before the next do: they stay in the second cache
 
 // A matrix whose element (d, c) is from[d * deep + c * wide], times gain[d] or gain[c], where given, and `scale`.
 struct Unpacked {
@@ -179,8 +178,7 @@ inline void add_product(const float *x, int64_t x_row, const float *b, int64_t b
     }
 }
 
-// One row times panels, to the same bits as `multiply`: four panels at once, or sums would wait for
-// each other.
+// One row times panels, to the same bits as `multiply`: four panels at once, or sums would wait for each other.
 inline void multiply_row(const float *x, const float *panels, int64_t depth, int64_t columns, float *y) {
     constexpr int TOGETHER = 4;
     for (; columns >= TOGETHER * WIDE; columns -= TOGETHER * WIDE, y += TOGETHER * WIDE) {
