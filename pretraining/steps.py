@@ -72,7 +72,7 @@ class CompiledSteps:
         return scores.nll_M.double().sum().float()
 
 
-def _gradient_on_cpu(logits_nV: Tensor, target_n: Tensor) -> Tensor:
+def gradient_on_cpu(logits_nV: Tensor, target_n: Tensor) -> Tensor:
     """`softmax_gradient` in fewer passes over memory."""
     nll_n, _ = available().loss(logits_nV, target_n, torch.ones(len(target_n)))
     return nll_n.sum()
@@ -91,7 +91,7 @@ class TorchSteps:
         self.parameters = [p.to(device).requires_grad_() for p in start.parameters()]
         compiling = torch.compile(fullgraph=True, dynamic=False, disable=not compiled)
         self._layers = compiling(self._hidden)
-        self._to_gradient = _gradient_on_cpu if device == "cpu" else compiling(softmax_gradient)
+        self._to_gradient = gradient_on_cpu if device == "cpu" else compiling(softmax_gradient)
 
     def begin(self) -> None:
         """See `Steps`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretraining.kernels import HeadLoss, ShortRowAttention
+from pretraining.kernels import HeadLoss, ShortRowAttention, softmax_gradient
 from pretraining.optimizer import orthogonal
+from pretraining.steps import gradient_on_cpu
 
 torch.set_num_threads(1)
 
@@ -42,6 +43,15 @@ def test_head_loss_and_its_gradients_equal_plain_cross_entropy(rows: int) -> Non
     (3 * plain).backward()
     for mine, theirs in zip(ours, (plain, hidden.grad, head.grad), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_in_one_pass_is_that_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_NV, target_N = 3 * torch.randn(40, 50, generator=generator), torch.randint(0, 50, (40,), generator=generator)
+    expected_NV = logits_NV.clone()
+    loss = softmax_gradient(expected_NV, target_N)
+    assert float(gradient_on_cpu(logits_NV, target_N)) == pytest.approx(float(loss), rel=1e-5)
+    assert torch.allclose(logits_NV, expected_NV, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])

@@ -22,14 +22,13 @@ from tunesmith.decoder.llama import Llama, rotation
 from tunesmith.decoder.panels import HEADERS
 from tunesmith.engine.blocks import BLOCK_TOKENS
 from tunesmith.engine.kvcache import KVCache, Span
-from tunesmith.engine.paneled import PaneledLlama
+from tunesmith.engine.paneled import SITES, PaneledLlama
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 MOST_ROWS = 64
 """Up to so many sequences this is faster than torch's step (benchmarks/decode.py)."""
 ROWS_A_THREAD = 2
 """Rows are dealt to threads from so many for each on; each reads all weights."""
-SITES = ("qkv", "o", "gate_up", "down")
 
 _Floats = ctypes.c_void_p
 

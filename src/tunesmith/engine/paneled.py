@@ -17,6 +17,8 @@ from tunesmith.decoder.llama import Llama
 from tunesmith.decoder.mapped import release
 from tunesmith.decoder.panels import Panels, sites
 
+SITES: tuple[Site, ...] = ("qkv", "o", "gate_up", "down")
+"""Of a layer, in the order of compiled code."""
 ROWS_A_THREAD = 48
 """Rows of a product are dealt to threads from so many for each on: below, to hand them over takes as long."""
 
@@ -29,12 +31,11 @@ class PaneledLlama:
 
         `library` has the functions of `panels.h`.
         """
-        names: tuple[Site, ...] = ("qkv", "o", "gate_up", "down")
         self.layers: list[dict[Site, Panels]] = []
         nothing = torch.empty(0)
         for layer, weights in zip(model.layers, sites(model), strict=True):
             self.layers.append(
-                {name: Panels(library, weight_OI) for name, weight_OI in zip(names, weights, strict=True)}
+                {name: Panels(library, weight_OI) for name, weight_OI in zip(SITES, weights, strict=True)}
             )
             release([*layer.qkv_parts, *weights[1:]])
             layer.qkv_parts, layer.o, layer.gate_up, layer.down = [], nothing, nothing, nothing
