@@ -20,20 +20,22 @@ from tunesmith.tracking.folder import TrackingDir
 
 WANDB = Integration("wandb", "reviews", tags=("small",))
 FOLLOWS = """
-import json, pathlib, sys, time
+import pathlib, sys, time
+from tunesmith.rundir import write_json  # whole or not at all, as a tracker writes
 folder = pathlib.Path(sys.argv[1])
-(folder / "began.json").write_text(json.dumps({"where": "https://wandb.example/run"}))
+write_json(folder / "began.json", {"where": "https://wandb.example/run"})
 while not (folder / "end.json").exists():
     (folder / "heartbeat").touch()
     time.sleep(0.01)
-(folder / "outcome.json").write_text(json.dumps({"status": "done", "reason": None}))
+write_json(folder / "outcome.json", {"status": "done", "reason": None})
 """
 HANGS = "import time; time.sleep(600)"
 DIES = "import sys; sys.exit(3)"
 CANNOT = """
-import json, pathlib, sys
+import pathlib, sys
+from tunesmith.rundir import write_json
 outcome = {"status": "unusable", "reason": "it takes no API key from this environment"}
-(pathlib.Path(sys.argv[1]) / "outcome.json").write_text(json.dumps(outcome))
+write_json(pathlib.Path(sys.argv[1]) / "outcome.json", outcome)
 """
 
 
