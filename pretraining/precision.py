@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tunesmith.training.folded import product_dtype
+from tunesmith.training.folded import multiplies_bf16
 
 
 def products(device: str | torch.device) -> torch.dtype:
     """The dtype of products on `device`."""
-    return torch.bfloat16 if torch.device(device).type != "cpu" else product_dtype("auto")
+    return torch.bfloat16 if torch.device(device).type != "cpu" or multiplies_bf16() else torch.float32

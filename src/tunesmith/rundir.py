@@ -124,9 +124,10 @@ class RunSpec:
     seed: int
     threads: int
     checkpoint_interval_s: float
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the products in training steps; auto: bfloat16 where the processor multiplies it. All else is float32."""
     """0 takes a checkpoint after every step."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the products in training steps; auto: bfloat16 where the processor multiplies it, fixed point of 16 bits where
+    not. All else is float32."""
 
 
 @dataclass(frozen=True, slots=True)

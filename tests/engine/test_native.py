@@ -102,7 +102,7 @@ def test_weights_that_are_no_numbers_stay_so(tmp_path: Path) -> None:
     runner.load("a", str(base), None)
     loaded = next(iter(runner._bases.values()))
     assert loaded.panels is not None
-    loaded.panels.layers[1]["down"].data[5] = torch.nan
+    loaded.panels.layers[1]["down"].data.view(torch.float32)[5] = torch.nan
     sampling = SamplingParams(max_tokens=3, temperature=0)
     runner.submit(1, GenerateRequest("a", (5, 6), sampling, 0))
     scores = [event.output.score for _ in range(3) for event in runner.step()]  # type: ignore[union-attr]
@@ -113,7 +113,7 @@ def test_without_a_compiler_torch_does_it(tiny_base: Path, monkeypatch: pytest.M
     monkeypatch.setattr("tunesmith.compiled.shutil.which", lambda name: None)
     compiled.load.cache_clear()
     try:
-        base = LoadedBase.load(tiny_base, torch.float32, "cpu", 1 << 20)
+        base = LoadedBase.load(tiny_base, "float32", "cpu", 1 << 20)
         assert base.native is None
     finally:
         monkeypatch.undo()

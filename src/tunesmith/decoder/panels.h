@@ -24,17 +24,18 @@ struct Unpacked {
     int64_t deep, wide;
     const float *gain_deep = nullptr, *gain_wide = nullptr;
     float scale = 1.0f;
+
+    float factor(int64_t c) const { return scale * (gain_wide ? gain_wide[c] : 1.0f); }
+    float at(int64_t d, int64_t c) const {
+        return from[d * deep + c * wide] * factor(c) * (gain_deep ? gain_deep[d] : 1.0f);
+    }
 };
 
 void pack(Unpacked m, int64_t columns, int64_t depth, float *to) {
     for (int64_t first = 0; first < columns; first += WIDE, to += depth * WIDE) {
         const int64_t real = columns - first < WIDE ? columns - first : WIDE;
-        for (int64_t j = 0; j < real; ++j) {
-            const float factor = m.scale * (m.gain_wide ? m.gain_wide[first + j] : 1.0f);
-            const float *column = m.from + (first + j) * m.wide;
-            for (int64_t d = 0; d < depth; ++d)
-                to[d * WIDE + j] = column[d * m.deep] * factor * (m.gain_deep ? m.gain_deep[d] : 1.0f);
-        }
+        for (int64_t j = 0; j < real; ++j)
+            for (int64_t d = 0; d < depth; ++d) to[d * WIDE + j] = m.at(d, first + j);
         for (int64_t d = 0; d < depth; ++d)
             for (int64_t j = real; j < WIDE; ++j) to[d * WIDE + j] = 0.0f;
     }
@@ -107,10 +108,11 @@ inline void by_blocks(int64_t end, int64_t first, Work work) {
     if constexpr (ROWS > 1) by_blocks<(ROWS > 6 ? 6 : ROWS - 1)>(end, first, work);  // each kind has to be compiled
 }
 
-// Part by part of `depth`, as deep as stays in the nearest cache: work(first, deep).
+// Part by part of `depth`, multiples of `grain` as deep as stays in the nearest cache: work(first, deep).
 template <typename Work>
-inline void by_depth(int64_t depth, int64_t deepest, Work work) {
-    const int64_t parts = (depth + deepest - 1) / deepest, size = parts ? (depth + parts - 1) / parts : 0;
+inline void by_depth(int64_t depth, int64_t deepest, int64_t grain, Work work) {
+    const int64_t parts = (depth + deepest - 1) / deepest;
+    const int64_t size = parts ? ((depth + parts - 1) / parts + grain - 1) / grain * grain : 0;
     for (int64_t first = 0; first < depth; first += size) work(first, depth - first < size ? depth - first : size);
 }
 
@@ -119,18 +121,35 @@ struct Stretch {
     int64_t start, rows;
 };
 
-// y [.., columns] = x [.., depth] times panels, for the rows of `stretches` stretches: stretch(0), stretch(1), ..., one
+// Rows of fp32 times panels of fp32, for `multiply`.
+struct FloatProduct {
+    const float *x;
+    const int64_t x_row;
+    const float *panels;
+    const int64_t depth;
+    static constexpr int64_t deepest = DEEPEST, grain = 1;
+
+    void begin(int64_t, int64_t, int64_t) const {}  // rows are about to pass a part of a panel
+
+    template <int ROWS>
+    void add(Block<ROWS> &block, int64_t row, int64_t column, int64_t from, int64_t deep) const {
+        block.add(x + row * x_row + from, x_row, 1, panels + column * depth + from * WIDE, WIDE, deep);
+    }
+};
+
+// y [.., columns] = a product of some depth, for the rows of `stretches` stretches: stretch(0), stretch(1), ..., one
 // behind the other, the last of which ends at `rows`. then(block, i, row, column) adds what else belongs to the sums,
 // `row` being counted from the start of stretch i. What is read again and again stays in the caches: a part of a panel
 // in the nearest, the rows of a chunk in the second.
-template <typename Which, typename Then>
-inline void multiply(const float *x, int64_t x_row, const float *panels, int64_t depth, int64_t columns, float *y,
-                     int64_t y_row, int64_t rows, int64_t stretches, Which stretch, Then then) {
-    by_depth(depth, DEEPEST, [&](int64_t from, int64_t deep) {
+template <typename Product, typename Which, typename Then>
+inline void multiply(Product product, int64_t columns, float *y, int64_t y_row, int64_t rows, int64_t stretches,
+                     Which stretch, Then then) {
+    const int64_t deepest = rows > TALL ? Product::deepest : product.depth;
+    by_depth(product.depth, deepest, Product::grain, [&](int64_t from, int64_t deep) {
         for (int64_t chunk = 0; chunk < rows; chunk += CHUNK_ROWS)
             for (int64_t column = 0; column < columns; column += WIDE) {
-                const float *panel = panels + column * depth + from * WIDE;
                 const int64_t real = columns - column < WIDE ? columns - column : WIDE;
+                product.begin(column, from, deep);
                 for (int64_t i = 0; i < stretches; ++i) {
                     const Stretch here = stretch(i);
                     const int64_t first = chunk - here.start > 0 ? chunk - here.start : 0;
@@ -139,8 +158,8 @@ inline void multiply(const float *x, int64_t x_row, const float *panels, int64_t
                         const int64_t at = here.start + row;
                         const auto to = [&](int i) { return y + (at + i) * y_row + column; };
                         from ? block.take(to, real) : block.clear();
-                        block.add(x + at * x_row + from, x_row, 1, panel, WIDE, deep);
-                        if (from + deep == depth) then(block, i, row, column);
+                        product.add(block, at, column, from, deep);
+                        if (from + deep == product.depth) then(block, i, row, column);
                         block.give(to, real);
                     });
                 }
@@ -149,38 +168,20 @@ inline void multiply(const float *x, int64_t x_row, const float *panels, int64_t
 }
 
 // The same for rows 0 to `rows`.
-inline void multiply(const float *x, int64_t x_row, const float *panels, int64_t depth, int64_t columns, float *y,
-                     int64_t y_row, int64_t rows) {
-    multiply(x, x_row, panels, depth, columns, y, y_row, rows, 1, [&](int64_t) { return Stretch{0, rows}; },
+template <typename Product>
+inline void multiply(Product product, int64_t columns, float *y, int64_t y_row, int64_t rows) {
+    multiply(product, columns, y, y_row, rows, 1, [&](int64_t) { return Stretch{0, rows}; },
              [](auto &, int64_t, int64_t, int64_t) {});
 }
 
-// Adds x [rows, depth] times b [depth, columns], which is as it is, to rows of y: row(i) is where the i-th lies.
-// `room`: for columns that fill no panel.
-template <typename Row>
-inline void add_product(const float *x, int64_t x_row, const float *b, int64_t b_deep, int64_t depth, int64_t columns,
-                        int64_t rows, Row row, std::vector<float> &room) {
-    for (int64_t column = 0; column < columns; column += WIDE) {
-        const int64_t real = columns - column < WIDE ? columns - column : WIDE;
-        const float *panel = b + column;
-        if (real < WIDE) {
-            room.assign(depth * WIDE, 0.0f);
-            for (int64_t d = 0; d < depth; ++d)
-                std::memcpy(room.data() + d * WIDE, panel + d * b_deep, sizeof(float) * real);
-            panel = room.data();
-        }
-        by_blocks(rows, 0, [&](auto &block, int64_t first) {
-            const auto to = [&](int i) { return row(first + i) + column; };
-            block.take(to, real);
-            block.add(x + first * x_row, x_row, 1, panel, real < WIDE ? WIDE : b_deep, depth);
-            block.give(to, real);
-        });
-    }
+inline void multiply(const float *x, int64_t x_row, const float *panels, int64_t depth, int64_t columns, float *y,
+                     int64_t y_row, int64_t rows) {
+    multiply(FloatProduct{x, x_row, panels, depth}, columns, y, y_row, rows);
 }
 
 // One row times panels, to the same bits as `multiply`: four panels at once, or sums would wait for each other.
+template <int TOGETHER = 4>
 inline void multiply_row(const float *x, const float *panels, int64_t depth, int64_t columns, float *y) {
-    constexpr int TOGETHER = 4;
     for (; columns >= TOGETHER * WIDE; columns -= TOGETHER * WIDE, y += TOGETHER * WIDE) {
         Lanes sums[TOGETHER][2] = {};
         for (int64_t d = 0; d < depth; ++d)
@@ -195,26 +196,10 @@ inline void multiply_row(const float *x, const float *panels, int64_t depth, int
         }
         panels += TOGETHER * depth * WIDE;
     }
-    multiply(x, depth, panels, depth, columns, y, columns, 1);
+    if constexpr (TOGETHER > 1)
+        multiply_row<TOGETHER - 1>(x, panels, depth, columns, y);
+    else
+        multiply(x, depth, panels, depth, columns, y, columns, 1);
 }
 
 }  // namespace
-
-extern "C" {
-
-int64_t tunesmith_panels_size(int64_t columns, int64_t depth) { return panels_size(columns, depth); }
-
-// A matrix [outputs, inputs], times `gain` [inputs] where given, for products inputs -> outputs and back, where asked
-// for.
-void tunesmith_pack_panels(const float *weight, int64_t outputs, int64_t inputs, const float *gain, float *forward,
-                           float *backward) {
-    if (forward) pack({weight, 1, inputs, gain}, outputs, inputs, forward);
-    if (backward) pack({weight, inputs, 1, nullptr, gain}, inputs, outputs, backward);
-}
-
-// y [rows, columns] = x [rows, depth] times panels.
-void tunesmith_multiply(const float *x, const float *panels, int64_t depth, int64_t columns, int64_t rows, float *y) {
-    multiply(x, depth, panels, depth, columns, y, columns, rows);
-}
-
-}  // extern "C"

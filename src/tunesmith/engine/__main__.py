@@ -13,7 +13,9 @@ import signal
 import socket
 import sys
 import threading
+from typing import cast
 
+from tunesmith.engine.base import Precision
 from tunesmith.engine.messages import Event, command_from_line, events_to_line
 from tunesmith.engine.worker import Worker
 
@@ -23,7 +25,7 @@ THREAD_SWITCH_S = 0.0002
 second made prompts of a small model 13 % slower, and now 5 %."""
 
 
-def main(socket_number: int, threads: int, parent: int, log_level: int, precision: str) -> None:
+def main(socket_number: int, threads: int, parent: int, log_level: int, precision: Precision) -> None:
     """Serves until the parent closes the socket or dies."""
     _die_with(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -61,4 +63,4 @@ def _die_with(parent: int) -> None:
 
 if __name__ == "__main__":
     numbers = [int(argument) for argument in sys.argv[1:5]]
-    main(numbers[0], numbers[1], numbers[2], numbers[3], sys.argv[5])
+    main(numbers[0], numbers[1], numbers[2], numbers[3], cast(Precision, sys.argv[5]))

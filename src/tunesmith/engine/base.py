@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
+Precision = Literal["float32", "bfloat16", "int8"]
+"""Of the weights that an engine multiplies with: see `Settings.engine_precision`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,18 +11,16 @@ import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from tunesmith import compiled
-from tunesmith.adapters.stack import PackedAdapter
 from tunesmith.decoder.llama import Llama, rotation
-from tunesmith.decoder.panels import HEADERS
 from tunesmith.engine.blocks import BLOCK_TOKENS
+from tunesmith.engine.deltas import HEADERS, Groups, PanelAdapter, Shape
 from tunesmith.engine.kvcache import KVCache, Span
-from tunesmith.engine.paneled import SITES, PaneledLlama
+from tunesmith.engine.paneled import SITES, NativeSpan, PaneledLlama, native_spans
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 MOST_ROWS = 64
@@ -34,39 +32,26 @@ _Floats = ctypes.c_void_p
 
 
 class _Layer(ctypes.Structure):
-    _names = ("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "feed_norm", "gate_up", "down")
+    _names = ("attention_norm", "qkv_bias", "q_norm", "k_norm", "feed_norm", *SITES)
     _fields_ = [(name, _Floats) for name in _names]
 
 
 class _Model(ctypes.Structure):
-    _counts = ("width", "layers", "heads", "kv_heads", "head_width", "feed_width", "vocabulary", "block_tokens")
     _fields_ = [
-        *((name, ctypes.c_int32) for name in _counts),
+        ("shape", Shape),
+        *((name, ctypes.c_int32) for name in ("vocabulary", "block_tokens", "bits")),
         ("epsilon", ctypes.c_float),
         *((name, _Floats) for name in ("embedding", "norm", "head", "cosines", "sines")),
         ("layer", ctypes.POINTER(_Layer)),
     ]
 
 
-class _Factors(ctypes.Structure):
-    _fields_ = [("a", _Floats), ("b", _Floats)]
-
-
-class _Adapter(ctypes.Structure):
-    _fields_ = [
-        ("rank", ctypes.c_int32),
-        ("embedding_rank", ctypes.c_int32),
-        ("sites", ctypes.POINTER(_Factors)),
-        ("embedding", _Factors),
-    ]
-
-
 class _Step(ctypes.Structure):
     _fields_ = [
-        ("rows", ctypes.c_int32),
-        ("table_width", ctypes.c_int32),
-        *((name, ctypes.POINTER(ctypes.c_int32)) for name in ("token_ids", "positions", "tables")),
-        ("adapters", ctypes.POINTER(ctypes.POINTER(_Adapter))),
+        ("rows", ctypes.c_int64),
+        ("token_ids", ctypes.POINTER(ctypes.c_int32)),
+        ("span", ctypes.POINTER(NativeSpan)),
+        ("groups", Groups),
         ("keys", ctypes.POINTER(_Floats)),
         ("values", ctypes.POINTER(_Floats)),
         ("hidden", _Floats),
@@ -75,14 +60,13 @@ class _Step(ctypes.Structure):
 
 
 class NativeStep:
-    """Steps of one base. Keeps the weights and the adapters that it points to alive. For one thread."""
+    """Steps of one base. Keeps the weights that it points to alive. For one thread."""
 
     def __init__(self, library: ctypes.CDLL, weights: Llama, panels: PaneledLlama, cache: KVCache) -> None:
         """`covers(weights)`, which lie in `panels`; `cache` is that of the base."""
         self._run = library.tunesmith_decode
         self._run.argtypes, self._run.restype = (ctypes.POINTER(_Model), ctypes.POINTER(_Step)), None
         self._cache = cache
-        self._adapters: WeakKeyDictionary[PackedAdapter, tuple[_Adapter, object]] = WeakKeyDictionary()
         self._threads = ThreadPoolExecutor(max(1, torch.get_num_threads()), "decode")
         config = weights.config
         positions = torch.arange(config.context_tokens + 1)
@@ -95,14 +79,10 @@ class NativeStep:
             for name, site in sites.items():
                 setattr(native, name, _address(site.data))
         self._model = _Model(
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_width=config.head_width,
-            feed_width=config.feed_forward_width,
+            shape=panels.shape,
             vocabulary=config.vocabulary_size,
             block_tokens=BLOCK_TOKENS,
+            bits=panels.bits,
             epsilon=config.norm_epsilon,
             embedding=_address(weights.embedding_VD),
             norm=_address(weights.norm_D),
@@ -116,57 +96,36 @@ class NativeStep:
         self._kept = (weights, panels, turns, layers)
 
     def __call__(
-        self, token_ids: Sequence[int], spans: Sequence[Span], adapters: Sequence[PackedAdapter | None]
+        self, token_ids: Sequence[int], spans: Sequence[Span], adapters: Sequence[PanelAdapter | None]
     ) -> tuple[Tensor, Tensor]:
         """Hidden states [rows, D] and logits [rows, V] of one token of each sequence; stores its keys and values."""
         rows = len(token_ids)
         assert 0 < rows <= MOST_ROWS
         keys, values = ((_Floats * self._layers)(*map(_address, each)) for each in self._cache.reserve(spans))
         hidden, logits = torch.empty(rows, self._width), torch.empty(rows, self._vocabulary)
-        nothing = ctypes.POINTER(_Adapter)()
-        native = [nothing if adapter is None else ctypes.pointer(self._adapter(adapter)) for adapter in adapters]
 
-        def run(part: range) -> None:
-            mine = [spans[row] for row in part]
-            width = max(len(span.blocks) for span in mine)
-            tables = [block for span in mine for block in [*span.blocks, *([0] * (width - len(span.blocks)))]]
+        def run(part: slice) -> None:
+            mine = spans[part]
             step = _Step(
-                rows=len(part),
-                table_width=width,
-                token_ids=(ctypes.c_int32 * len(part))(*token_ids[part.start : part.stop]),
-                positions=(ctypes.c_int32 * len(part))(*(span.start for span in mine)),
-                tables=(ctypes.c_int32 * len(tables))(*tables),
-                adapters=(ctypes.POINTER(_Adapter) * len(part))(*native[part.start : part.stop]),
+                rows=len(mine),
+                token_ids=(ctypes.c_int32 * len(mine))(*token_ids[part]),
+                span=native_spans(mine),
+                groups=Groups.of(adapters[part], [1] * len(mine)),
                 keys=keys,
                 values=values,
-                hidden=_address(hidden[part.start]),
-                logits=_address(logits[part.start]),
+                hidden=_address(hidden[part]),
+                logits=_address(logits[part]),
             )
             self._run(ctypes.byref(self._model), ctypes.byref(step))
 
         parts = max(1, min(torch.get_num_threads(), rows // ROWS_A_THREAD))
         ends = [rows * part // parts for part in range(parts + 1)]
-        dealt = [range(start, stop) for start, stop in itertools.pairwise(ends)]
+        dealt = [slice(start, stop) for start, stop in itertools.pairwise(ends)]
         if len(dealt) == 1:
             run(dealt[0])
         else:
             list(self._threads.map(run, dealt))
         return hidden, logits
-
-    def _adapter(self, packed: PackedAdapter) -> _Adapter:
-        known = self._adapters.get(packed)
-        if known is None:
-            sites = [layer[site] for layer in packed.factors for site in SITES]
-            factors = (_Factors * len(sites))(*(_Factors(_address(a), _address(b)) for a, b in sites))
-            embedding = packed.embedding
-            adapter = _Adapter(
-                rank=sites[1][0].shape[1],  # that of a site of one linear layer
-                embedding_rank=0 if embedding is None else embedding[0].shape[1],
-                sites=factors,
-                embedding=_Factors() if embedding is None else _Factors(*map(_address, embedding)),
-            )
-            known = self._adapters[packed] = adapter, factors
-        return known[0]
 
 
 def library() -> ctypes.CDLL | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,9 +24,11 @@ from tunesmith.adapters.stack import AdapterStacks, Mixture, PackedAdapter
 from tunesmith.decoder import loading
 from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama
+from tunesmith.decoder.panels import Bits
 from tunesmith.engine import native, prompts, sampling, scheduler, tiled
-from tunesmith.engine.base import FinishReason, GenerateRequest, PromptScored, SampledToken, TokenScore
+from tunesmith.engine.base import FinishReason, GenerateRequest, Precision, PromptScored, SampledToken, TokenScore
 from tunesmith.engine.blocks import BLOCK_TOKENS, BlockPool
+from tunesmith.engine.deltas import PanelAdapter
 from tunesmith.engine.handles import handle_of
 from tunesmith.engine.kvcache import KVCache
 from tunesmith.engine.messages import Ended, Event, Produced
@@ -40,18 +43,23 @@ SCORED_ROWS = 128
 """Prompt positions whose logits are held at a time: the vocabulary is wide."""
 
 
+BITS: dict[Precision, Bits] = {"float32": 32, "bfloat16": 16, "int8": 8}
+"""Of weights where there are no tiles: 16 and 8 bits are fixed point, and 16 closer to the weights than bf16 is."""
 WITHOUT_EIGHT = (
-    "int8 needs a processor that multiplies tiles (AMX), a C++ compiler, and a model of the Llama family whose widths "
-    "are multiples of 32; float32 and bfloat16 run everywhere"
+    "int8 needs a C++ compiler and a model of the Llama family on a processor; float32 and bfloat16 run everywhere"
 )
+
+
+Adapter = PackedAdapter | PanelAdapter | TiledAdapter
+A = TypeVar("A", bound=Adapter)
 
 
 class LoadedBase:
     """The weights of a base, the cache of its sequences, and the stacks of its adapters."""
 
-    def __init__(self, weights: Decoder, cache: KVCache, *, eight: bool = False) -> None:
-        """`eight`: see `Runner`. Raises ValueError for weights that 8 bits cannot hold."""
-        self._eight = eight
+    def __init__(self, weights: Decoder, cache: KVCache, precision: Precision = "float32") -> None:
+        """`precision`: see `Runner`. Raises ValueError for weights that it cannot hold."""
+        self._precision = precision
         self.weights = weights
         self.cache = cache
         self.stacks = AdapterStacks()
@@ -60,21 +68,23 @@ class LoadedBase:
         self.native: NativeStep | None = None
         self.prompts: PromptStep | None = None
         if cache.dtype == torch.bfloat16 and isinstance(weights, Llama) and tiled.covers(weights):
-            self.tiled = TiledStep(weights, cache, eight=eight)
-        elif isinstance(weights, Llama) and native.covers(weights) and (library := prompts.library()) is not None:
-            self.panels = PaneledLlama(library, weights)
+            self.tiled = TiledStep(weights, cache, eight=precision == "int8")
+        elif (
+            isinstance(weights, Llama)
+            and native.covers(weights)
+            and (library := prompts.library()) is not None
+            and (decode := native.library()) is not None
+        ):
+            self.panels = PaneledLlama(library, weights, BITS[precision])
             self.prompts = PromptStep(library, weights, self.panels, cache)
-            if (decode := native.library()) is not None:
-                self.native = NativeStep(decode, weights, self.panels, cache)
+            self.native = NativeStep(decode, weights, self.panels, cache)
+        elif precision == "int8":
+            raise ValueError(WITHOUT_EIGHT)
 
     @classmethod
-    def load(
-        cls, folder: Path, dtype: torch.dtype, device: str, cache_bytes: int, *, eight: bool = False
-    ) -> LoadedBase:
-        """A base with a cache of its own. Raises what `decoder.loading.load` raises, ValueError for `eight` in vain."""
-        weights, dtype = _read(folder, dtype, device)
-        if eight and dtype != torch.bfloat16:
-            raise ValueError(WITHOUT_EIGHT)
+    def load(cls, folder: Path, precision: Precision, device: str, cache_bytes: int) -> LoadedBase:
+        """A base with a cache of its own. Raises what `decoder.loading.load` raises, ValueError for int8 in vain."""
+        weights, dtype = _read(folder, precision, device)
         config = weights.config
         layers = len(config.layout.layers)
         token_bytes = 2 * layers * config.kv_heads * config.head_width * dtype.itemsize
@@ -88,19 +98,19 @@ class LoadedBase:
             dtype=dtype,
             device=torch.device(device),
         )
-        return cls(weights, cache, eight=eight)
+        return cls(weights, cache, precision)
 
-    def retrained(self, folder: Path, dtype: torch.dtype, device: str) -> LoadedBase:
+    def retrained(self, folder: Path, device: str) -> LoadedBase:
         """The same model with all its weights tuned; it shares the cache. Raises ValueError for another shape."""
-        weights, _ = _read(folder, dtype, device)
+        weights, _ = _read(folder, self._precision, device)
         if _shape(weights) != _shape(self.weights):
             raise ValueError(f"{folder.name} has another shape than its base")
-        return LoadedBase(weights, self.cache, eight=self._eight)
+        return LoadedBase(weights, self.cache, self._precision)
 
-    def adapter(self, lora: Lora) -> PackedAdapter | TiledAdapter:
-        """An adapter as steps of this base read it. Raises ValueError."""
-        if self.tiled is not None:
-            return self.tiled.adapter(lora)
+    def adapter(self, lora: Lora) -> Adapter:
+        """As steps of this base read it. Raises ValueError."""
+        if (compiled := self.tiled or self.panels) is not None:
+            return compiled.adapter(lora)
         return PackedAdapter.from_lora(lora, self.cache.dtype, self.cache.device)
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
@@ -108,15 +118,16 @@ class LoadedBase:
         return (self.tiled or self.panels or self.weights).logits(hidden_BD)
 
 
-def _read(folder: Path, dtype: torch.dtype, device: str) -> tuple[Decoder, torch.dtype]:
+def _read(folder: Path, precision: Precision, device: str) -> tuple[Decoder, torch.dtype]:
     """The weights, and the dtype of their cache. Raises what `decoder.loading.load` raises.
 
-    bf16 on a processor is for compiled steps, which round the weights themselves; what they do not cover stays in fp32.
+    On a processor the weights come in fp32: compiled steps round them themselves, and what those do not cover stays so.
     """
-    if dtype == torch.bfloat16 and device == "cpu":
-        weights = loading.load(folder, torch.float32, device)
-        return weights, dtype if tiled.covers(weights) else torch.float32
-    return loading.load(folder, dtype, device), dtype
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    if device != "cpu":
+        return loading.load(folder, dtype, device), dtype
+    weights = loading.load(folder, torch.float32, device)
+    return weights, dtype if tiled.covers(weights) else torch.float32
 
 
 def _shape(weights: Decoder) -> tuple[object, ...]:
@@ -130,7 +141,7 @@ class Model:
     """A base, or what was tuned from it. A base is kept as long as a model or a sequence refers to it."""
 
     base: LoadedBase
-    adapter: PackedAdapter | TiledAdapter | None
+    adapter: Adapter | None
     identity: str
     """Its handle."""
 
@@ -149,19 +160,17 @@ class Runner:
     def __init__(
         self,
         *,
-        dtype: torch.dtype = torch.float32,
-        eight: bool = False,
+        precision: Precision = "float32",
         device: str = "cpu",
         max_running: int = 64,
         step_tokens: int = 512,
         cache_bytes: int = 512 << 20,
     ) -> None:
-        """`eight`: the weights of bases in 8 bits, all else in `dtype`, which is bf16 then.
+        """`precision` of products with the weights of bases; `int8` is refused where it cannot be had.
 
         `step_tokens` trades the pause that a long prompt makes for throughput; `cache_bytes` is for each base.
         """
-        assert not eight or dtype == torch.bfloat16
-        self._dtype, self._eight = dtype, eight
+        self._precision = precision
         self._device = device
         self._cache_bytes = cache_bytes
         self._models: dict[str, Model] = {}
@@ -237,12 +246,12 @@ class Runner:
         key = handle_of(base_dir, None)
         base = self._bases.get(key)
         if base is None:
-            base = LoadedBase.load(base_dir, self._dtype, self._device, self._cache_bytes, eight=self._eight)
+            base = LoadedBase.load(base_dir, self._precision, self._device, self._cache_bytes)
             self._bases[key] = base
         if adapter_dir is None:
             return Model(base, None, handle)
         if holds_all_weights(adapter_dir):
-            return Model(base.retrained(adapter_dir, self._dtype, self._device), None, handle)
+            return Model(base.retrained(adapter_dir, self._device), None, handle)
         lora, _ = checkpoint.load(adapter_dir, base.weights.config.layout)
         return Model(base, base.adapter(lora), handle)
 
@@ -251,18 +260,18 @@ class Runner:
         logits_NV: Tensor | None = None
         tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
         if base.tiled is not None:
-            hidden_ND = base.tiled.hidden(tokens, chunks, [_tiled(chunk) for chunk in chunks])
+            hidden_ND = base.tiled.hidden(tokens, chunks, _adapters(TiledAdapter, chunks))
         elif base.native is not None and len(chunks) <= MOST_ROWS and all(chunk.length == 1 for chunk in chunks):
-            hidden_ND, logits_NV = base.native([ids[0] for ids in tokens], chunks, [_packed(chunk) for chunk in chunks])
+            hidden_ND, logits_NV = base.native([ids[0] for ids in tokens], chunks, _adapters(PanelAdapter, chunks))
+        elif base.prompts is not None:
+            ids = list(itertools.chain.from_iterable(tokens))
+            hidden_ND = base.prompts.hidden(ids, chunks, _adapters(PanelAdapter, chunks))
         else:
             chunks, mixture = _arrange(base.stacks, chunks)
             tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
             token_ids_N = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=self._device)
-            if base.prompts is not None:
-                hidden_ND = base.prompts.hidden(token_ids_N, chunks, mixture)
-            else:
-                attention = base.cache.attend(chunks)
-                hidden_ND = base.weights.hidden(token_ids_N, attention.positions_N, attention, mixture)
+            attention = base.cache.attend(chunks)
+            hidden_ND = base.weights.hidden(token_ids_N, attention.positions_N, attention, mixture)
 
         ends = list(itertools.accumulate(chunk.length for chunk in chunks))
         for chunk, end in zip(chunks, ends, strict=True):
@@ -307,28 +316,25 @@ def _fault(sequence: Running) -> str | None:
     return None
 
 
-def _packed(chunk: Chunk[Model]) -> PackedAdapter | None:
-    adapter = chunk.sequence.model.adapter
-    assert not isinstance(adapter, TiledAdapter)
-    return adapter
-
-
-def _tiled(chunk: Chunk[Model]) -> TiledAdapter | None:
-    adapter = chunk.sequence.model.adapter
-    assert not isinstance(adapter, PackedAdapter)
-    return adapter
+def _adapters(kind: type[A], chunks: Sequence[Chunk[Model]]) -> list[A | None]:
+    """Those of the sequences, all of which are of the kind that their base reads."""
+    adapters = [chunk.sequence.model.adapter for chunk in chunks]
+    assert all(adapter is None or isinstance(adapter, kind) for adapter in adapters)
+    return cast(list[A | None], adapters)
 
 
 def _arrange(stacks: AdapterStacks, chunks: list[Chunk[Model]]) -> tuple[list[Chunk[Model]], Mixture | None]:
     """The chunks in an order that suits the adapters: none first, one adapter together, equal lengths side by side."""
     lengths: Counter[PackedAdapter | None] = Counter()
-    for chunk in chunks:
-        lengths[_packed(chunk)] += chunk.length
+    of_chunks = _adapters(PackedAdapter, chunks)
+    for chunk, adapter in zip(chunks, of_chunks, strict=True):
+        lengths[adapter] += chunk.length
     plain_tokens = lengths.pop(None, 0)
     # Among equal lengths the order is by identity: the same adapters in the next step make the same stack.
     adapters = sorted((adapter for adapter in lengths if adapter), key=lambda adapter: (lengths[adapter], id(adapter)))
     place: dict[PackedAdapter | None, int] = {adapter: index for index, adapter in enumerate(adapters)}
-    arranged = sorted(chunks, key=lambda chunk: place.get(_packed(chunk), -1))
+    by_place = sorted(zip(of_chunks, chunks, strict=True), key=lambda pair: place.get(pair[0], -1))
+    arranged = [chunk for _, chunk in by_place]
     return arranged, stacks.mix(plain_tokens, [(adapter, lengths[adapter]) for adapter in adapters])
 
 

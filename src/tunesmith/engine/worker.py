@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tunesmith.engine.base import SampledToken
+from tunesmith.engine.base import Precision, SampledToken
 from tunesmith.engine.messages import Cancel, Command, Event, Generate, Load, Loaded, Produced, Unload
 from tunesmith.engine.runner import Model, Runner
 
@@ -39,7 +39,7 @@ class Worker:
     """Runs requests for whoever puts commands in. `put` and `stop` may be called from any thread."""
 
     def __init__(
-        self, *, threads: int, emit: Emit, precision: str = "float32", clock: Callable[[], float] = time.monotonic
+        self, *, threads: int, emit: Emit, precision: Precision = "float32", clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`emit` is called from the thread of `run`, with all events of one step, or of a few that are short.
 
@@ -52,8 +52,7 @@ class Worker:
         self._reader = ThreadPoolExecutor(1, "reader")
         self._reading: dict[int, Load] = {}
         """By number; those that were unloaded meanwhile are gone from here."""
-        dtype = torch.float32 if precision == "float32" else torch.bfloat16
-        self._runner = Runner(dtype=dtype, eight=precision == "int8")
+        self._runner = Runner(precision=precision)
 
     def put(self, command: Command) -> None:
         """To be done before the next step."""

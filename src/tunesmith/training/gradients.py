@@ -78,8 +78,8 @@ class Learner:
         dtype: torch.dtype = torch.float32,
         kernels: Kernels | None = None,
     ) -> None:
-        """`dtype` is that of the products, as far as `folded.covers` the model; gradients add up in fp32. Without
-        `kernels`, the best that are available.
+        """`dtype` is that of the products, as far as `folded.covers` the model; gradients add up in fp32. int16 is
+        fixed point, where that is compiled, and fp32 elsewhere. Without `kernels`, the best that are available.
 
         `site_outputs` are those of every job's `TrainableLora`: they follow from the model.
         """
@@ -92,7 +92,7 @@ class Learner:
                 chosen = kernels or available()
                 weights = _laid_out(model, site_outputs, dtype, chosen, compiled=kernels is None)
                 self._by_hand = FoldedLlama(model, weights, chosen)
-        by_autograd = self._by_hand is None and dtype != torch.float32
+        by_autograd = self._by_hand is None and dtype == torch.bfloat16
         self._prompt_head_VD = model.head_VD.to(dtype) if by_autograd else None
         self._workers = workers
         self._beat = beat
@@ -176,10 +176,10 @@ class Learner:
 def _laid_out(
     model: Llama, site_outputs: Sequence[list[int]], dtype: torch.dtype, kernels: Kernels, *, compiled: bool
 ) -> FrozenWeights:
-    library = panels.library() if compiled and dtype == torch.float32 else None
+    library = panels.library() if compiled and dtype != torch.bfloat16 else None
     if library is None:
-        return PlainWeights(model, site_outputs, dtype, kernels)
-    return PanelWeights(library, model, kernels)
+        return PlainWeights(model, site_outputs, torch.float32 if dtype == torch.int16 else dtype, kernels)
+    return PanelWeights(library, model, kernels, 16 if dtype == torch.int16 else 32)
 
 
 def _passes(shares: Sequence[_Share], max_tokens: int) -> Iterator[list[Piece]]:

@@ -50,7 +50,7 @@ def available() -> Kernels:
 def confirm(record: Path) -> None:
     """Writes to `record` which kernels a run begins with. Raises KernelsChanged where it began with others."""
     found = library()
-    kind = "eager" if found is None else "tiles" if packed.library(SOURCE, *INCLUDED) else "panels"
+    kind = "eager" if found is None else "tiles" if packed.library(SOURCE, *INCLUDED) else "fixed"
     if not record.exists():
         write_bytes(record, kind.encode())
     elif (known := record.read_text()) != kind:

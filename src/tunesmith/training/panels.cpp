@@ -1,18 +1,18 @@
-// The products of one site of a training step in fp32, forward and backward, adapters' factors with them: what
-// training/sites.py does with products of torch. Frozen weights lie in panels from the start, factors from the start of
-// a step; a token's products with weights and with its job's factors add up in the same registers.
+// The products of one site of a training step, forward and backward, adapters' factors with them: what training/sites.py
+// does with products of torch. Frozen weights lie in panels from the start, of fp32 or in fixed point, factors from the
+// start of a step, in fp32; a token's products with weights and with its job's factors add up in the same registers.
 //
 // Legend: N = tokens, I, O = inputs and outputs of a site, P = linear layers stacked in it, R = rank, S = P R rounded up
 // to whole panels.
 
-#include "../decoder/panels.h"
+#include "../decoder/fixed.h"
 
 extern "C" {
 
 struct Site {
-    const float *forward, *backward;  // panels: [I -> O], part by part, and [O -> I], times the gain of the norm before
-    const float *gain;                // [I], of that norm; null where there is none
-    int64_t inputs, parts, outputs[3];
+    const void *forward[3], *backward;  // matrices: [I -> O] of each part, and [O -> I], times the gain of the norm before
+    const float *gain;                  // [I], of that norm; null where there is none
+    int64_t bits, inputs, parts, outputs[3];
 };
 
 // Tokens of one job, and its factors. Rank 0: the base's weights alone.
@@ -58,7 +58,7 @@ int64_t low_width(const Site &site, int64_t rank) { return whole_panels(site.par
 // of_b [O, R] += scale gy^T h, of one part.
 void learn_b(const float *gy, int64_t gy_row, const float *low, int64_t low_row, int64_t tokens, int64_t outputs,
              int64_t rank, float scale, float *of_b) {
-    by_depth(tokens, LEARNED, [&](int64_t first, int64_t deep) {
+    by_depth(tokens, LEARNED, 1, [&](int64_t first, int64_t deep) {
         for (int64_t column = 0; column < rank; column += WIDE) {
             const int64_t real = rank - column < WIDE ? rank - column : WIDE;
             by_blocks(outputs, 0, [&](auto &block, int64_t output) {
@@ -75,7 +75,7 @@ void learn_b(const float *gy, int64_t gy_row, const float *low, int64_t low_row,
 void learn_a(const float *grad_low, int64_t low_row, const float *x, int64_t tokens, int64_t inputs, int64_t ranks,
              const float *gain, float *of_a) {
     std::vector<float> panel(LEARNED * WIDE);  // a column of x in one piece
-    by_depth(tokens, LEARNED, [&](int64_t first, int64_t deep) {
+    by_depth(tokens, LEARNED, 1, [&](int64_t first, int64_t deep) {
         for (int64_t column = 0; column < inputs; column += WIDE) {
             const int64_t real = inputs - column < WIDE ? inputs - column : WIDE;
             for (int64_t token = 0; token < deep; ++token)
@@ -147,7 +147,8 @@ void tunesmith_site_forward(const Site *given, const Piece *piece, int64_t piece
         if (const Piece &p = piece[i]; p.rank)
             multiply(x + p.start * inputs, inputs, p.packed, inputs, site.parts * p.rank, p.low,
                      low_width(site, p.rank), p.tokens);
-    const float *panels = site.forward;
+    static thread_local Rows rows;
+    rows.take(x, inputs, end_of(piece, pieces), inputs, site.bits);
     for (int64_t part = 0; part < site.parts; ++part) {
         const auto factors = [&](auto &block, int64_t i, int64_t token, int64_t column) {
             const Piece &p = piece[i];
@@ -156,9 +157,8 @@ void tunesmith_site_forward(const Site *given, const Piece *piece, int64_t piece
                 block.add(p.low + token * low_row + part * p.rank, low_row, 1,
                           p.packed + Places(site, p.rank).b_forward[part] + column * p.rank, WIDE, p.rank);
         };
-        multiply(x, inputs, panels, inputs, site.outputs[part], y, outputs, end_of(piece, pieces), pieces,
-                 tokens_of(piece), factors);
-        panels += panels_size(site.outputs[part], inputs);
+        const Matrix matrix{site.forward[part], site.bits, inputs, site.outputs[part]};
+        multiply(rows, matrix, y, outputs, end_of(piece, pieces), pieces, tokens_of(piece), factors);
         y += site.outputs[part];
     }
 }
@@ -177,8 +177,10 @@ void tunesmith_site_backward(const Site *given, const Piece *piece, int64_t piec
                       piece[i].packed + Places(site, rank).a_backward + column * site.parts * rank, WIDE,
                       site.parts * rank);
     };
-    multiply(gy, outputs, site.backward, outputs, inputs, gx, inputs, end_of(piece, pieces), pieces, tokens_of(piece),
-             factors);
+    static thread_local Rows rows;
+    rows.take(gy, outputs, end_of(piece, pieces), outputs, site.bits);
+    const Matrix matrix{site.backward, site.bits, outputs, inputs};
+    multiply(rows, matrix, gx, inputs, end_of(piece, pieces), pieces, tokens_of(piece), factors);
 }
 
 }  // extern "C"

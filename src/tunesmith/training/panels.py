@@ -1,4 +1,7 @@
-"""Products of a training step in fp32 by compiled code of ours, where there is a compiler: `panels.cpp` beside this.
+"""Products of a training step by compiled code of ours, where there is a compiler: `panels.cpp` beside this.
+
+Those with frozen weights are in fp32, or in fixed point of 16 bits, which is closer to fp32 than bf16 is, and for which
+processors without bf16 need two thirds of the time. All else is in fp32.
 
 Frozen weights are laid out once, forth and back, so that no product has to do it again, which takes the libraries a
 third of the time at these sizes; what a site's factors add comes in the same pass. A token's results depend on no other
@@ -23,7 +26,7 @@ from tunesmith import compiled
 from tunesmith.adapters.lora import Site as SiteName
 from tunesmith.decoder.llama import Llama
 from tunesmith.decoder.mapped import release
-from tunesmith.decoder.panels import HEADERS, Floats, Panels, Size, declare, sites
+from tunesmith.decoder.panels import HEADERS, Bits, Floats, Panels, Size, declare, sites
 from tunesmith.training.factors import Pair, TrainableLora
 from tunesmith.training.frozen import Sites
 from tunesmith.training.kernels import Kernels
@@ -37,8 +40,9 @@ _BEYOND = 32
 
 class _Site(ctypes.Structure):
     _fields_ = [
-        *((name, Floats) for name in ("forward", "backward", "gain")),
-        *((name, Size) for name in ("inputs", "parts")),
+        ("forward", Floats * 3),
+        *((name, Floats) for name in ("backward", "gain")),
+        *((name, Size) for name in ("bits", "inputs", "parts")),
         ("outputs", Size * 3),
     ]
 
@@ -74,19 +78,26 @@ def library() -> ctypes.CDLL | None:
 class PanelSite:
     """The frozen weights of a site as panels, and the factors of jobs as they were last taken. Implements `Site`."""
 
-    def __init__(self, library: ctypes.CDLL, weight_OI: Tensor, outputs: Sequence[int], gain_I: Tensor | None) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, weight_OI: Tensor, outputs: Sequence[int], gain_I: Tensor | None, bits: Bits = 32
+    ) -> None:
         """Of the weight of a site in fp32, and the outputs of each of its linear layers; the gain is that of the norm
-        before the site.
+        before the site. `bits` see `Panels`.
         """
         self._library = library
         self._gain_I = gain_I
         self._outputs, self._inputs = outputs, weight_OI.shape[1]
-        forth = [Panels(library, part, gain_I) for part in weight_OI.split(list(outputs))]
-        self._forward = torch.cat([part.data for part in forth])
-        self._backward = Panels(library, weight_OI, gain_I, back=True).data
-        gain = None if gain_I is None else gain_I.data_ptr()
-        addresses = (self._forward.data_ptr(), self._backward.data_ptr(), gain)
-        self._native = _Site(*addresses, self._inputs, len(outputs), (Size * 3)(*outputs))
+        self._forward = [Panels(library, part, gain_I, bits=bits) for part in weight_OI.split(list(outputs))]
+        self._backward = Panels(library, weight_OI, gain_I, back=True, bits=bits)
+        self._native = _Site(
+            forward=(Floats * 3)(*(part.data.data_ptr() for part in self._forward)),
+            backward=self._backward.data.data_ptr(),
+            gain=None if gain_I is None else gain_I.data_ptr(),
+            bits=bits,
+            inputs=self._inputs,
+            parts=len(outputs),
+            outputs=(Size * 3)(*outputs),
+        )
         self._factors: WeakKeyDictionary[TrainableLora, Tensor] = WeakKeyDictionary()
 
     def take(self, job: TrainableLora, factors: Pair, scale: float) -> None:
@@ -131,10 +142,10 @@ class PanelSite:
 class PanelHead:
     """The head as panels. Implements `Head`."""
 
-    def __init__(self, library: ctypes.CDLL, head_VD: Tensor) -> None:
-        """Of the head in fp32."""
+    def __init__(self, library: ctypes.CDLL, head_VD: Tensor, bits: Bits = 32) -> None:
+        """Of the head in fp32; `bits` see `Panels`."""
         self.vocabulary = len(head_VD)
-        self._forward, self._backward = Panels(library, head_VD), Panels(library, head_VD, back=True)
+        self._forward, self._backward = (Panels(library, head_VD, back=back, bits=bits) for back in (False, True))
 
     def logits(self, states_MD: Tensor) -> Tensor:
         """See `Head`."""
@@ -152,16 +163,19 @@ class PanelWeights:
     shares = True
     grid: int | None = 1
 
-    def __init__(self, library: ctypes.CDLL, model: Llama, kernels: Kernels) -> None:
-        """Of weights in fp32. The memory of weights in mapped files is given back as they are laid out."""
+    def __init__(self, library: ctypes.CDLL, model: Llama, kernels: Kernels, bits: Bits = 32) -> None:
+        """Of weights in fp32; `bits` see `Panels`. Raises ValueError as that does.
+
+        The memory of weights in mapped files is given back as they are laid out.
+        """
         self._kernels = kernels
-        self._head = PanelHead(library, model.head_VD)
+        self._head = PanelHead(library, model.head_VD, bits)
         self._layers: list[dict[SiteName, PanelSite]] = []
         for layer, names, weights in zip(model.layers, model.config.layout.layers, sites(model), strict=True):
             gains = (layer.attention_norm_D, None, layer.feed_norm_D, None)
             self._layers.append(
                 {
-                    name: PanelSite(library, weight_OI, [linear.outputs for linear in linears], gain_I)
+                    name: PanelSite(library, weight_OI, [linear.outputs for linear in linears], gain_I, bits)
                     for (name, linears), weight_OI, gain_I in zip(names.items(), weights, gains, strict=True)
                 }
             )

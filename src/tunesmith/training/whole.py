@@ -103,11 +103,11 @@ class WholeLearner:
     def __init__(
         self, weights: TrainableWeights, workers: Workers, *, beat: Callable[[], None], dtype: torch.dtype
     ) -> None:
-        """`dtype` is that of the products; weights, and their gradients, are in fp32."""
+        """`dtype` is that of the products, fp32 in the place of int16; weights, and their gradients, are in fp32."""
         self._weights = weights
         self._workers = workers
         self._beat = beat
-        self._dtype = dtype
+        self._dtype = torch.float32 if dtype == torch.int16 else dtype
         self._compiled = weights.compiled if dtype == torch.bfloat16 else None
 
     @torch.no_grad()

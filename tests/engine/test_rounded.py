@@ -1,10 +1,13 @@
-"""Steps in bf16 and int8 against those of fp32, and against themselves: alone, beside others, in chunks, cached."""
+"""Steps in bf16 and int8 against those of fp32, and against themselves: alone, beside others, in chunks, cached.
+
+In both ways there are: by tiles, where the processor has them, and in fixed point.
+"""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,12 @@ from tests.architectures import OWN, make_base
 from tests.engine.models import make_adapter
 from tests.tiles import needs_tiles
 from tests.tiny import VOCABULARY_SIZE
-from tunesmith.engine.base import GenerateRequest, PromptScored, SamplingParams, TokenScore
+from tunesmith.engine import prompts, tiled
+from tunesmith.engine.base import GenerateRequest, Precision, PromptScored, SamplingParams, TokenScore
 from tunesmith.engine.blocks import BLOCK_TOKENS
 from tunesmith.engine.messages import Produced
 from tunesmith.engine.runner import Runner
 from tunesmith.runs.parity import BOUNDS
-
-pytestmark = needs_tiles
 
 WIDE = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 KINDS: dict[str, dict[str, Any]] = {
@@ -32,8 +34,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "odd vocabulary": OWN["mistral"] | WIDE | {"vocab_size": VOCABULARY_SIZE + 7},
 }
 RANKS = (4, 16, 33)
-eights = pytest.mark.parametrize("eight", [False, True], ids=["bf16", "int8"])
+precisions = pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+all_precisions = pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 Output = list[tuple[TokenScore, ...]]
+
+
+@pytest.fixture(autouse=True, params=[pytest.param("tiles", marks=needs_tiles), "fixed point"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "fixed point":
+        monkeypatch.setattr(tiled, "covers", lambda _: False)
+    yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +65,14 @@ def _prompts(lengths: Sequence[int], seed: int = 5) -> list[tuple[int, ...]]:
 def _runner(
     base: Path,
     models: Sequence[Path | None],
-    dtype: torch.dtype = torch.bfloat16,
+    precision: Precision = "bfloat16",
     max_running: int = 64,
     step_tokens: int = 512,
-    eight: bool = False,
     cache_bytes: int = 1 << 24,
 ) -> Runner:
-    runner = Runner(dtype=dtype, eight=eight, max_running=max_running, step_tokens=step_tokens, cache_bytes=cache_bytes)
+    runner = Runner(precision=precision, max_running=max_running, step_tokens=step_tokens, cache_bytes=cache_bytes)
     for index, adapter in enumerate(models):
         runner.load(str(index), str(base), None if adapter is None else str(adapter))
-    assert all((loaded.tiled is not None) == (dtype == torch.bfloat16) for loaded in runner._bases.values())
     return runner
 
 
@@ -82,15 +90,15 @@ def _run(runner: Runner, asked: Sequence[tuple[int, tuple[int, ...]]], max_token
     return [tuple(scores) for scores in found]
 
 
-@eights
+@precisions
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_are_those_of_fp32_but_for_rounding(tmp_path: Path, kind: str, eight: bool) -> None:
+def test_scores_are_those_of_fp32_but_for_rounding(tmp_path: Path, kind: str, precision: Precision) -> None:
     base = make_base(tmp_path / "base", KINDS[kind])
     models = [None, *(make_adapter(base, tmp_path / str(rank), seed=rank, rank=rank) for rank in RANKS)]
     asked = [(index % 4, prompt) for index, prompt in enumerate(_prompts([1, 5, 33, 64, 100, 31, 200, 2]))]
 
-    exact = _run(_runner(base, models, torch.float32), asked, 0, scored=True)
-    found = _run(_runner(base, models, eight=eight), asked, 0, scored=True)
+    exact = _run(_runner(base, models, "float32"), asked, 0, scored=True)
+    found = _run(_runner(base, models, precision), asked, 0, scored=True)
 
     pairs = [
         (score.logprob, other.logprob)
@@ -99,39 +107,39 @@ def test_scores_are_those_of_fp32_but_for_rounding(tmp_path: Path, kind: str, ei
         if score.logprob is not None and other.logprob is not None
     ]
     assert len(pairs) > 400
-    bound = BOUNDS["int8" if eight else "bfloat16"]
+    bound = BOUNDS[precision]
     assert all(abs(a - b) < bound.of(b) for a, b in pairs)
-    assert sum(abs(a - b) for a, b in pairs) / len(pairs) < (0.06 if eight else 0.02)
-    plain = _run(_runner(base, [None], eight=eight), [(0, prompt) for _, prompt in asked], 0, scored=True)
+    assert sum(abs(a - b) for a, b in pairs) / len(pairs) < {"bfloat16": 0.02, "int8": 0.06}[precision]
+    plain = _run(_runner(base, [None], precision), [(0, prompt) for _, prompt in asked], 0, scored=True)
     assert all(plain[i][1:] != found[i][1:] for i in range(1, 8) if asked[i][0])  # adapters do something
 
 
-@eights
+@all_precisions
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_answer_does_not_depend_on_what_else_is_computed(
-    base: Path, models: list[Path | None], threads: int, eight: bool
+    base: Path, models: list[Path | None], threads: int, precision: Precision
 ) -> None:
     asked = [(index % 4, prompt) for index, prompt in enumerate(_prompts([1 + 17 * i % 90 for i in range(24)]))]
     torch.set_num_threads(threads)
     try:
-        together = _run(_runner(base, models, eight=eight), asked, 12, scored=False)
+        together = _run(_runner(base, models, precision), asked, 12, scored=False)
     finally:
         torch.set_num_threads(1)
 
-    runner = _runner(base, models, eight=eight)  # the cache changes nothing: see below
+    runner = _runner(base, models, precision)  # the cache changes nothing: see below
     alone = [_run(runner, [one], 12, scored=False)[0] for one in asked]
 
     assert together == alone
 
 
-@eights
-def test_chunks_and_the_cache_change_nothing(base: Path, models: list[Path | None], eight: bool) -> None:
+@all_precisions
+def test_chunks_and_the_cache_change_nothing(base: Path, models: list[Path | None], precision: Precision) -> None:
     start, *ends = _prompts([70, 9, 20, 40])
     asked = [(model, start + end) for model in (0, 3) for end in ends]
-    whole = [_run(_runner(base, models, eight=eight), [one], 5, scored=False)[0] for one in asked]
+    whole = [_run(_runner(base, models, precision), [one], 5, scored=False)[0] for one in asked]
 
-    chunked = _run(_runner(base, models, max_running=3, step_tokens=7, eight=eight), asked, 5, scored=False)
-    warm = _runner(base, models, eight=eight)
+    chunked = _run(_runner(base, models, precision, max_running=3, step_tokens=7), asked, 5, scored=False)
+    warm = _runner(base, models, precision)
     first = _run(warm, asked, 5, scored=False)
     computed = warm.tokens_computed
     again = _run(warm, asked, 5, scored=False)
@@ -140,9 +148,12 @@ def test_chunks_and_the_cache_change_nothing(base: Path, models: list[Path | Non
     assert warm.tokens_computed - computed < computed
 
 
-def test_those_that_are_put_off_go_on_with_the_same_numbers(base: Path, models: list[Path | None]) -> None:
+@all_precisions
+def test_those_that_are_put_off_go_on_with_the_same_numbers(
+    base: Path, models: list[Path | None], precision: Precision
+) -> None:
     asked = [(index % 4, prompt) for index, prompt in enumerate(_prompts([30, 60, 33, 5, 90, 31]))]
-    roomy, tight = _runner(base, models), _runner(base, models, cache_bytes=1)
+    roomy, tight = _runner(base, models, precision), _runner(base, models, precision, cache_bytes=1)
     (loaded,) = tight._bases.values()
     per_sequence = -(-(90 + 60) // BLOCK_TOKENS)
     assert loaded.cache.pool.blocks < len(asked) * per_sequence
@@ -154,7 +165,10 @@ def test_those_that_are_put_off_go_on_with_the_same_numbers(base: Path, models: 
     assert tight.tokens_computed > roomy.tokens_computed  # some were put off
 
 
-def test_an_adapter_that_is_no_numbers_is_refused(base: Path, models: list[Path | None], tmp_path: Path) -> None:
+@precisions
+def test_an_adapter_that_is_no_numbers_is_refused(
+    base: Path, models: list[Path | None], tmp_path: Path, precision: Precision
+) -> None:
     assert models[1] is not None
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -165,11 +179,13 @@ def test_an_adapter_that_is_no_numbers_is_refused(base: Path, models: list[Path 
     save_file(state, broken / "adapter_model.safetensors", metadata={"format": "pt"})
 
     with pytest.raises(ValueError, match="finite"):
-        _runner(base, [broken])
+        _runner(base, [broken], precision)
 
 
-@eights
-def test_what_overflows_stays_no_number(base: Path, models: list[Path | None], tmp_path: Path, eight: bool) -> None:
+@precisions
+def test_what_overflows_stays_no_number(
+    base: Path, models: list[Path | None], tmp_path: Path, precision: Precision
+) -> None:
     """Whole numbers have no NaN: rounding a state that is none must not make a number of it."""
     assert models[1] is not None
     (tmp_path / "adapter_config.json").write_bytes((models[1] / "adapter_config.json").read_bytes())
@@ -177,32 +193,36 @@ def test_what_overflows_stays_no_number(base: Path, models: list[Path | None], t
     save_file({name: factor * 1e30 for name, factor in state.items()}, tmp_path / "adapter_model.safetensors")
     asked = [(index % 2, prompt) for index, prompt in enumerate(_prompts([40, 40, 1, 2, 3]))]
 
-    found = _run(_runner(base, [tmp_path, None], eight=eight), asked, 1, scored=True)
+    found = _run(_runner(base, [tmp_path, None], precision), asked, 1, scored=True)
 
     for (model, _), scores in zip(asked, found, strict=True):
         assert {math.isfinite(score.logprob) for score in scores if score.logprob is not None} == {model == 1}
 
 
-def test_what_has_no_whole_blocks_stays_in_fp32(tiny_base: Path) -> None:
-    runner = Runner(dtype=torch.bfloat16)
-    runner.load("0", str(tiny_base), None)
-    (loaded,) = runner._bases.values()
+@precisions
+def test_it_goes_by_the_tiles_there_are(base: Path, tiny_base: Path, way: str, precision: Precision) -> None:
+    for folder, tiles in ((base, way == "tiles"), (tiny_base, False)):  # the widths of that are no whole blocks
+        runner = _runner(folder, [None], precision)
+        (loaded,) = runner._bases.values()
+        assert (loaded.tiled is not None) == tiles
+        assert loaded.cache.dtype == (torch.bfloat16 if tiles else torch.float32)
+        assert (loaded.panels is None) == tiles
+        assert tiles or loaded.panels.head.bits == {"bfloat16": 16, "int8": 8}[precision]
 
-    assert loaded.tiled is None
-    assert loaded.cache.dtype == torch.float32
 
-
-def test_int8_is_refused_where_it_cannot_be(tiny_base: Path, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="multiples of 32"):
-        Runner(dtype=torch.bfloat16, eight=True).load("0", str(tiny_base), None)
-
+def test_int8_is_refused_where_it_cannot_be(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((base / name).read_bytes())
     state = load_file(tmp_path / "model.safetensors")
     state["model.layers.0.mlp.down_proj.weight"][1, 1] = torch.inf
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="finite"):
-        Runner(dtype=torch.bfloat16, eight=True).load("0", str(tmp_path), None)
+        Runner(precision="int8").load("0", str(tmp_path), None)
+
+    monkeypatch.setattr(tiled, "covers", lambda _: False)
+    monkeypatch.setattr(prompts, "library", lambda: None)
+    with pytest.raises(ValueError, match="compiler"):
+        Runner(precision="int8").load("0", str(base), None)
 
 
 def test_weights_that_were_rounded_to_8_bits_are_not_rounded_again(base: Path, tmp_path: Path) -> None:
@@ -216,8 +236,8 @@ def test_weights_that_were_rounded_to_8_bits_are_not_rounded_again(base: Path, t
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     asked = [(0, prompt) for prompt in _prompts([40, 60])]
 
-    rounded = _run(_runner(tmp_path, [None], eight=True), asked, 0, scored=True)
-    whole = _run(_runner(base, [None], eight=True), asked, 0, scored=True)
+    rounded = _run(_runner(tmp_path, [None], precision="int8"), asked, 0, scored=True)
+    whole = _run(_runner(base, [None], precision="int8"), asked, 0, scored=True)
 
     for scores, others in zip(rounded, whole, strict=True):
         assert [score.logprob for score in scores[1:]] == pytest.approx(
