@@ -1,5 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Everything lives in .venv; nothing global is touched.
 PYTHON ?= python3
+# Files of tests that are run at a time: most tests keep one core busy.
+TESTERS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -21,10 +23,10 @@ demo: $(INSTALLED)
 	$(BIN)/tunesmith demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+	$(BIN)/python -m pytest -m "not slow and not gpu" -q -n $(TESTERS) --dist loadfile
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not gpu" -q
+	$(BIN)/python -m pytest -m "not gpu" -q -n $(TESTERS) --dist loadfile
 
 check: format lint types contracts test
 

@@ -78,11 +78,12 @@ def at_terminal(
     words: Sequence[str], environment: Mapping[str, str], folder: Path, *, columns: int = 80, rows: int = 24
 ) -> Iterator[Terminal]:
     """`tunesmith WORDS` at a terminal of this size; killed if it has not ended by then."""
+    kept = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     process = subprocess.Popen(
         [*PROGRAM, *words],
-        env={**environment, "TERM": "xterm-256color"},
+        env={**kept, "TERM": "xterm-256color"},
         cwd=folder,
         stdin=slave,
         stdout=slave,

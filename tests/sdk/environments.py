@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,11 +21,12 @@ def python_with(*requirements: str) -> Path:
     """The interpreter of an environment with these and what they need; skips where no registry answers."""
     folder = HERE / ".venvs" / "+".join(requirements).replace("==", "-")
     python, ready = folder / "bin" / "python", folder / ".ready"
-    if not ready.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        _install([sys.executable, "-m", "venv", str(folder)])
-        _install([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
-        ready.touch()
+    with _one_at_a_time():
+        if not ready.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            _install([sys.executable, "-m", "venv", str(folder)])
+            _install([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
+            ready.touch()
     return python
 
 
@@ -36,8 +40,11 @@ def node_modules() -> Path:
     """The folder of tests/sdk, with what its package.json asks for installed; skips without node, npm or registry."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("node and npm are not installed")
-    if not (HERE / "node_modules" / "openai" / "package.json").exists():
-        _install(["npm", "install", "--prefix", str(HERE), "--no-audit", "--no-fund", "--no-package-lock", "--silent"])
+    with _one_at_a_time():
+        if not (HERE / "node_modules" / "openai" / "package.json").exists():
+            _install(
+                ["npm", "install", "--prefix", str(HERE), "--no-audit", "--no-fund", "--no-package-lock", "--silent"]
+            )
     return HERE
 
 
@@ -51,6 +58,15 @@ def client_environment(base_url: str, api_key: str) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1",
         "PYTHONWARNINGS": "default",
     }
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Among the processes that run these tests."""
+    (HERE / ".venvs").mkdir(exist_ok=True)
+    with (HERE / ".venvs" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _install(command: list[str]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.training.rows import random_lora
 from tunesmith import compiled
 from tunesmith.adapters.lora import Layout, Linear
+from tunesmith.decoder.panels import Bits, Panels
 from tunesmith.training import panels
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.panels import PanelHead, PanelSite
@@ -22,6 +23,9 @@ torch.set_num_threads(1)
 
 INPUTS = 401
 """More than a panel's part in the nearest cache, and no multiple of anything."""
+ROUNDING: dict[Bits, float] = {32: 2e-6, 16: 1e-3}
+"""Errors, as a share of the largest number."""
+every_kind = pytest.mark.parametrize("bits", ROUNDING)
 OUTPUTS = {"q": 41, "k": 9, "v": 23}
 
 
@@ -49,11 +53,11 @@ def _job(rank: int) -> TrainableLora:
     return TrainableLora(random_lora(Layout("layers.{}", ({"qkv": linears},)), rank=rank, alpha=3.0, seed=rank))
 
 
-def _site(library: ctypes.CDLL, jobs: Sequence[TrainableLora]) -> tuple[PanelSite, SharedSite]:
+def _site(library: ctypes.CDLL, jobs: Sequence[TrainableLora], bits: Bits) -> tuple[PanelSite, SharedSite]:
     chance = torch.Generator().manual_seed(1)
     weight_OI = torch.randn(sum(OUTPUTS.values()), INPUTS, generator=chance) * 0.1
     gain_I = torch.rand(INPUTS, generator=chance)
-    ours = PanelSite(library, weight_OI, list(OUTPUTS.values()), gain_I)
+    ours = PanelSite(library, weight_OI, list(OUTPUTS.values()), gain_I, bits)
     for job in jobs:
         (pair,), _ = job.pairs(job.flat)
         ours.take(job, pair, job.lora.scale)
@@ -79,21 +83,25 @@ def _random(n_tokens: int) -> tuple[Tensor, Tensor]:
     )
 
 
+@every_kind
 @pytest.mark.parametrize("n_tokens", [1, 7, 300, 521])
-def test_products_and_gradients_are_those_of_torch(library: ctypes.CDLL, job: TrainableLora, n_tokens: int) -> None:
-    ours, torchs = _site(library, [job])
+def test_products_and_gradients_are_those_of_torch(
+    library: ctypes.CDLL, job: TrainableLora, n_tokens: int, bits: Bits
+) -> None:
+    ours, torchs = _site(library, [job], bits)
     x_NI, grad_NO = _random(n_tokens)
     spans = [(job, slice(0, n_tokens))]
 
     found, expected = _both_ways(ours, x_NI, grad_NO, spans), _both_ways(torchs, x_NI, grad_NO, spans)
 
     for mine, theirs in zip((*found[:2], *found[2]), (*expected[:2], *expected[2]), strict=True):
-        assert (mine - theirs).abs().max() < 2e-6 * theirs.abs().max()
+        assert (mine - theirs).abs().max() < ROUNDING[bits] * theirs.abs().max()
 
 
-def test_a_job_gets_the_same_bits_alone_and_in_company(library: ctypes.CDLL, job: TrainableLora) -> None:
+@every_kind
+def test_a_job_gets_the_same_bits_alone_and_in_company(library: ctypes.CDLL, job: TrainableLora, bits: Bits) -> None:
     other = _job(rank=18)
-    ours, _ = _site(library, [job, other])
+    ours, _ = _site(library, [job, other], bits)
     x_NI, grad_NO = _random(300)
     first, second = slice(0, 71), slice(71, 300)
 
@@ -107,13 +115,50 @@ def test_a_job_gets_the_same_bits_alone_and_in_company(library: ctypes.CDLL, job
         assert torch.equal(one[2][0], gradients[index])
 
 
+@every_kind
 @pytest.mark.parametrize("vocabulary", [3, 1_000])
-def test_the_head_forth_and_back(library: ctypes.CDLL, vocabulary: int) -> None:
+def test_the_head_forth_and_back(library: ctypes.CDLL, vocabulary: int, bits: Bits) -> None:
     chance = torch.Generator().manual_seed(2)
     head_VD, states_MD = torch.randn(vocabulary, 50, generator=chance), torch.randn(9, 50, generator=chance)
-    head = PanelHead(library, head_VD)
+    head = PanelHead(library, head_VD, bits)
 
     logits_MV = head.logits(states_MD)
 
-    assert torch.allclose(logits_MV, states_MD @ head_VD.T, atol=1e-4)
-    assert torch.allclose(head.back(logits_MV), states_MD @ head_VD.T @ head_VD, rtol=1e-4, atol=1e-2)
+    exact_MV = states_MD @ head_VD.T
+    assert (logits_MV - exact_MV).abs().max() < ROUNDING[bits] * exact_MV.abs().max()
+    back_MD = exact_MV @ head_VD
+    assert (head.back(exact_MV) - back_MD).abs().max() < ROUNDING[bits] * back_MD.abs().max()
+
+
+def test_in_fixed_point_no_number_stays_none_and_none_else_is_harmed(library: ctypes.CDLL) -> None:
+    chance = torch.Generator().manual_seed(3)
+    weight_OI, x_NI = torch.randn(40, 300, generator=chance), torch.randn(5, 300, generator=chance)
+    panels = Panels(library, weight_OI, bits=16)
+    exact_NO = panels.product(x_NI)
+    x_NI[1, 200], x_NI[3, 0] = torch.nan, torch.inf
+
+    product_NO = panels.product(x_NI)
+
+    assert product_NO[[1, 3]].isnan().all()
+    assert torch.equal(product_NO[[0, 2, 4]], exact_NO[[0, 2, 4]])
+    with pytest.raises(ValueError, match="finite"):
+        Panels(library, weight_OI.index_fill(0, torch.tensor([7]), torch.inf), bits=8)
+
+
+def test_the_largest_numbers_there_are_do_not_overflow(library: ctypes.CDLL) -> None:
+    x_NI, weight_OI = torch.full((7, 1_000), 3e38), torch.full((33, 1_000), -1e-30)
+    for bits in (8, 16):
+        product_NO = Panels(library, weight_OI, bits=bits).product(x_NI)
+        assert torch.allclose(product_NO, x_NI @ weight_OI.T, rtol=1e-3)
+
+
+def test_weights_of_8_bits_are_taken_as_they_are(library: ctypes.CDLL) -> None:
+    chance = torch.Generator().manual_seed(4)
+    whole_OI = torch.randint(-127, 128, (50, 333), generator=chance)
+    whole_OI[:, 5] = 127  # each row has the largest
+    scale_O1 = torch.rand(50, 1, generator=chance) + 0.1
+    x_NI = torch.randint(-9, 9, (6, 333), generator=chance).float() * (32767 / 9)  # numbers that states have
+    x_NI[:, ::100] = 32767
+    product_NO = Panels(library, whole_OI * scale_O1, bits=8).product(x_NI)
+    exact_NO = x_NI.round().double() @ (whole_OI * scale_O1).double().T
+    assert (product_NO - exact_NO).abs().max() < 1e-6 * exact_NO.abs().max()

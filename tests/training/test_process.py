@@ -72,7 +72,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_next_start_goes_on(tiny_base: Path,
 
 
 def test_a_second_trainer_leaves_the_folder_alone(tiny_base: Path, tmp_path: Path) -> None:
-    run_dir = _make(tmp_path / "run", tiny_base, n_epochs=40)
+    run_dir = _make(tmp_path / "run", tiny_base, n_epochs=4_000)
     first = _start(run_dir)
     _until(lambda: _steps(run_dir) >= 1)
 
