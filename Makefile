@@ -23,10 +23,10 @@ demo: $(INSTALLED)
 	$(BIN)/tunesmith demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow and not gpu" -q -n $(TESTERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu" -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not gpu" -q -n $(TESTERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu" -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 check: format lint types contracts test
 

@@ -66,8 +66,7 @@ class Settings:
     engine_threads: int = field(default_factory=_default_threads)
     """CPU threads of the engine process."""
     engine_precision: str = "float32"
-    """`float32`; `bfloat16` (right to about 0.01 nats) and `int8` (0.03) are several times as fast with AMX, and one and a
-    half to three times without. Models of the box were rounded to 8 bits before: without AMX they lose nothing."""
+    """`float32`; `bfloat16` (right to about 0.01 nats) and `int8` (0.03) are 1.5 to 3 times as fast, more so with AMX."""
     max_resident_adapters: int = 64
     """Adapters kept in memory; the least recently used make room."""
     max_sequences: int = 16_384

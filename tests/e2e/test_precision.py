@@ -10,10 +10,7 @@ import pytest
 from tests.architectures import OWN, make_base
 from tests.e2e.drill import run_dir_of
 from tests.e2e.harness import Server, messages, put_base, reviews, upload, wait_for
-from tests.engine.test_tiled import WIDE
-from tests.tiles import needs_tiles
-
-pytestmark = needs_tiles
+from tests.engine.test_rounded import WIDE
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 0.1), ("int8", 0.4)])

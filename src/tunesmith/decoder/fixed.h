@@ -131,7 +131,7 @@ constexpr int64_t AHEAD = 2048;  // bytes before they are read, weights are aske
 
 // Adds ROWS rows of one group, `row` and `scale_row` apart, times a part of a panel `pairs` deep.
 template <int ROWS, typename W>
-__attribute__((noinline)) void add_group(Block<ROWS> &block, const int16_t *x, int64_t row, const float *x_scales,
+__attribute__((noinline)) void add_group(Lanes (*to)[2], const int16_t *x, int64_t row, const float *x_scales,
                                          int64_t scale_row, const W *weights, const float *scales, int64_t pairs) {
     Words sums[ROWS][2] = {};
     for (int64_t line = 0; ROWS == TALL && line < pairs; line += 16)
@@ -150,8 +150,8 @@ __attribute__((noinline)) void add_group(Block<ROWS> &block, const int16_t *x, i
 #pragma GCC unroll 12  // else sums would be written to memory all the while
     for (int i = 0; i < ROWS; ++i) {
         const float scale = x_scales[i * scale_row];
-        block.sums[i][0] += __builtin_convertvector(sums[i][0], Lanes) * (left * scale);
-        block.sums[i][1] += __builtin_convertvector(sums[i][1], Lanes) * (right * scale);
+        to[i][0] += __builtin_convertvector(sums[i][0], Lanes) * (left * scale);
+        to[i][1] += __builtin_convertvector(sums[i][1], Lanes) * (right * scale);
     }
 }
 
@@ -174,9 +174,11 @@ struct FixedProduct {
         for (int64_t first = from; first < from + deep; first += GROUP) {
             const int64_t n = from + deep - first < GROUP ? from + deep - first : GROUP;
             const auto add = [&](auto weights) {
-                add_group(block, x.numbers.data() + row * x.row + first, x.row,
-                          x.scales.data() + row * x.groups + first / GROUP, x.groups, weights, w.scales + column,
-                          rounded_pairs(n));
+                block.of_rows([&](auto rows) {
+                    add_group<decltype(rows)::value>(block.sums, x.numbers.data() + row * x.row + first, x.row,
+                                                     x.scales.data() + row * x.groups + first / GROUP, x.groups, weights,
+                                                     w.scales + column, rounded_pairs(n));
+                });
             };
             wide ? add(static_cast<const int16_t *>(wide) + (first - from) * WIDE) : add(w.panel(column, first));
         }

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "lanes.h"
@@ -41,34 +42,66 @@ void pack(Unpacked m, int64_t columns, int64_t depth, float *to) {
     }
 }
 
+// work(rows as a constant), of the numbers that a block may have: for all others up to TALL there is none.
+template <int ROWS = TALL, typename Work>
+inline void as_constant(int rows, Work work) {
+    if (rows == ROWS) return work(std::integral_constant<int, ROWS>());
+    if constexpr (ROWS > 1) as_constant<(ROWS > 6 ? 6 : ROWS - 1)>(rows, work);
+}
+
+// Adds ROWS rows of `a`, whose elements lie `a_row` and `a_deep` apart, times `depth` rows of `b`. A function of its own:
+// where it is used there are more things at hand than registers, and here there are to be none but these.
+template <int ROWS>
+__attribute__((noinline)) void add_rows(Lanes (*sums)[2], const float *a, int64_t a_row, int64_t a_deep, const float *b,
+                                        int64_t b_deep, int64_t depth) {
+    Lanes now[ROWS][2];
+#pragma GCC unroll 12  // else sums would be written to memory all the while
+    for (int i = 0; i < ROWS; ++i) now[i][0] = sums[i][0], now[i][1] = sums[i][1];
+    for (int64_t d = 0; d < depth; ++d, a += a_deep, b += b_deep) {
+        const Lanes left = read(b), right = read(b + LANES);
+        for (int i = 0; i < ROWS; ++i) {
+            const float x = a[i * a_row];
+            now[i][0] += x * left;
+            now[i][1] += x * right;
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i) sums[i][0] = now[i][0], sums[i][1] = now[i][1];
+}
+
+// Sums of ROWS rows and one panel, or of a number that is known when it is made (ROWS = 0): most blocks are TALL, and to
+// compile all kinds of whatever uses them takes its time.
 template <int ROWS>
 struct Block {
-    Lanes sums[ROWS][2];
+    Lanes sums[TALL][2];
+    const int given;
 
-    void clear() {
-        for (int i = 0; i < ROWS; ++i) sums[i][0] = sums[i][1] = Lanes{};
+    explicit Block(int of_rows) : given(of_rows) {}
+
+    int rows() const { return ROWS ? ROWS : given; }
+
+    // work(rows as a constant)
+    template <typename Work>
+    void of_rows(Work work) const {
+        if constexpr (ROWS)
+            work(std::integral_constant<int, ROWS>());
+        else
+            as_constant(given, work);
     }
 
-    // Adds ROWS rows of `a`, whose elements lie `a_row` and `a_deep` apart, times `depth` rows of `b`. A function of
-    // its own: where it is used there are more things at hand than registers, and here there are to be none but these.
-    __attribute__((noinline)) void add(const float *a, int64_t a_row, int64_t a_deep, const float *b, int64_t b_deep,
-                                       int64_t depth) {
-        Block now = *this;
-        for (int64_t d = 0; d < depth; ++d, a += a_deep, b += b_deep) {
-            const Lanes left = read(b), right = read(b + LANES);
-            for (int i = 0; i < ROWS; ++i) {
-                const float x = a[i * a_row];
-                now.sums[i][0] += x * left;
-                now.sums[i][1] += x * right;
-            }
-        }
-        *this = now;
+    void clear() {
+        for (int i = 0; i < rows(); ++i) sums[i][0] = sums[i][1] = Lanes{};
+    }
+
+    // As `add_rows`.
+    void add(const float *a, int64_t a_row, int64_t a_deep, const float *b, int64_t b_deep, int64_t depth) {
+        of_rows([&](auto n) { add_rows<decltype(n)::value>(sums, a, a_row, a_deep, b, b_deep, depth); });
     }
 
     // Row i in memory, as a whole panel; of its columns `real` are there.
     template <typename Put>
     void each_row(int64_t real, Put put) const {
-        for (int i = 0; i < ROWS; ++i) {
+        for (int i = 0; i < rows(); ++i) {
             float row[WIDE];
             write(row, sums[i][0]);
             write(row + LANES, sums[i][1]);
@@ -79,7 +112,7 @@ struct Block {
     // The sums from memory, and to it: row(i) is where row i of them lies, `real` columns of which are there.
     template <typename Row>
     void take(Row row, int64_t real) {
-        for (int i = 0; i < ROWS; ++i) {
+        for (int i = 0; i < rows(); ++i) {
             float some[WIDE] = {};
             if (real < WIDE) std::memcpy(some, row(i), sizeof(float) * real);
             const float *from = real < WIDE ? some : row(i);
@@ -91,7 +124,7 @@ struct Block {
     template <typename Row>
     void give(Row row, int64_t real) const {
         if (real < WIDE) return each_row(real, [&](int i, int64_t j, float sum) { row(i)[j] = sum; });
-        for (int i = 0; i < ROWS; ++i) {
+        for (int i = 0; i < rows(); ++i) {
             write(row(i), sums[i][0]);
             write(row(i) + LANES, sums[i][1]);
         }
@@ -99,13 +132,17 @@ struct Block {
 };
 
 // work(block, its first row) for rows `first` to `end`, TALL at a time.
-template <int ROWS = TALL, typename Work>
+template <typename Work>
 inline void by_blocks(int64_t end, int64_t first, Work work) {
-    for (; first + ROWS <= end; first += ROWS) {
-        Block<ROWS> block;
+    for (; first + TALL <= end; first += TALL) {
+        Block<TALL> block(TALL);
         work(block, first);
     }
-    if constexpr (ROWS > 1) by_blocks<(ROWS > 6 ? 6 : ROWS - 1)>(end, first, work);  // each kind has to be compiled
+    for (int rows; first < end; first += rows) {
+        rows = int(end - first >= 6 ? 6 : end - first);
+        Block<0> block(rows);
+        work(block, first);
+    }
 }
 
 // Part by part of `depth`, multiples of `grain` as deep as stays in the nearest cache: work(first, deep).
