@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,10 @@ from tunesmith.adapters import checkpoint as adapter_checkpoint
 from tunesmith.adapters.lora import initial
 from tunesmith.data.formats import Example
 from tunesmith.decoder import llama
+from tunesmith.decoder.panels import Panels
 from tunesmith.rundir import ResolvedHyperparameters, RunDir, RunSpec
 from tunesmith.tokenizer import Tokenizer
+from tunesmith.training import panels
 from tunesmith.training.batches import Schedule, encode_rows, generator
 from tunesmith.training.folded import product_dtype
 from tunesmith.training.loop import train
@@ -148,13 +151,16 @@ def _spec(base: str, batch: int, threads: int, precision: Any) -> RunSpec:
 
 
 def gemm(size: int, budget_s: float, threads: int, precision: str) -> Result:
-    """Rate of a square product in the dtype that a step of this precision has, per second of one thread."""
+    """Rate of a square product as a step of this precision has them, per second of one thread."""
     torch.set_num_threads(threads)
-    a, b = (torch.randn(size, size, dtype=product_dtype(precision)) for _ in range(2))
-    torch.mm(a, b)
+    dtype = product_dtype(precision)
+    library = panels.library() if dtype == torch.int16 else None
+    a, b = (torch.randn(size, size, dtype=torch.float32 if dtype == torch.int16 else dtype) for _ in range(2))
+    multiply = partial(torch.mm, a, b) if library is None else partial(Panels(library, b, bits=16).product, a)
+    multiply()
     began, n = time.process_time(), 0
     while time.process_time() - began < budget_s:
-        torch.mm(a, b)
+        multiply()
         n += 1
     return {"gflops_per_cpu_s": 2e-9 * size**3 * n / (time.process_time() - began)}
 

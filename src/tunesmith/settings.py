@@ -66,7 +66,7 @@ class Settings:
     engine_threads: int = field(default_factory=_default_threads)
     """CPU threads of the engine process."""
     engine_precision: str = "float32"
-    """`float32`; `bfloat16` (right to about 0.01 nats) and `int8` (0.03) are 1.5 to 3 times as fast, more so with AMX."""
+    """`float32`; `bfloat16` (right to about 0.01 nats) and `int8` (0.03) are up to 3 times as fast, with AMX more."""
     max_resident_adapters: int = 64
     """Adapters kept in memory; the least recently used make room."""
     max_sequences: int = 16_384
