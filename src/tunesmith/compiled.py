@@ -23,18 +23,20 @@ logger = logging.getLogger(__name__)
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-Wno-psabi"),
-    # Sums may be reordered, so that they can be vectors; but NaN stays NaN, and loading changes no global state, as it
-    # would with -ffast-math.
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
+    # NaN stays NaN, and loading changes no global state, as it would with -ffast-math.
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
 )
+REORDERING = ("-fassociative-math", "-freciprocal-math")
+"""Sums may be put in another order, so that they can be vectors. Not where numbers may not depend on what is computed
+beside them: the same sum may stand in several places of a source."""
 COMPILE_WITHIN_S = 120
 
 
 @cache
-def load(source: Path, *included: Path) -> ctypes.CDLL | None:
+def load(source: Path, *included: Path, reordering: bool = True) -> ctypes.CDLL | None:
     """The library of one source file, compiled if need be; None without a compiler, or where it fails, which is logged.
 
-    `included` are the files of ours that it includes.
+    `included` are the files of ours that it includes; with `reordering` the compiler may do as it likes with sums.
 
     Calls of its functions let other threads run.
     """
@@ -43,15 +45,15 @@ def load(source: Path, *included: Path) -> ctypes.CDLL | None:
         logger.info("no C++ compiler: what %s does is done by torch's operators, and takes longer", source.name)
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler, source, included)))
+        return ctypes.CDLL(str(_built(compiler, source, included, REORDERING if reordering else ())))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("%s did not compile %s: %s", compiler, source.name, said)
         return None
 
 
-def _built(compiler: str, source: Path, included: Sequence[Path]) -> Path:
-    flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
+def _built(compiler: str, source: Path, included: Sequence[Path], more: Sequence[str]) -> Path:
+    flags = [*FLAGS, *more, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_WITHIN_S).stdout
     sources = [path.read_bytes() for path in (source, *included)]
     known_by = b"\0".join([*sources, version, " ".join(flags).encode(), processor().encode()])

@@ -82,8 +82,16 @@ inline void gated(const float *gate, const float *up, float *to, int n) {
 }
 
 inline float dot(const float *__restrict a, const float *__restrict b, int n) {
+    Lanes sums[2]{};
+    int i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        sums[0] += read(a + i) * read(b + i);
+        sums[1] += read(a + i + LANES) * read(b + i + LANES);
+    }
+    sums[0] += sums[1];
     float sum = 0.0f;
-    for (int i = 0; i < n; ++i) sum += a[i] * b[i];
+    for (; i < n; ++i) sum += a[i] * b[i];
+    for (int lane = 0; lane < LANES; ++lane) sum += sums[0][lane];
     return sum;
 }
 

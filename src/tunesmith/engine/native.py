@@ -130,7 +130,7 @@ class NativeStep:
 
 def library() -> ctypes.CDLL | None:
     """What is compiled here; None without a compiler."""
-    return compiled.load(SOURCE, *HEADERS)
+    return compiled.load(SOURCE, *HEADERS, reordering=False)
 
 
 def covers(weights: Llama) -> bool:

@@ -155,7 +155,7 @@ class PromptStep:
 
 def library() -> ctypes.CDLL | None:
     """What is compiled here, panels with it; None without a compiler."""
-    found = compiled.load(SOURCE, *HEADERS)
+    found = compiled.load(SOURCE, *HEADERS, reordering=False)
     return None if found is None else declare(found)
 
 

@@ -58,7 +58,7 @@ class _Piece(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """What is compiled here; None without a compiler (see `compiled.load`)."""
-    found = compiled.load(SOURCE, *HEADERS)
+    found = compiled.load(SOURCE, *HEADERS, reordering=False)
     if found is None:
         return None
     site, pieces = ctypes.POINTER(_Site), ctypes.POINTER(_Piece)
