@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.architectures import OWN, make_base
 from tests.engine.models import make_adapter
@@ -15,7 +17,8 @@ from tests.tiny import VOCABULARY_SIZE, make_tiny_base
 from tunesmith import compiled
 from tunesmith.decoder import llama
 from tunesmith.engine import prompts as prompts_module
-from tunesmith.engine.base import GenerateRequest, SamplingParams, TokenScore
+from tunesmith.engine import tiled
+from tunesmith.engine.base import GenerateRequest, Precision, SamplingParams, TokenScore
 from tunesmith.engine.messages import Produced
 from tunesmith.engine.native import covers
 from tunesmith.engine.runner import LoadedBase, Runner
@@ -35,15 +38,23 @@ def answers(
         for index, adapter in enumerate(adapters):
             runner.load(str(index), str(base), None if adapter is None else str(adapter))
     assert all((model.base.native is not None) == native for model in runner._models.values())
-    found: list[list[TokenScore]] = [[] for _ in prompts]
-    for number, prompt in enumerate(prompts):
+    asked = {number: (str(number % len(adapters)), prompt) for number, prompt in enumerate(prompts)}
+    return generated(runner, asked, max_tokens=max_tokens)
+
+
+def generated(
+    runner: Runner, asked: dict[int, tuple[str, tuple[int, ...]]], *, max_tokens: int
+) -> list[list[TokenScore]]:
+    """What comes greedily after each prompt from a model, all asked at once."""
+    found: dict[int, list[TokenScore]] = {number: [] for number in asked}
+    for number, (handle, prompt) in asked.items():
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
-        assert runner.submit(number, GenerateRequest(str(number % len(adapters)), prompt, sampling, 3)) == []
+        assert runner.submit(number, GenerateRequest(handle, prompt, sampling, 3)) == []
     while runner.busy:
         for event in runner.step():
             assert isinstance(event, Produced)
             found[event.number].append(event.output.score)  # type: ignore[union-attr]
-    return found
+    return list(found.values())
 
 
 def check_equal(base: Path, adapters: list[Path | None], prompts: list[tuple[int, ...]]) -> None:
@@ -81,6 +92,48 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_company(tiny_base: Path) -> 
         assert [(score.token_id, score.logprob, score.top) for score in alone] == [
             (score.token_id, score.logprob, score.top) for score in beside
         ]
+
+
+@pytest.mark.parametrize("lanes", [4, 16])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_so_it_does_with_the_vectors_of_other_processors(
+    tiled_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lanes: int, precision: Precision
+) -> None:
+    monkeypatch.setattr(tiled, "covers", lambda _: False)
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, f"-DTUNESMITH_LANES={lanes}"))
+    monkeypatch.setattr(compiled, "load", compiled.load.__wrapped__)
+    adapters = [None, *(make_adapter(tiled_base, tmp_path / str(rank), seed=rank, rank=rank) for rank in (3, 16))]
+    prompts = prompts_of([3, 40, 90, 1, 17, 33, 64, 5])
+
+    def run(asked: Sequence[int], **settings: int) -> list[list[TokenScore]]:
+        runner = Runner(precision=precision, **settings)
+        for index, adapter in enumerate(adapters):
+            runner.load(str(index), str(tiled_base), None if adapter is None else str(adapter))
+        return generated(runner, {number: (str(number % 3), prompts[number]) for number in asked}, max_tokens=12)
+
+    together = run(range(8))
+
+    assert run(range(8), max_running=3, step_tokens=7) == together
+    assert [run([number])[0] for number in range(8)] == together
+
+
+def test_what_is_no_numbers_spoils_nobody_who_comes_after(tiled_base: Path, tmp_path: Path) -> None:
+    """A block of the cache goes to the next sequence as it is, and only what that has written may count."""
+    adapter = make_adapter(tiled_base, tmp_path / "broken", seed=1, rank=4)
+    state = load_file(adapter / "adapter_model.safetensors")
+    overflowing = {name: factor * 1e30 for name, factor in state.items()}
+    save_file(overflowing, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    runner = Runner(cache_bytes=1)
+    for name, folder in (("broken", adapter), ("sound", None)):
+        runner.load(name, str(tiled_base), None if folder is None else str(folder))
+    blocks = runner._models["sound"].base.cache.pool.blocks
+    *prompts, short = prompts_of([64] * (blocks // 2 + 1) + [33])  # all of every block, and one position of the second
+
+    broken = [generated(runner, {0: ("broken", prompt)}, max_tokens=1)[0][0] for prompt in prompts]
+    (sound,) = generated(runner, {0: ("sound", short)}, max_tokens=5)
+
+    assert all(score.logprob != score.logprob for score in broken)
+    assert [sound] == answers(tiled_base, [None], native=True, prompts=[short], max_tokens=5)
 
 
 @pytest.mark.parametrize("kind", sorted(OWN))

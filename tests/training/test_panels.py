@@ -29,13 +29,16 @@ every_kind = pytest.mark.parametrize("bits", ROUNDING)
 OUTPUTS = {"q": 41, "k": 9, "v": 23}
 
 
-@pytest.fixture(scope="module", params=["native", "plain"])
+@pytest.fixture(scope="module", params=["native", "plain", "wide"])
 def library(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
-    """As this processor has it, and with the vectors that every processor of its kind has."""
+    """As this processor has it, with the vectors that every processor of its kind has, and in the widest blocks."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "plain":
             flags = [flag for flag in compiled.FLAGS if flag != "-march=native"]
             patch.setattr(compiled, "FLAGS", (*flags, "-mno-avx") if platform.machine() == "x86_64" else flags)
+            patch.setattr(compiled, "load", compiled.load.__wrapped__)
+        if request.param == "wide":
+            patch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-DTUNESMITH_LANES=16"))
             patch.setattr(compiled, "load", compiled.load.__wrapped__)
         found = panels.library.__wrapped__()
     if found is None:
@@ -143,6 +146,17 @@ def test_in_fixed_point_no_number_stays_none_and_none_else_is_harmed(library: ct
     assert torch.equal(product_NO[[0, 2, 4]], exact_NO[[0, 2, 4]])
     with pytest.raises(ValueError, match="finite"):
         Panels(library, weight_OI.index_fill(0, torch.tensor([7]), torch.inf), bits=8)
+    with pytest.raises(ValueError, match="finite"):
+        Panels(library, weight_OI, torch.full((300,), torch.nan), bits=16)
+
+
+def test_numbers_too_small_for_a_scale_are_0(library: ctypes.CDLL) -> None:
+    weight_OI, x_NI = torch.ones(20, 200), torch.ones(3, 200)
+    weight_OI[4], x_NI[1] = 1e-40, 1e-40
+    weight_OI[4, 7] = x_NI[1, 7] = 0.0
+    for bits in (8, 16):
+        product_NO = Panels(library, weight_OI, bits=bits).product(x_NI)
+        assert torch.allclose(product_NO, x_NI @ weight_OI.T, rtol=1e-3, atol=1e-30)
 
 
 def test_the_largest_numbers_there_are_do_not_overflow(library: ctypes.CDLL) -> None:

@@ -32,13 +32,13 @@ inline Pairs read_pairs(const int8_t *from) {
 
 // sums + weights * x, both numbers of a pair.
 inline Words add_pairs(Words sums, Pairs weights, Words x) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && FULL_VECTORS
     return (Words)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)weights, (__m512i)x);
-#elif defined(__AVX512BW__)
+#elif defined(__AVX512BW__) && FULL_VECTORS
     return sums + (Words)_mm512_madd_epi16((__m512i)weights, (__m512i)x);
-#elif defined(__AVXVNNI__)
+#elif defined(__AVXVNNI__) && FULL_VECTORS
     return (Words)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)weights, (__m256i)x);
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#elif defined(__AVX2__) && !defined(__AVX512F__) && FULL_VECTORS
     return sums + (Words)_mm256_madd_epi16((__m256i)weights, (__m256i)x);
 #else
     const Words both = (Words)weights;
@@ -48,6 +48,16 @@ inline Words add_pairs(Words sums, Pairs weights, Words x) {
 
 inline int64_t rounded_pairs(int64_t depth) { return (depth + 1) / 2; }
 inline int64_t groups_of(int64_t depth) { return (depth + GROUP - 1) / GROUP; }
+
+// What a whole number of some numbers is worth, and how many of it there are in 1: the largest of them is to be `most`. For
+// numbers too small for that all are 0, and where one is not finite, `step` is not, so that no product is either.
+struct Scale {
+    float step, inverse;
+
+    Scale(float largest, int most)
+        : step(std::isfinite(largest) ? largest / most : NAN),
+          inverse(std::isfinite(largest) && largest > 1e-33f ? most / largest : 0.0f) {}
+};
 
 // A matrix: the scales of its columns, then panels [pairs, WIDE, 2].
 template <typename W>
@@ -75,11 +85,11 @@ struct Fixed {
         for (int64_t c = 0; c < columns; ++c) {
             float largest = 0.0f;
             for (int64_t d = 0; d < depth; ++d) largest = std::fmax(largest, std::fabs(m.at(d, c)));
-            scales[c] = largest / LARGEST<W>;
-            const float inverse = largest > 0.0f ? LARGEST<W> / largest : 0.0f;
+            const Scale scale(largest, LARGEST<W>);
+            scales[c] = scale.step;
             W *column = const_cast<W *>(to.panel(c / WIDE * WIDE, 0)) + c % WIDE * 2;
-            for (int64_t d = 0; d < depth; ++d)
-                column[d / 2 * 2 * WIDE + d % 2] = static_cast<W>(std::lrint(m.at(d, c) * inverse));
+            for (int64_t d = 0; d < depth && scale.inverse > 0.0f; ++d)
+                column[d / 2 * 2 * WIDE + d % 2] = static_cast<W>(std::lrint(m.at(d, c) * scale.inverse));
         }
     }
 };
@@ -110,17 +120,15 @@ struct States {
                 }
                 float largest;
                 std::memcpy(&largest, &bits, sizeof(largest));
-                const bool whole = bits < 0x7f800000;
-                scales[i * groups + group] = whole ? largest / LARGEST_STATE<W> : NAN;
-                const float inverse = whole && largest > 1e-30f ? LARGEST_STATE<W> / largest : 0.0f;
-                if (!whole) {
+                const Scale scale(largest, LARGEST_STATE<W>);
+                scales[i * groups + group] = scale.step;
+                if (scale.inverse > 0.0f)
+                    for (int64_t j = 0; j < n; ++j) {
+                        const float number = from[j] * scale.inverse;
+                        to[j] = static_cast<int16_t>(static_cast<int32_t>(number + (number < 0.0f ? -0.5f : 0.5f)));
+                    }
+                else
                     std::memset(to, 0, sizeof(*to) * n);
-                    continue;
-                }
-                for (int64_t j = 0; j < n; ++j) {
-                    const float number = from[j] * inverse;
-                    to[j] = static_cast<int16_t>(static_cast<int32_t>(number + (number < 0.0f ? -0.5f : 0.5f)));
-                }
                 if (n % 2) to[n] = 0;
             }
     }

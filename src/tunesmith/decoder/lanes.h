@@ -8,7 +8,14 @@
 
 namespace {
 
-// Wider vectors than there are registers for would be kept in memory between two operations.
+// Wider vectors than there are registers for would be kept in memory between two operations. Tests compile those of other
+// processors all the same (TUNESMITH_LANES); FULL_VECTORS: they are as wide as the registers of this one.
+#if defined(TUNESMITH_LANES)
+#define FULL_VECTORS 0
+constexpr int LANES = TUNESMITH_LANES;
+constexpr bool MANY_REGISTERS = LANES == 16;  // 32, else 16
+#else
+#define FULL_VECTORS 1
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)
@@ -16,14 +23,14 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-using Lanes = float __attribute__((vector_size(sizeof(float) * LANES), aligned(4)));
-using Words = int32_t __attribute__((vector_size(sizeof(float) * LANES)));
-
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr bool MANY_REGISTERS = true;  // 32, else 16
+constexpr bool MANY_REGISTERS = true;
 #else
 constexpr bool MANY_REGISTERS = false;
 #endif
+#endif
+using Lanes = float __attribute__((vector_size(sizeof(float) * LANES), aligned(4)));
+using Words = int32_t __attribute__((vector_size(sizeof(float) * LANES)));
 
 inline Lanes read(const float *from) { return *reinterpret_cast<const Lanes *>(from); }
 inline void write(float *to, Lanes x) { *reinterpret_cast<Lanes *>(to) = x; }

@@ -9,7 +9,6 @@ site, V = vocabulary.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -19,13 +18,12 @@ from torch import Tensor
 from tunesmith import compiled
 from tunesmith.decoder.llama import Layer, Llama, rotation
 from tunesmith.decoder.mapped import release, stacked
+from tunesmith.decoder.panels import Room, plain_room
 
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("packed.h", "tiles.h", "bf16.h"))
 """What sources that work on packed models include."""
 GRID = 32
 """Rows and columns of a block: tokens go in multiples of it, and the widths of a model have to be multiples."""
-Room = Callable[[int], Tensor]
-"""Memory of so many bytes."""
 Address, Count, Size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -79,10 +77,6 @@ def library(source: Path, *included: Path) -> ctypes.CDLL | None:
     return found
 
 
-def _plain(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
-
-
 def covers(model: Llama) -> bool:
     """Whether the widths of `model` are whole blocks, and its weights fp32 in memory of the processor."""
     config = model.config
@@ -104,7 +98,7 @@ def _sites(layer: Layer) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]
 class PackedLlama:
     """The weights of a model, packed. Threads may share it."""
 
-    def __init__(self, library: ctypes.CDLL, model: Llama, *, trained: bool, room: Room = _plain) -> None:
+    def __init__(self, library: ctypes.CDLL, model: Llama, *, trained: bool, room: Room = plain_room) -> None:
         """`covers(model)`; with `trained` also for the way back, which takes as much again. `room`: for the weights.
 
         The memory of weights in mapped files is given back as they are packed.

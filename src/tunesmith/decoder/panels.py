@@ -22,10 +22,13 @@ HEADERS = tuple(Path(__file__).with_name(name) for name in ("fixed.h", "panels.h
 """What sources that work on panels include."""
 Size, Floats = ctypes.c_int64, ctypes.c_void_p
 Bits = Literal[8, 16, 32]
+"""Of a number of a matrix: 32 is fp32; 16 and 8 are fixed point."""
+Room = Callable[[int], Tensor]
+"""Memory of so many bytes."""
 
 
 def plain_room(size: int) -> Tensor:
-    """`size` bytes."""
+    """A `Room` of ordinary memory."""
     return torch.empty(size, dtype=torch.uint8)
 
 
@@ -53,14 +56,15 @@ class Panels:
         *,
         back: bool = False,
         bits: Bits = 32,
-        room: Callable[[int], Tensor] = plain_room,
+        room: Room = plain_room,
     ) -> None:
         """Of a weight in fp32 and the gain of the norm before it: for products I -> O, or O -> I.
 
-        `bits`: 32 is fp32; 16 and 8 are fixed point, a scale for each column. `room` gives memory of so many bytes.
-        Raises ValueError for numbers that are not finite, which fixed point does not have.
+        In fixed point with a scale for each column; raises ValueError for numbers that are not finite, which that does
+        not have.
         """
-        if bits != 32 and not bool(torch.isfinite(weight_OI).all()):
+        given = [weight_OI] if gain is None else [weight_OI, gain]
+        if bits != 32 and not all(bool(torch.isfinite(numbers).all()) for numbers in given):
             raise ValueError(f"the model has weights that are not finite numbers, which {bits} bits do not have")
         self._multiply = library.tunesmith_multiply
         self.bits = bits
