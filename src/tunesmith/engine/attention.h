@@ -17,7 +17,7 @@ struct Span {
 };
 
 struct Attention {
-    int32_t heads, kv_heads, head_width, block_tokens;
+    int32_t heads, kv_heads, head_width;
     float epsilon;
     const float *q_norm, *k_norm;  // [d], or null
     const float *cosines, *sines;  // [positions, d / 2]

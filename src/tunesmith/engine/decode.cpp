@@ -18,7 +18,7 @@ struct Layer {
 
 struct Model {
     Shape shape;
-    int32_t vocabulary, block_tokens, bits;  // the last: of matrices
+    int32_t vocabulary, bits;  // the latter: of matrices
     float epsilon;
     const float *embedding, *norm;
     const void *head;              // a matrix
@@ -84,8 +84,8 @@ struct Work {
             const Layer &l = m.layer[layer];
             normed(l.attention_norm);
             site(layer, 0, l.qkv, l.qkv_bias, y.data(), wide.data());
-            attend({shape.heads, shape.kv_heads, shape.head_width, m.block_tokens, m.epsilon, l.q_norm, l.k_norm,
-                    m.cosines, m.sines, s.rows, s.span, wide.data(), s.keys[layer], s.values[layer], y.data()},
+            attend({shape.heads, shape.kv_heads, shape.head_width, m.epsilon, l.q_norm, l.k_norm, m.cosines, m.sines,
+                    s.rows, s.span, wide.data(), s.keys[layer], s.values[layer], y.data()},
                    0, shape.kv_heads);
             site(layer, 1, l.o, nullptr, y.data(), out.data());
             add(x.data(), out.data(), s.rows * shape.width);

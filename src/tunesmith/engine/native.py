@@ -17,7 +17,6 @@ from torch import Tensor
 
 from tunesmith import compiled
 from tunesmith.decoder.llama import Llama, rotation
-from tunesmith.engine.blocks import BLOCK_TOKENS
 from tunesmith.engine.deltas import HEADERS, Groups, PanelAdapter, Shape
 from tunesmith.engine.kvcache import KVCache, Span
 from tunesmith.engine.paneled import SITES, NativeSpan, PaneledLlama, native_spans
@@ -39,7 +38,7 @@ class _Layer(ctypes.Structure):
 class _Model(ctypes.Structure):
     _fields_ = [
         ("shape", Shape),
-        *((name, ctypes.c_int32) for name in ("vocabulary", "block_tokens", "bits")),
+        *((name, ctypes.c_int32) for name in ("vocabulary", "bits")),
         ("epsilon", ctypes.c_float),
         *((name, _Floats) for name in ("embedding", "norm", "head", "cosines", "sines")),
         ("layer", ctypes.POINTER(_Layer)),
@@ -81,7 +80,6 @@ class NativeStep:
         self._model = _Model(
             shape=panels.shape,
             vocabulary=config.vocabulary_size,
-            block_tokens=BLOCK_TOKENS,
             bits=panels.bits,
             epsilon=config.norm_epsilon,
             embedding=_address(weights.embedding_VD),

@@ -17,6 +17,7 @@ from tunesmith.decoder.llama import Llama
 from tunesmith.decoder.mapped import release
 from tunesmith.decoder.panels import Bits, Panels, sites
 from tunesmith.engine import deltas, memory
+from tunesmith.engine.blocks import BLOCK_TOKENS
 from tunesmith.engine.deltas import PanelAdapter, Shape
 from tunesmith.engine.kvcache import Span
 
@@ -24,6 +25,9 @@ SITES: tuple[Site, ...] = ("qkv", "o", "gate_up", "down")
 """Of a layer, in the order of compiled code."""
 ROWS_A_THREAD = 48
 """Rows of a product are dealt to threads from so many for each on: below, to hand them over takes as long."""
+
+
+assert BLOCK_TOKENS == 32, "positions of a block of the cache in attention.h"
 
 
 class NativeSpan(ctypes.Structure):

@@ -19,7 +19,6 @@ from tunesmith.adapters.lora import Site
 from tunesmith.decoder.llama import Llama, rotation
 from tunesmith.decoder.panels import declare
 from tunesmith.engine import memory
-from tunesmith.engine.blocks import BLOCK_TOKENS
 from tunesmith.engine.deltas import HEADERS, Groups, PanelAdapter, Shape
 from tunesmith.engine.kvcache import KVCache, Span
 from tunesmith.engine.paneled import SITES, NativeSpan, PaneledLlama, native_spans
@@ -30,7 +29,7 @@ _Floats, _Count, _Size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 class _Attention(ctypes.Structure):
     _fields_ = [
-        *((name, _Count) for name in ("heads", "kv_heads", "head_width", "block_tokens")),
+        *((name, _Count) for name in ("heads", "kv_heads", "head_width")),
         ("epsilon", ctypes.c_float),
         *((name, _Floats) for name in ("q_norm", "k_norm", "cosines", "sines")),
         ("spans", _Size),
@@ -97,7 +96,6 @@ class PromptStep:
                 heads=config.heads,
                 kv_heads=config.kv_heads,
                 head_width=config.head_width,
-                block_tokens=BLOCK_TOKENS,
                 epsilon=config.norm_epsilon,
                 q_norm=_address(layer.q_norm_d),
                 k_norm=_address(layer.k_norm_d),

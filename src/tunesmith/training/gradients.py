@@ -179,7 +179,9 @@ def _laid_out(
     library = panels.library() if compiled and dtype != torch.bfloat16 else None
     if library is None:
         return PlainWeights(model, site_outputs, torch.float32 if dtype == torch.int16 else dtype, kernels)
-    return PanelWeights(library, model, kernels, 16 if dtype == torch.int16 else 32)
+    # Fixed point has no infinity: in fp32 a loss that is no number says that the base is none.
+    fixed = dtype == torch.int16 and all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
+    return PanelWeights(library, model, kernels, 16 if fixed else 32)
 
 
 def _passes(shares: Sequence[_Share], max_tokens: int) -> Iterator[list[Piece]]:
