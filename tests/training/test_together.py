@@ -48,7 +48,8 @@ def _learn(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kernels"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, native.available())]
+    ("dtype", "kernels"),
+    [(torch.float32, None), (torch.int16, None), (torch.bfloat16, None), (torch.bfloat16, native.available())],
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_job_among_others_gets_the_bytes_that_it_gets_alone(
