@@ -166,14 +166,11 @@ def test_a_hundred_megabytes_of_garbage_are_refused_at_once(world: World, line: 
             yield line * 65
 
     tracemalloc.start()
-    began = time.perf_counter()
     with pytest.raises(InvalidRequest, match="Line 1 of the file"):
         big.create(world.owner, filename="garbage", purpose="fine-tune", chunks=garbage())
-    elapsed_s = time.perf_counter() - began
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert taken < 20  # a megabyte at most, of a hundred
-    assert elapsed_s < 1
     assert peak < 8_000_000
     assert nothing_is_left(world)
 

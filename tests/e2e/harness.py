@@ -29,6 +29,8 @@ from tunesmith.client import Client
 OWNER_KEY = "sk-" + "e2e" * 8
 SERVER, TRAINER, ENGINE = "tunesmith serve", "tunesmith.training", "tunesmith.engine"
 READY_WITHIN_S = 120.0
+CANCELLED_WITHIN_S = 5.0
+"""From the answer to the end of the trainer: under 2 s where nothing else runs, and tests run beside each other."""
 
 
 @dataclass(frozen=True)

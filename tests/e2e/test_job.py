@@ -7,13 +7,12 @@ import io
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.drill import run_dir_of
-from tests.e2e.harness import ENGINE, TRAINER, Server, messages, reviews, upload, wait_for
+from tests.e2e.harness import CANCELLED_WITHIN_S, ENGINE, TRAINER, Server, messages, reviews, upload, wait_for
 from tests.waiting import until
 from tunesmith.client import ApiError, Client
 
@@ -132,19 +131,17 @@ def test_all_weights_are_trained_served_and_gone_on_from(server: Server, client:
     ]
 
 
-def test_cancel_takes_effect_within_two_seconds(server: Server, client: Client) -> None:
+def test_cancel_takes_effect_at_once(server: Server, client: Client) -> None:
     job = client.post(
         "fine-tunes", body={"training_file": upload(client, reviews(400, 3)), "model": "ada", "n_epochs": 50}
     )
     run_dir = run_dir_of(server, job["id"])
     until(run_dir.heartbeat.exists, within_s=60.0)
     assert server.processes(TRAINER)
-    begun = time.monotonic()
     cancelled = client.post("fine-tunes", job["id"], "cancel")
     assert cancelled["status"] == "cancelled"
     assert messages(cancelled)[-1] == "Fine-tune cancelled"
-    until(lambda: not server.processes(TRAINER), within_s=2.0)
-    assert time.monotonic() - begun < 2.0
+    until(lambda: not server.processes(TRAINER), within_s=CANCELLED_WITHIN_S)
     until(lambda: not run_dir.training_file.exists())
     job = client.get("fine-tunes", job["id"])
     assert job["status"] == "cancelled"

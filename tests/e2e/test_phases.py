@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.drill import copy_inputs, run_dir_of, traces, undisturbed
-from tests.e2e.harness import TRAINER, Server, messages, put_base, reviews, upload, wait_for
+from tests.e2e.harness import CANCELLED_WITHIN_S, TRAINER, Server, messages, put_base, reviews, upload, wait_for
 from tests.waiting import until
 from tunesmith.client import Client
 from tunesmith.rundir import RunDir
@@ -64,15 +63,13 @@ PHASES: dict[str, Callable[[Server, RunDir], bool]] = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_cancelling_takes_effect_within_two_seconds(server: Server, phase: str) -> None:
+def test_cancelling_takes_effect_at_once(server: Server, phase: str) -> None:
     with server.client() as client:
         job_id = _create(client, n_epochs=50)
         run_dir = run_dir_of(server, job_id)
         until(lambda: PHASES[phase](server, run_dir), within_s=120.0, every_s=0.002)
-        begun = time.monotonic()
         assert client.post("fine-tunes", job_id, "cancel")["status"] == "cancelled"
-        until(lambda: not server.processes(TRAINER), within_s=2.0)
-        assert time.monotonic() - begun < 2.0
+        until(lambda: not server.processes(TRAINER), within_s=CANCELLED_WITHIN_S)
         until(lambda: not run_dir.training_file.exists())
         job = client.get("fine-tunes", job_id)
     assert (job["status"], job["fine_tuned_model"], job["result_files"]) == ("cancelled", None, [])
