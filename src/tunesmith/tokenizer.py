@@ -114,7 +114,8 @@ class Tokenizer:
         """
         known = self._known
         hidden = len(known.opening_ids) if tuple(token_ids[: len(known.opening_ids)]) == known.opening_ids else 0
-        shown = [self.token_bytes(token_id) for token_id in token_ids[hidden:]]
+        contents = known.contents
+        shown = [contents.get(token_id, b"") for token_id in token_ids[hidden:]]
         if known.space_in_front and shown and token_ids[hidden] not in known.special_ids:
             shown[0] = shown[0].removeprefix(b" ")
         return [*[None] * hidden, *shown]

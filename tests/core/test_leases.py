@@ -66,6 +66,23 @@ def assert_lost(world: World, held: Claim) -> None:
 
 def test_nothing_to_claim(world: World) -> None:
     assert world.jobs.claim("d", LEASE_S) is None
+    assert not world.jobs.awaited()
+
+
+def test_a_job_is_awaited_while_it_waits_for_its_turn_or_for_somebody_to_hold_it(world: World) -> None:
+    job = world.job()
+    assert world.jobs.awaited()
+    world.jobs.pause(world.owner, job.id)
+    assert not world.jobs.awaited()
+    world.jobs.resume(world.owner, job.id)
+    start(world, claim(world))
+    assert not world.jobs.awaited()
+    world.clock.now += LEASE_S + 1
+    assert world.jobs.awaited()
+    world.jobs.release(claim(world))
+    assert world.jobs.awaited()
+    world.jobs.cancel(world.owner, job.id)
+    assert not world.jobs.awaited()
 
 
 def test_the_whole_life_of_a_job(world: World) -> None:

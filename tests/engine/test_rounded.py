@@ -133,6 +133,17 @@ def test_an_answer_does_not_depend_on_what_else_is_computed(
 
 
 @all_precisions
+def test_what_follows_a_prompt_is_the_same_whether_the_prompt_is_scored_or_not(
+    base: Path, models: list[Path | None], precision: Precision
+) -> None:
+    """Where it is not, the last layer is computed for the last token alone."""
+    asked = [(index % 4, prompt) for index, prompt in enumerate(_prompts([1, 2, 31, 32, 33, 70, 100, 128]))]
+    scored = _run(_runner(base, models, precision), asked, 3, scored=True)
+    plain = _run(_runner(base, models, precision, step_tokens=64), asked, 3, scored=False)
+    assert [scores[-3:] for scores in scored] == plain
+
+
+@all_precisions
 def test_chunks_and_the_cache_change_nothing(base: Path, models: list[Path | None], precision: Precision) -> None:
     start, *ends = _prompts([70, 9, 20, 40])
     asked = [(model, start + end) for model in (0, 3) for end in ends]

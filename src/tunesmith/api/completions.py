@@ -110,7 +110,7 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
 
 
 def _token_ids(values: list[Any]) -> tuple[int, ...]:
-    if not values or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in values):
+    if set(map(type, values)) != {int} or min(values) < 0:
         raise InvalidRequest("A 'prompt' of token ids must be a list of one or more integers from 0.", param="prompt")
     return tuple(values)
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, Connection, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, func, insert, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core import requests
@@ -178,6 +178,13 @@ class Jobs:
             return self._one(connection, job_id)
 
     # For the dispatcher
+
+    def awaited(self) -> bool:
+        """Whether there is a job for `enqueue` or `claim`. Waits for no writer, as both do."""
+        with self._store.reading() as connection:
+            pending = jobs.c.status == JobStatus.PENDING, jobs.c.paused_unix.is_(None)
+            wanted = select(jobs.c.id).where(or_(and_(*pending), and_(*self._nobodys())))
+            return connection.scalar(wanted.limit(1)) is not None
 
     def enqueue(self) -> None:
         """Tell pending jobs their place: how many pending jobs are before each. Says nothing where nothing changed."""
@@ -422,10 +429,12 @@ class Jobs:
             connection.execute(update(jobs).where(jobs.c.id == waiting.job_id).values(queue_number=number))
 
     def _abandoned(self, connection: Connection) -> str | None:
-        nobodys = or_(jobs.c.lease_holder.is_(None), jobs.c.lease_expires_unix <= self._store.clock())
-        at_work = jobs.c.status == JobStatus.RUNNING, jobs.c.paused_unix.is_(None)
-        query = select(jobs.c.id).where(*at_work, nobodys).order_by(jobs.c.position)
-        return connection.scalar(query.limit(1))
+        return connection.scalar(select(jobs.c.id).where(*self._nobodys()).order_by(jobs.c.position).limit(1))
+
+    def _nobodys(self) -> tuple[ColumnElement[bool], ...]:
+        """Jobs that run, as far as is known, and that nobody holds any more."""
+        unheld = or_(jobs.c.lease_holder.is_(None), jobs.c.lease_expires_unix <= self._store.clock())
+        return jobs.c.status == JobStatus.RUNNING, jobs.c.paused_unix.is_(None), unheld
 
     def _one(self, connection: Connection, job_id: str) -> Job:
         return job_from_row(connection.execute(with_files(jobs.c.id == job_id)).mappings().one())

@@ -8,7 +8,7 @@ encoded and nothing waited for inside one.
 
 from __future__ import annotations
 
-import secrets
+import random
 import sqlite3
 import string
 import time
@@ -30,16 +30,19 @@ NewId = Callable[[str], str]
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_MS = 30_000
 """How long a writer waits for its turn before it fails."""
+KEPT_CONNECTIONS = 16
+"""Of SQLite: requests that come at once each take one, and to open another takes longer than what they ask."""
 WRITER_LOCK = 0x74756E65
 """Key of the PostgreSQL advisory lock that writers hold: "tune"."""
 POSTGRES_DISK_FULL = "53100"
 
 _ALPHANUMERICS = string.ascii_letters + string.digits
+_CHANCE = random.SystemRandom()
 
 
 def random_id(prefix: str) -> str:
     """The prefix and 24 random alphanumerics."""
-    return prefix + "".join(secrets.choice(_ALPHANUMERICS) for _ in range(24))
+    return prefix + "".join(_CHANCE.choices(_ALPHANUMERICS, k=24))
 
 
 class Store:
@@ -116,7 +119,7 @@ def _is_current(connection: Connection) -> bool:
 def _engine(url: URL) -> Engine:
     match url.get_backend_name():
         case "sqlite":
-            engine = create_engine(url)
+            engine = create_engine(url, pool_size=KEPT_CONNECTIONS, pool_use_lifo=True)
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
         case "postgresql":

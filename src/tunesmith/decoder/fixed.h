@@ -1,5 +1,5 @@
 // Products in fixed point, on any processor: weights of 8 or 16 bits in panels, a scale for each column; states of 16
-// bits, a scale for each GROUP of a row. Processors without bf16 multiply two such numbers in the time of one in fp32.
+// bits, a scale for each group of a row. Processors without bf16 multiply two such numbers in the time of one in fp32.
 // Sums are of whole numbers, and so the same in any order; what they come to as floats is added up from group to group.
 
 #pragma once
@@ -12,14 +12,16 @@
 
 namespace {
 
-constexpr int64_t GROUP = 128;  // numbers of depth: so many products of the largest fit into 32 bits
+// Numbers of depth whose products are added up as whole numbers.
+template <typename W>
+constexpr int64_t GROUP = sizeof(W) == 1 ? 256 : 128;
 
-// The largest number of a weight, and of a state beside it: both as large as a sum of GROUP products has room for.
+// The largest number of a weight, and of a state beside it: a sum of a group's products has room for them.
 template <typename W>
 constexpr int LARGEST = sizeof(W) == 1 ? 127 : 4095;
 template <typename W>
 constexpr int LARGEST_STATE = sizeof(W) == 1 ? 32767 : 4095;
-static_assert(int64_t(4095) * 4095 * GROUP <= INT32_MAX && int64_t(127) * 32767 * GROUP <= INT32_MAX);
+static_assert(GROUP<int16_t> * 4095 * 4095 <= INT32_MAX && GROUP<int8_t> * 127 * 32767 <= INT32_MAX);
 
 using Pairs = int16_t __attribute__((vector_size(sizeof(float) * LANES)));  // two numbers of depth for each column
 using AnyPairs = int16_t __attribute__((vector_size(sizeof(float) * LANES), aligned(2)));
@@ -47,7 +49,11 @@ inline Words add_pairs(Words sums, Pairs weights, Words x) {
 }
 
 inline int64_t rounded_pairs(int64_t depth) { return (depth + 1) / 2; }
-inline int64_t groups_of(int64_t depth) { return (depth + GROUP - 1) / GROUP; }
+
+template <typename W>
+inline int64_t groups_of(int64_t depth) {
+    return (depth + GROUP<W> - 1) / GROUP<W>;
+}
 
 // What a whole number of some numbers is worth, and how many of it there are in 1: the largest of them is to be `most`. For
 // numbers too small for that all are 0, and where one is not finite, `step` is not, so that no product is either.
@@ -103,12 +109,12 @@ struct States {
     template <typename W>
     void round(const float *x, int64_t x_row, int64_t rows, int64_t depth) {
         row = 2 * rounded_pairs(depth);
-        groups = groups_of(depth);
+        groups = groups_of<W>(depth);
         numbers.resize(rows * row);
         scales.resize(rows * groups);
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t group = 0; group < groups; ++group) {
-                const int64_t first = group * GROUP, n = depth - first < GROUP ? depth - first : GROUP;
+                const int64_t first = group * GROUP<W>, n = depth - first < GROUP<W> ? depth - first : GROUP<W>;
                 const float *from = x + i * x_row + first;
                 int16_t *to = numbers.data() + i * row + first;
                 int32_t bits = 0;  // of the largest, sign apart: as whole numbers NaN is above them all
@@ -170,7 +176,7 @@ struct FixedProduct {
     const Fixed<W> w;
     int16_t *const wide;  // where a part of a panel of bytes is widened once for all rows that pass; null: for each
     const int64_t depth = w.depth;
-    static constexpr int64_t deepest = 2 * DEEPEST, grain = GROUP;
+    static constexpr int64_t grain = GROUP<W>, deepest = 2 * DEEPEST > grain ? 2 * DEEPEST / grain * grain : grain;
 
     void begin(int64_t column, int64_t from, int64_t deep) const {
         const W *panel = w.panel(column, from);
@@ -179,12 +185,12 @@ struct FixedProduct {
 
     template <int ROWS>
     void add(Block<ROWS> &block, int64_t row, int64_t column, int64_t from, int64_t deep) const {
-        for (int64_t first = from; first < from + deep; first += GROUP) {
-            const int64_t n = from + deep - first < GROUP ? from + deep - first : GROUP;
+        for (int64_t first = from; first < from + deep; first += grain) {
+            const int64_t n = from + deep - first < grain ? from + deep - first : grain;
             const auto add = [&](auto weights) {
                 block.of_rows([&](auto rows) {
                     add_group<decltype(rows)::value>(block.sums, x.numbers.data() + row * x.row + first, x.row,
-                                                     x.scales.data() + row * x.groups + first / GROUP, x.groups, weights,
+                                                     x.scales.data() + row * x.groups + first / grain, x.groups, weights,
                                                      w.scales + column, rounded_pairs(n));
                 });
             };
@@ -234,7 +240,7 @@ inline void multiply(const Rows &x, const Matrix &m, float *y, int64_t y_row, in
         return multiply(product, m.columns, y, y_row, rows, stretches, stretch, then);
     }
     of_bits(m.bits, [&](auto w) {
-        alignas(64) static thread_local int16_t room[2 * DEEPEST * WIDE];
+        alignas(64) static thread_local int16_t room[FixedProduct<int8_t>::deepest * WIDE];
         int16_t *wide = sizeof(w) == 1 && rows > TALL ? room : nullptr;
         const FixedProduct<decltype(w)> product{x.fixed, {m.panels, m.columns, m.depth}, wide};
         multiply(product, m.columns, y, y_row, rows, stretches, stretch, then);

@@ -194,6 +194,7 @@ inline void multiply(Product product, int64_t columns, float *y, int64_t y_row, 
                     by_blocks(end < here.rows ? end : here.rows, first, [&](auto &block, int64_t row) {
                         const int64_t at = here.start + row;
                         const auto to = [&](int i) { return y + (at + i) * y_row + column; };
+                        for (int i = 0; i < block.rows(); ++i) __builtin_prefetch(to(i), 1);  // until sums are there
                         from ? block.take(to, real) : block.clear();
                         product.add(block, at, column, from, deep);
                         if (from + deep == product.depth) then(block, i, row, column);

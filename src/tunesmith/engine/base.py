@@ -49,6 +49,8 @@ class GenerateRequest:
     """Report the prompt's own tokens first (for echo): needs `top_logprobs`."""
     payer: str = ""
     """Whose request it is: where there is not room for all, payers take turns."""
+    together: bool = False
+    """Nobody waits for outputs before the last: they may come all at once, which costs those who pass them on less."""
 
 
 @dataclass(frozen=True, slots=True)

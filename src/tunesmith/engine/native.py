@@ -107,7 +107,7 @@ class NativeStep:
             step = _Step(
                 rows=len(mine),
                 token_ids=(ctypes.c_int32 * len(mine))(*token_ids[part]),
-                span=native_spans(mine),
+                span=native_spans(mine, [1] * len(mine)),
                 groups=Groups.of(adapters[part], [1] * len(mine)),
                 keys=keys,
                 values=values,

@@ -34,18 +34,19 @@ class NativeSpan(ctypes.Structure):
     """What compiled code sees of the tokens of a sequence in a step: see `attention.h`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("first", "tokens", "position")),
+        *((name, ctypes.c_int64) for name in ("first", "tokens", "position", "wanted", "into")),
         ("blocks", ctypes.POINTER(ctypes.c_int32)),
     ]
 
 
-def native_spans(spans: Sequence[Span]) -> ctypes.Array[NativeSpan]:
-    """Of sequences whose tokens stand one after another in a step."""
-    native, first = (NativeSpan * len(spans))(), 0
-    for one, span in zip(native, spans, strict=True):
+def native_spans(spans: Sequence[Span], wanted: Sequence[int]) -> ctypes.Array[NativeSpan]:
+    """Of sequences whose tokens stand one after another in a step; the last `wanted` of each are to attend."""
+    native, first, into = (NativeSpan * len(spans))(), 0, 0
+    for one, span, attending in zip(native, spans, wanted, strict=True):
         one.first, one.tokens, one.position = first, span.end - span.start, span.start
+        one.wanted, one.into = attending, into
         one.blocks = (ctypes.c_int32 * len(span.blocks))(*span.blocks)
-        first += one.tokens
+        first, into = first + one.tokens, into + attending
     return native
 
 

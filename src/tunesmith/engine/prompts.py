@@ -1,11 +1,13 @@
 """Steps with prompts on the processor by compiled code: its products, and what is between (`prompts.cpp`).
 
-Legend: N = tokens, D = model width, H, K = query and key/value heads, d = head width, F = feed-forward width.
+Legend: N = tokens, W = those whose states are wanted, D = model width, F = feed-forward width, d = head width, H, K =
+query and key/value heads.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,13 +75,20 @@ class PromptStep:
         self._threads = ThreadPoolExecutor(max(1, torch.get_num_threads()), "heads")
 
     def hidden(
-        self, token_ids: Sequence[int], spans: Sequence[Span], adapters: Sequence[PanelAdapter | None]
+        self,
+        token_ids: Sequence[int],
+        spans: Sequence[Span],
+        adapters: Sequence[PanelAdapter | None],
+        wanted: Sequence[int],
     ) -> Tensor:
-        """Last states [N, D] of the tokens of `spans` one after another; stores their keys and values."""
-        config, weights, n_tokens = self._weights.config, self._weights, len(token_ids)
+        """Last states [W, D] of the last `wanted` tokens of each of `spans`, whose tokens stand one after another.
+
+        Keys and values of all of them are stored; for nothing else do tokens that are not wanted need the last layer.
+        """
+        config, weights, n_tokens, n_wanted = self._weights.config, self._weights, len(token_ids), sum(wanted)
         keys, values = self._cache.reserve(spans)
-        native = native_spans(spans)
-        groups = Groups.of(adapters, [span.end - span.start for span in spans])
+        lengths = [span.end - span.start for span in spans]
+        native, groups = native_spans(spans, lengths), Groups.of(adapters, lengths)
         x_ND, y_ND = torch.empty(n_tokens, config.width), torch.empty(n_tokens, config.width)
         ids = (_Count * n_tokens)(*token_ids)
         self._library.tunesmith_embed(
@@ -91,7 +100,10 @@ class PromptStep:
             qkv = self._product(y_ND, groups, index, "qkv", room.qkv[:n_tokens])
             if layer.qkv_bias is not None:
                 qkv.add_(layer.qkv_bias)
-            mixed = room.mixed[:n_tokens]
+            if index == len(weights.layers) - 1 and n_wanted < n_tokens:
+                native, groups = native_spans(spans, wanted), Groups.of(adapters, wanted)
+                x_ND = x_ND[last_places(wanted, lengths)]
+                y_ND, n_tokens = y_ND[:n_wanted], n_wanted
             attention = _Attention(
                 heads=config.heads,
                 kv_heads=config.kv_heads,
@@ -106,10 +118,10 @@ class PromptStep:
                 qkv=_address(qkv),
                 keys=_address(keys[index]),
                 values=_address(values[index]),
-                mixed=_address(mixed),
+                mixed=_address(room.mixed),
             )
             self._by_heads(attention)
-            added_ND = self._product(mixed, groups, index, "o", room.added_ND[:n_tokens])
+            added_ND = self._product(room.mixed[:n_tokens], groups, index, "o", room.added_ND[:n_tokens])
             self._normalise(x_ND, added_ND, layer.feed_norm_D, y_ND)
             gate_up = self._product(y_ND, groups, index, "gate_up", room.gate_up[:n_tokens])
             product_NF = room.product_NF[:n_tokens]
@@ -155,6 +167,12 @@ def library() -> ctypes.CDLL | None:
     """What is compiled here, panels with it; None without a compiler."""
     found = compiled.load(SOURCE, *HEADERS, reordering=False)
     return None if found is None else declare(found)
+
+
+def last_places(wanted: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """The last `wanted` places of each of so many that follow one another."""
+    ends = itertools.accumulate(lengths)
+    return [place for end, last in zip(ends, wanted, strict=True) for place in range(end - last, end)]
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -257,26 +257,30 @@ class Runner:
 
     def _step(self, base: LoadedBase, chunks: list[Chunk[Model]]) -> Iterator[Event]:
         self.tokens_computed += sum(chunk.length for chunk in chunks)
-        logits_NV: Tensor | None = None
+        logits_WV: Tensor | None = None
         tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
+        wanted = [_wanted(chunk) for chunk in chunks]
         if base.tiled is not None:
-            hidden_ND = base.tiled.hidden(tokens, chunks, _adapters(TiledAdapter, chunks))
+            hidden_WD = _select(base.tiled.hidden(tokens, chunks, _adapters(TiledAdapter, chunks)), chunks, wanted)
         elif base.native is not None and len(chunks) <= MOST_ROWS and all(chunk.length == 1 for chunk in chunks):
-            hidden_ND, logits_NV = base.native([ids[0] for ids in tokens], chunks, _adapters(PanelAdapter, chunks))
+            wanted = [1] * len(chunks)
+            hidden_WD, logits_WV = base.native([ids[0] for ids in tokens], chunks, _adapters(PanelAdapter, chunks))
         elif base.prompts is not None:
             ids = list(itertools.chain.from_iterable(tokens))
-            hidden_ND = base.prompts.hidden(ids, chunks, _adapters(PanelAdapter, chunks))
+            hidden_WD = base.prompts.hidden(ids, chunks, _adapters(PanelAdapter, chunks), wanted)
         else:
             chunks, mixture = _arrange(base.stacks, chunks)
+            wanted = [_wanted(chunk) for chunk in chunks]
             tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
             token_ids_N = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=self._device)
             attention = base.cache.attend(chunks)
             hidden_ND = base.weights.hidden(token_ids_N, attention.positions_N, attention, mixture)
+            hidden_WD = _select(hidden_ND, chunks, wanted)
 
-        ends = list(itertools.accumulate(chunk.length for chunk in chunks))
+        ends = list(itertools.accumulate(wanted))
         for chunk, end in zip(chunks, ends, strict=True):
-            if chunk.sequence.request.score_prompt and chunk.sequence.generated == 0:
-                _score_prompt(base, chunk, hidden_ND[end - chunk.length : end])
+            if _is_scored(chunk):
+                _score_prompt(base, chunk, hidden_WD[end - chunk.length : end])
             self._scheduler.computed(chunk)
 
         complete = [
@@ -290,8 +294,8 @@ class Runner:
                     yield Ended(sequence.number)
         sampling_now = [(sequence, end) for sequence, end in complete if sequence.request.sampling.max_tokens]
         if sampling_now:
-            rows = torch.tensor([end - 1 for _, end in sampling_now], device=self._device)
-            logits_BV = base.logits(hidden_ND[rows]) if logits_NV is None else logits_NV[rows]
+            rows = [end - 1 for _, end in sampling_now]
+            logits_BV = base.logits(_rows(hidden_WD, rows)) if logits_WV is None else _rows(logits_WV, rows)
             for sequence, token in _sample([sequence for sequence, _ in sampling_now], logits_BV):
                 if token.finish:
                     self._scheduler.remove(sequence.number)
@@ -336,6 +340,25 @@ def _arrange(stacks: AdapterStacks, chunks: list[Chunk[Model]]) -> tuple[list[Ch
     by_place = sorted(zip(of_chunks, chunks, strict=True), key=lambda pair: place.get(pair[0], -1))
     arranged = [chunk for _, chunk in by_place]
     return arranged, stacks.mix(plain_tokens, [(adapter, lengths[adapter]) for adapter in adapters])
+
+
+def _is_scored(chunk: Chunk[Model]) -> bool:
+    return chunk.sequence.request.score_prompt and chunk.sequence.generated == 0
+
+
+def _wanted(chunk: Chunk[Model]) -> int:
+    """Of how many of its last tokens the states are asked for."""
+    return chunk.length if _is_scored(chunk) else int(chunk.completes)
+
+
+def _select(hidden_ND: Tensor, chunks: Sequence[Chunk[Model]], wanted: Sequence[int]) -> Tensor:
+    """States of the tokens wanted, out of those of all."""
+    return _rows(hidden_ND, prompts.last_places(wanted, [chunk.length for chunk in chunks]))
+
+
+def _rows(x: Tensor, rows: list[int]) -> Tensor:
+    """Some rows, in the order they have: all of them as they are."""
+    return x if len(rows) == len(x) else x[rows]
 
 
 def _score_prompt(base: LoadedBase, chunk: Chunk[Model], hidden_TD: Tensor) -> None:

@@ -9,14 +9,14 @@ import logging
 import math
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from tunesmith.engine.base import Precision, SampledToken
-from tunesmith.engine.messages import Cancel, Command, Event, Generate, Load, Loaded, Produced, Unload
+from tunesmith.engine.base import Precision, PromptScored, SampledToken
+from tunesmith.engine.messages import Cancel, Command, Ended, Event, Generate, Load, Loaded, Produced, Unload
 from tunesmith.engine.runner import Model, Runner
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class Worker:
         self._reader = ThreadPoolExecutor(1, "reader")
         self._reading: dict[int, Load] = {}
         """By number; those that were unloaded meanwhile are gone from here."""
+        self._held: dict[int, list[Event]] = {}
+        """By number, of requests whose outputs are passed on together: those that came so far."""
         self._runner = Runner(precision=precision)
 
     def put(self, command: Command) -> None:
@@ -75,7 +77,7 @@ class Worker:
                     return
                 events += self._obey(command)
             if self._runner.busy:
-                events += self._step()
+                events += self._due(self._step())
             now = self._clock()
             if events and (now - emitted >= GATHER_S or not self._runner.busy or any(map(_urgent, events))):
                 self._emit(events)
@@ -97,8 +99,11 @@ class Worker:
                 self._runner.unload(handle)
                 self._reading = {number: load for number, load in self._reading.items() if load.handle != handle}
             case Generate(number, request):
-                return self._runner.submit(number, request)
+                if request.together:
+                    self._held[number] = []
+                return list(self._due(self._runner.submit(number, request)))
             case Cancel(number):
+                self._held.pop(number, None)
                 self._runner.cancel(number)
         return []
 
@@ -119,6 +124,17 @@ class Worker:
         logger.info("model loaded base=%s adapter=%s", load.base_dir, load.adapter_dir)
         return model
 
+    def _due(self, events: Iterable[Event]) -> Iterator[Event]:
+        """What is to be passed on now, of what came."""
+        for event in events:
+            held = self._held.get(event.number)
+            if held is None:
+                yield event
+            elif _is_last(event):
+                yield from (*self._held.pop(event.number), event)
+            else:
+                held.append(event)
+
     def _step(self) -> list[Event]:
         try:
             return self._runner.step()
@@ -130,4 +146,11 @@ class Worker:
 
 def _urgent(event: Event) -> bool:
     """Whether it is more than one of a sequence's tokens under way."""
-    return not (isinstance(event, Produced) and isinstance(event.output, SampledToken) and event.output.finish is None)
+    return not isinstance(event, Produced) or isinstance(event.output, PromptScored) or _is_last(event)
+
+
+def _is_last(event: Event) -> bool:
+    """Whether nothing more is said of a request."""
+    if isinstance(event, Produced):
+        return isinstance(event.output, SampledToken) and event.output.finish is not None
+    return isinstance(event, Ended)

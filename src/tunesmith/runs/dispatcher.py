@@ -170,6 +170,8 @@ class Dispatcher:
         self._runs.clear()
 
     def _take(self) -> None:
+        if not self.jobs.awaited():
+            return
         self.jobs.enqueue()
         while (claim := self.jobs.claim(self.holder, self.lease_s, self._fits)) is not None:
             logger.info("job claimed job=%s run=%s lease=%d", claim.job.id, claim.run_id, claim.lease)

@@ -9,11 +9,12 @@ import asyncio
 import logging
 import time
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -119,9 +120,10 @@ class Completer:
         self._tokenizers: dict[Path, Tokenizer] = {}
         self._templates: dict[Path, ChatTemplate] = {}
 
-    async def open(self, request: CompletionRequest) -> CompletionStream:
+    async def open(self, request: CompletionRequest, *, whole: bool = False) -> CompletionStream:
         """Checks everything and loads the model; what is wrong with a request is known when this returns.
 
+        `whole`: each choice is to come as one piece, when all have ended.
         Raises InvalidRequest naming the field, also where the model cannot be run here; NotFound if its adapter is
         gone; RateLimited where too many sequences are under way; EngineUnavailable. The stream raises EngineUnavailable
         if the engine dies meanwhile.
@@ -139,7 +141,8 @@ class Completer:
         self._check_room(request.payer, n_sequences)
         self._under_way[request.payer] += n_sequences
         try:
-            return await self._open(request, tokenizer, template, lambda: self._leave(request.payer, n_sequences))
+            leave = partial(self._leave, request.payer, n_sequences)
+            return await self._open(request, tokenizer, template, leave, whole=whole or request.ranked)
         except BaseException:
             self._leave(request.payer, n_sequences)
             raise
@@ -179,6 +182,8 @@ class Completer:
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         leave: Callable[[], None],
+        *,
+        whole: bool,
     ) -> CompletionStream:
         model = request.model
         now = datetime.fromtimestamp(self._clock())
@@ -189,23 +194,29 @@ class Completer:
             lease = await self._residency.acquire(model.base_dir, model.adapter_dir)
         except ValueError as error:
             raise _cannot_run(model, error) from error
-        sequences = list(self._sequences(request, tokenizer, prompts, lease.handle))
-        return CompletionStream(_run(self._engine, request, sequences), lease, leave)
+        sequences = list(self._sequences(request, tokenizer, prompts, lease.handle, whole=whole))
+        return CompletionStream(_run(self._engine, request, sequences, whole=whole), lease, leave)
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """The same as `open`, collected."""
-        pieces: defaultdict[int, list[ChoiceDelta]] = defaultdict(list)
+        choices: list[Choice] = []
         usage = Usage(0, 0)
-        async with aclosing(await self.open(request)) as stream:
+        async with aclosing(await self.open(request, whole=True)) as stream:
             async for piece in stream:
                 if isinstance(piece, Usage):
                     usage = piece
                 else:
-                    pieces[piece.index].append(piece)
-        return Completion(tuple(Choice.join(pieces[index]) for index in sorted(pieces)), usage)
+                    choices.append(Choice.join([piece]))
+        return Completion(tuple(choices), usage)
 
     def _sequences(
-        self, request: CompletionRequest, tokenizer: Tokenizer, prompts: list[EncodedPrompt], handle: str
+        self,
+        request: CompletionRequest,
+        tokenizer: Tokenizer,
+        prompts: list[EncodedPrompt],
+        handle: str,
+        *,
+        whole: bool,
     ) -> Iterator[_Sequence]:
         assert request.max_tokens is not None
         seed = self._new_seed() if request.seed is None else request.seed
@@ -232,7 +243,8 @@ class Completer:
                     stop=request.stop,
                 )
                 score_prompt = request.echo and with_table
-                generate = GenerateRequest(handle, prompt.ids, sampling, top, score_prompt, request.payer)
+                together = whole and not (request.stop or prompt.stops)  # which may end it before the engine does
+                generate = GenerateRequest(handle, prompt.ids, sampling, top, score_prompt, request.payer, together)
                 yield _Sequence(generate, writer, [])
 
 
@@ -254,7 +266,7 @@ class _Sequence:
     generate: GenerateRequest
     writer: ChoiceWriter
     pieces: list[ChoiceDelta]
-    """What it has written, where that has to wait for ranking."""
+    """What it has written, where that has to wait for the others."""
 
 
 def _cannot_run(model: ModelRef, error: Exception) -> TunesmithError:
@@ -269,11 +281,11 @@ def _cannot_run(model: ModelRef, error: Exception) -> TunesmithError:
 
 
 async def _run(
-    engine: Engine, request: CompletionRequest, sequences: list[_Sequence]
+    engine: Engine, request: CompletionRequest, sequences: list[_Sequence], *, whole: bool
 ) -> AsyncGenerator[ChoiceDelta | Usage, None]:
-    """All sequences at once; the pieces in the order in which they come, or ranked when all have ended."""
+    """All sequences at once; the pieces in the order in which they come, or as wholes when all have ended."""
     came: asyncio.Queue[ChoiceDelta | asyncio.Task[None]] = asyncio.Queue()
-    show = None if request.ranked else came.put_nowait
+    show = None if whole else came.put_nowait
     tasks = [asyncio.create_task(_write(engine, sequence, show)) for sequence in sequences]
     for task in tasks:
         task.add_done_callback(came.put_nowait)
@@ -286,7 +298,7 @@ async def _run(
             else:
                 running -= 1
                 piece.result()  # raises what ended it
-        for choice in _best(request, sequences) if request.ranked else ():
+        for choice in _wholes(request, sequences) if whole else ():
             yield choice
         prompt_tokens = sum(len(sequence.generate.prompt_ids) for sequence in sequences[:: request.samples])
         yield Usage(prompt_tokens, sum(sequence.writer.generated_tokens for sequence in sequences))
@@ -315,11 +327,12 @@ async def _write(engine: Engine, sequence: _Sequence, show: Callable[[ChoiceDelt
     show(writer.end("length"))  # only where no tokens were asked for
 
 
-def _best(request: CompletionRequest, sequences: list[_Sequence]) -> Iterator[ChoiceDelta]:
-    """The `n` likeliest samples of each prompt, best first, each as one piece."""
+def _wholes(request: CompletionRequest, sequences: list[_Sequence]) -> Iterator[ChoiceDelta]:
+    """The samples of each prompt, each as one piece: where they are ranked the `n` likeliest, best first."""
     for p, start in enumerate(range(0, len(sequences), request.samples)):
         samples = sequences[start : start + request.samples]
-        ranked = sorted(samples, key=lambda sequence: -sequence.writer.mean_logprob)  # stable: ties keep their order
-        for rank, sequence in enumerate(ranked[: request.n]):
+        if request.ranked:
+            samples.sort(key=lambda sequence: -sequence.writer.mean_logprob)  # stable: ties keep their order
+        for rank, sequence in enumerate(samples[: request.n]):
             choice = Choice.join(sequence.pieces)
             yield ChoiceDelta(p * request.n + rank, choice.text, choice.logprobs, choice.finish_reason)

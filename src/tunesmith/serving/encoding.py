@@ -100,13 +100,13 @@ def _refuse_what_cannot_fit(request: CompletionRequest, fewest_tokens: int) -> N
 
 
 def _check_ids(tokenizer: Tokenizer, prompt_ids: tuple[int, ...]) -> None:
-    for position, token_id in enumerate(prompt_ids):
-        if not 0 <= token_id < tokenizer.vocabulary_size:
-            raise InvalidRequest(
-                f"'prompt' holds token id {token_id} at position {position}; this model's ids are 0 to "
-                f"{tokenizer.vocabulary_size - 1}.",
-                param="prompt",
-            )
+    size = tokenizer.vocabulary_size
+    if prompt_ids and not (min(prompt_ids) >= 0 and max(prompt_ids) < size):
+        position, token_id = next((at, token_id) for at, token_id in enumerate(prompt_ids) if not 0 <= token_id < size)
+        raise InvalidRequest(
+            f"'prompt' holds token id {token_id} at position {position}; this model's ids are 0 to {size - 1}.",
+            param="prompt",
+        )
 
 
 def _too_long(request: CompletionRequest, prompt_tokens: int, *, at_least: bool = False) -> InvalidRequest:
