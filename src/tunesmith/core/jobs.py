@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, Connection, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, insert, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core import requests
@@ -42,6 +42,15 @@ __all__ = ["MOVES", "Claim", "FineTuneRequest", "Job", "JobStatus", "Jobs"]
 RESULTS_FILENAME = "compiled_results.csv"
 INTERRUPTED = "Training was interrupted and goes on from what it had saved"
 """Said for each trainer after the first: of one that died, or was stopped with the server."""
+
+_RESTS = jobs.c.paused_unix.is_not(None)
+_ABANDONED = and_(
+    jobs.c.status == JobStatus.RUNNING,
+    ~_RESTS,
+    or_(jobs.c.lease_holder.is_(None), jobs.c.lease_expires_unix <= bindparam("now")),
+)
+"""Work of nobody any more, as far as is known `now`."""
+_AWAITED = select(jobs.c.id).where(or_(and_(jobs.c.status == JobStatus.PENDING, ~_RESTS), _ABANDONED)).limit(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +191,7 @@ class Jobs:
     def awaited(self) -> bool:
         """Whether there is a job for `enqueue` or `claim`. Waits for no writer, as both do."""
         with self._store.reading() as connection:
-            pending = jobs.c.status == JobStatus.PENDING, jobs.c.paused_unix.is_(None)
-            wanted = select(jobs.c.id).where(or_(and_(*pending), and_(*self._nobodys())))
-            return connection.scalar(wanted.limit(1)) is not None
+            return connection.scalar(_AWAITED, {"now": self._store.clock()}) is not None
 
     def enqueue(self) -> None:
         """Tell pending jobs their place: how many pending jobs are before each. Says nothing where nothing changed."""
@@ -429,12 +436,8 @@ class Jobs:
             connection.execute(update(jobs).where(jobs.c.id == waiting.job_id).values(queue_number=number))
 
     def _abandoned(self, connection: Connection) -> str | None:
-        return connection.scalar(select(jobs.c.id).where(*self._nobodys()).order_by(jobs.c.position).limit(1))
-
-    def _nobodys(self) -> tuple[ColumnElement[bool], ...]:
-        """Jobs that run, as far as is known, and that nobody holds any more."""
-        unheld = or_(jobs.c.lease_holder.is_(None), jobs.c.lease_expires_unix <= self._store.clock())
-        return jobs.c.status == JobStatus.RUNNING, jobs.c.paused_unix.is_(None), unheld
+        oldest = select(jobs.c.id).where(_ABANDONED).order_by(jobs.c.position).limit(1)
+        return connection.scalar(oldest, {"now": self._store.clock()})
 
     def _one(self, connection: Connection, job_id: str) -> Job:
         return job_from_row(connection.execute(with_files(jobs.c.id == job_id)).mappings().one())
