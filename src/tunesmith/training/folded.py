@@ -52,18 +52,34 @@ def covers(model: Decoder) -> TypeGuard[Llama]:
     return isinstance(model, Llama) and not model.config.qk_norm and model.embedding_VD.device.type == "cpu"
 
 
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """What the backward pass of a layer needs."""
+SITES: tuple[SiteName, ...] = ("qkv", "o", "gate_up", "down")
+"""Of a layer, in the order of factors."""
+AFTER_ATTENTION = SITES[1:]
 
+
+@dataclass(frozen=True, slots=True)
+class _AttentionSaved:
+    """What the backward pass of a layer needs of what comes before its site `o`."""
+
+    parts: list[Part]
+    """Of `qkv`."""
     normed_ND: Tensor
     inverse_N: Tensor
     attended: list[Attended]
     """By groups of the pass."""
+    qkv: list[Tensor]
+    """What the site keeps for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class _FeedSaved:
+    """And of the rest, from `o` on: of the tokens whose states go on from there."""
+
+    parts: dict[SiteName, list[Part]]
     attention_N: Tensor
     """[N, H d]"""
-    feed_normed_ND: Tensor
-    feed_inverse_N: Tensor
+    normed_ND: Tensor
+    inverse_N: Tensor
     gate_up: Tensor
     sites: dict[SiteName, list[Tensor]]
     """What each site keeps for itself."""
@@ -95,23 +111,35 @@ class FoldedLlama:
         turn = self._turn(max(group.cells for group in groups))
         x_ND, low = self._embed(work)
         added_ND: Tensor | None = None
-        saved: list[_Saved] = []
+        saved: list[tuple[_AttentionSaved, _FeedSaved]] = []
+        early = self._weights.grid == 1  # else products like whole pieces better
         for index, layer in enumerate(layers):
-            added_ND, kept = self._forward(layer, index, x_ND, added_ND, work, groups, turn)
-            saved.append(kept)
+            attention_N, before = self._attend(layer, index, x_ND, added_ND, work, groups, turn)
+            spans = work.spans
+            if early and index == len(layers) - 1:  # from here on other tokens are of no use to anybody
+                x_ND, attention_N = x_ND[work.predicting_M], attention_N[work.predicting_M]
+                spans = list(work.weighed())
+            added_ND, after = self._feed(layer, index, x_ND, attention_N, work, spans)
+            saved.append((before, after))
         if added_ND is not None:
             x_ND.add_(added_ND)
-        hidden_ND, inverse_N = kernels.norm(x_ND, None, self._model.config.norm_epsilon, torch.float32)
+        x_MD = x_ND if early else x_ND[work.predicting_M]
+        hidden_MD, inverse_M = kernels.norm(x_MD, None, self._model.config.norm_epsilon, torch.float32)
 
-        states_MD = hidden_ND[work.predicting_M] * self._model.norm_D
+        states_MD = hidden_MD * self._model.norm_D
         grad_MD = torch.empty_like(states_MD)
         scores = self._weights.score(states_MD, work, grad_MD, single=single)
 
-        grad_ND = torch.zeros_like(x_ND).index_copy_(0, work.predicting_M, grad_MD.mul_(self._model.norm_D))
-        of_hidden_ND, grad_ND = grad_ND, torch.zeros_like(x_ND)
-        rounded_ND = kernels.norm_backward(of_hidden_ND, hidden_ND, inverse_N, grad_ND).to(self._weights.dtype)
-        for index in reversed(range(len(layers))):
-            rounded_ND = self._backward(layers[index], index, saved.pop(), grad_ND, rounded_ND, work)
+        of_hidden_MD, grad_ND = grad_MD.mul_(self._model.norm_D), torch.zeros_like(x_MD)
+        rounded_ND = kernels.norm_backward(of_hidden_MD, hidden_MD, inverse_M, grad_ND).to(self._weights.dtype)
+        if not early:
+            grad_ND, rounded_ND = _spread(grad_ND, work), _spread(rounded_ND, work)
+        for layer in reversed(layers):
+            before, after = saved.pop()
+            grad_N = self._feed_backward(layer, after, grad_ND, rounded_ND)
+            if early and len(saved) == len(layers) - 1:
+                grad_ND, grad_N = _spread(grad_ND, work), _spread(grad_N, work)
+            rounded_ND = self._attend_backward(layer, before, grad_ND, grad_N)
         self._embed_backward(work, low, grad_ND)
         return work, scores
 
@@ -144,7 +172,7 @@ class FoldedLlama:
         half = self._heads.width // 2  # both halves are the same
         return Turn(cos[:, 0, :half].contiguous(), sin[:, 0, :half].contiguous())
 
-    def _forward(
+    def _attend(
         self,
         layer: Sites,
         index: int,
@@ -153,50 +181,60 @@ class FoldedLlama:
         work: Pass,
         groups: list[RowGroup],
         turn: Turn,
-    ) -> tuple[Tensor, _Saved]:
-        """Adds `added_ND` to `x_ND`; returns what is to be added next."""
-        kernels, heads, epsilon = self._kernels, self._heads, self._model.config.norm_epsilon
-        parts, kept = _parts(work, index), {}
-        normed_ND, inverse_N = kernels.norm(x_ND, added_ND, epsilon, self._weights.dtype)
-        qkv, kept["qkv"] = layer["qkv"].forward(normed_ND, parts["qkv"])
+    ) -> tuple[Tensor, _AttentionSaved]:
+        """Adds `added_ND` to `x_ND`; returns what its tokens attend to, [N, H d]."""
+        kernels, heads, parts = self._kernels, self._heads, _parts(work, work.spans, index, "qkv")
+        normed_ND, inverse_N = kernels.norm(x_ND, added_ND, self._model.config.norm_epsilon, self._weights.dtype)
+        qkv, kept = layer["qkv"].forward(normed_ND, parts)
         bias = self._model.layers[index].qkv_bias
         if bias is not None:
             qkv.add_(bias)
         attention_N = qkv.new_zeros(len(qkv), heads.queries * heads.width)
         attended = [attend(kernels, qkv, group, turn, heads, attention_N) for group in groups]
+        return attention_N, _AttentionSaved(parts, normed_ND, inverse_N, attended, kept)
+
+    def _feed(
+        self, layer: Sites, index: int, x_ND: Tensor, attention_N: Tensor, work: Pass, spans: Sequence[slice]
+    ) -> tuple[Tensor, _FeedSaved]:
+        """The rest of a layer, for tokens of which `spans` are those of the pieces; what is to be added to `x_ND`."""
+        kernels, epsilon = self._kernels, self._model.config.norm_epsilon
+        parts = {site: _parts(work, spans, index, site) for site in AFTER_ATTENTION}
+        kept: dict[SiteName, list[Tensor]] = {}
         out_ND, kept["o"] = layer["o"].forward(attention_N, parts["o"])
-
-        feed_normed_ND, feed_inverse_N = kernels.norm(x_ND, out_ND, epsilon, self._weights.dtype)
-        gate_up, kept["gate_up"] = layer["gate_up"].forward(feed_normed_ND, parts["gate_up"])
+        normed_ND, inverse_N = kernels.norm(x_ND, out_ND, epsilon, self._weights.dtype)
+        gate_up, kept["gate_up"] = layer["gate_up"].forward(normed_ND, parts["gate_up"])
         out_ND, kept["down"] = layer["down"].forward(kernels.swiglu(gate_up), parts["down"])
-        saved = _Saved(normed_ND, inverse_N, attended, attention_N, feed_normed_ND, feed_inverse_N, gate_up, kept)
-        return out_ND, saved
+        return out_ND, _FeedSaved(parts, attention_N, normed_ND, inverse_N, gate_up, kept)
 
-    def _backward(
-        self, layer: Sites, index: int, saved: _Saved, grad_ND: Tensor, rounded_ND: Tensor, work: Pass
-    ) -> Tensor:
-        """Turns `grad_ND` from the gradient of the layer's output into that of its input.
+    def _feed_backward(self, layer: Sites, saved: _FeedSaved, grad_ND: Tensor, rounded_ND: Tensor) -> Tensor:
+        """Turns `grad_ND` from the gradient of the layer's output into that of what `_feed` was given as `x_ND`.
 
-        `rounded_ND` is the same in the dtype of the products, before; what is returned, after.
+        `rounded_ND` is the same in the dtype of the products, before; what is returned is the gradient of attention.
         """
-        kernels, heads, kept, parts = self._kernels, self._heads, saved.sites, _parts(work, index)
+        kernels, kept, parts = self._kernels, saved.sites, saved.parts
         product_NF = kernels.swiglu(saved.gate_up)  # computed again: faster than to bring it from memory
         grad_NF = layer["down"].backward(rounded_ND, product_NF, kept["down"], parts["down"])
         grad_gate_up = kernels.swiglu_backward(saved.gate_up, grad_NF)
-        grad_normed = layer["gate_up"].backward(grad_gate_up, saved.feed_normed_ND, kept["gate_up"], parts["gate_up"])
-        rounded_ND = kernels.norm_backward(grad_normed, saved.feed_normed_ND, saved.feed_inverse_N, grad_ND)
+        grad_normed = layer["gate_up"].backward(grad_gate_up, saved.normed_ND, kept["gate_up"], parts["gate_up"])
+        rounded_ND = kernels.norm_backward(grad_normed, saved.normed_ND, saved.inverse_N, grad_ND)
+        return layer["o"].backward(rounded_ND, saved.attention_N, kept["o"], parts["o"])
 
-        grad_N = layer["o"].backward(rounded_ND, saved.attention_N, kept["o"], parts["o"])
+    def _attend_backward(self, layer: Sites, saved: _AttentionSaved, grad_ND: Tensor, grad_N: Tensor) -> Tensor:
+        """The same for the rest, from the gradient of attention on; that of the input in the dtype of products."""
+        kernels, heads = self._kernels, self._heads
         grad_qkv = grad_N.new_zeros(len(grad_N), (heads.queries + 2 * heads.keys) * heads.width)
         for attended in saved.attended:
             attended.backward(grad_N, grad_qkv)
-        grad_normed = layer["qkv"].backward(grad_qkv, saved.normed_ND, kept["qkv"], parts["qkv"])
+        grad_normed = layer["qkv"].backward(grad_qkv, saved.normed_ND, saved.qkv, saved.parts)
         return kernels.norm_backward(grad_normed, saved.normed_ND, saved.inverse_N, grad_ND)
 
 
-def _parts(work: Pass, layer: int) -> dict[SiteName, list[Part]]:
-    pieces = list(zip(work.pieces, work.spans, strict=True))
-    return {
-        name: [Part(span, piece.view, 4 * layer + site) for piece, span in pieces]
-        for site, name in enumerate(("qkv", "o", "gate_up", "down"))
-    }
+def _parts(work: Pass, spans: Sequence[slice], layer: int, site: SiteName) -> list[Part]:
+    """What is done piece by piece, where `spans` are the tokens of the pieces."""
+    index = len(SITES) * layer + SITES.index(site)
+    return [Part(span, piece.view, index) for piece, span in zip(work.pieces, spans, strict=True)]
+
+
+def _spread(grad_M: Tensor, work: Pass) -> Tensor:
+    """The gradient of all tokens, where those that predict nothing have none."""
+    return grad_M.new_zeros(len(work.token_ids_N), grad_M.shape[1]).index_copy_(0, work.predicting_M, grad_M)
