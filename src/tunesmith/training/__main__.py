@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import time
@@ -38,6 +39,8 @@ def main(arguments: list[str]) -> int:
         except AlreadyRunning as error:
             logger.error("%s", error)
             return 1
+        # What has been imported stays: looking through it for garbage took a twelfth of the time of small models.
+        gc.freeze()
         while host.working:
             host.step()
     return EXIT_STOPPED if host.left else 0

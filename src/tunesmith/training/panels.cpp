@@ -28,6 +28,7 @@ struct Piece {
 
 namespace {
 
+constexpr int64_t SOON = 16;      // tokens before one is read, it is asked for
 constexpr int64_t LEARNED = 256;  // tokens whose part of a gradient is added up at once: they stay in the cache
 
 int64_t outputs_of(const Site &site) {
@@ -55,38 +56,25 @@ struct Places {
 
 int64_t low_width(const Site &site, int64_t rank) { return whole_panels(site.parts * rank); }
 
-// of_b [O, R] += scale gy^T h, of one part.
-void learn_b(const float *gy, int64_t gy_row, const float *low, int64_t low_row, int64_t tokens, int64_t outputs,
-             int64_t rank, float scale, float *of_b) {
+// left^T right, of tokens: put(i, j, sum) adds what is between column i of `left` and column j of `right`.
+template <typename Put>
+void learn(const float *left, int64_t left_row, int64_t left_columns, const float *right, int64_t right_row,
+           int64_t right_columns, int64_t tokens, Put put) {
+    alignas(64) float panel[LEARNED * WIDE];  // a column of `right` in one piece
     by_depth(tokens, LEARNED, 1, [&](int64_t first, int64_t deep) {
-        for (int64_t column = 0; column < rank; column += WIDE) {
-            const int64_t real = rank - column < WIDE ? rank - column : WIDE;
-            by_blocks(outputs, 0, [&](auto &block, int64_t output) {
+        for (int64_t column = 0; column < right_columns; column += WIDE) {
+            const int64_t real = right_columns - column < WIDE ? right_columns - column : WIDE;
+            const float *from = right + first * right_row + column;
+            for (int64_t token = 0; token < deep; ++token, from += right_row) {
+                __builtin_prefetch(from + SOON * right_row);
+                float *to = panel + token * WIDE;
+                for (int64_t j = 0; real < WIDE && j < real; ++j) to[j] = from[j];
+                if (real == WIDE) write(to, read(from)), write(to + LANES, read(from + LANES));
+            }
+            by_blocks(left_columns, 0, [&](auto &block, int64_t i) {
                 block.clear();
-                block.add(gy + first * gy_row + output, 1, gy_row, low + first * low_row + column, low_row, deep);
-                float *to = of_b + output * rank + column;
-                block.each_row(real, [&](int i, int64_t j, float sum) { to[i * rank + j] += sum * scale; });
-            });
-        }
-    });
-}
-
-// of_a [P R, I] += gh^T x, times the gain.
-void learn_a(const float *grad_low, int64_t low_row, const float *x, int64_t tokens, int64_t inputs, int64_t ranks,
-             const float *gain, float *of_a) {
-    std::vector<float> panel(LEARNED * WIDE);  // a column of x in one piece
-    by_depth(tokens, LEARNED, 1, [&](int64_t first, int64_t deep) {
-        for (int64_t column = 0; column < inputs; column += WIDE) {
-            const int64_t real = inputs - column < WIDE ? inputs - column : WIDE;
-            for (int64_t token = 0; token < deep; ++token)
-                std::memcpy(panel.data() + token * WIDE, x + (first + token) * inputs + column, sizeof(float) * real);
-            by_blocks(ranks, 0, [&](auto &block, int64_t r) {
-                block.clear();
-                block.add(grad_low + first * low_row + r, 1, low_row, panel.data(), WIDE, deep);
-                float *to = of_a + r * inputs + column;
-                block.each_row(real, [&](int i, int64_t j, float sum) {
-                    to[i * inputs + j] += sum * (gain ? gain[column + j] : 1.0f);
-                });
+                block.add(left + first * left_row + i, 1, left_row, panel, WIDE, deep);
+                block.each_row(real, [&](int of, int64_t j, float sum) { put(i + of, column + j, sum); });
             });
         }
     });
@@ -100,7 +88,7 @@ auto tokens_of(const Piece *piece) {
 int64_t end_of(const Piece *piece, int64_t pieces) { return piece[pieces - 1].start + piece[pieces - 1].tokens; }
 
 // Adds to the gradients of the factors of one piece; returns that of what A gave.
-std::vector<float> learn(const Site &site, const Piece &p, const float *gy, const float *x) {
+std::vector<float> learn_factors(const Site &site, const Piece &p, const float *gy, const float *x) {
     const Places at(site, p.rank);
     const int64_t low_row = low_width(site, p.rank), outputs = outputs_of(site);
     std::vector<float> grad_low(p.tokens * low_row);
@@ -109,12 +97,16 @@ std::vector<float> learn(const Site &site, const Piece &p, const float *gy, cons
     for (int64_t part = 0; part < site.parts && p.rank; ++part) {
         const int64_t size = site.outputs[part], first = part * p.rank;
         multiply(gy, outputs, p.packed + at.b_backward[part], size, p.rank, grad_low.data() + first, low_row, p.tokens);
-        learn_b(gy, outputs, p.low + first, low_row, p.tokens, size, p.rank, p.scale, of_b);
+        learn(p.low + first, low_row, p.rank, gy, outputs, size, p.tokens, [&](int64_t r, int64_t output, float sum) {
+            of_b[output * p.rank + r] += sum * p.scale;
+        });
         gy += size;
         of_b += size * p.rank;
     }
-    learn_a(grad_low.data(), low_row, x + p.start * site.inputs, p.tokens, site.inputs, site.parts * p.rank, site.gain,
-            p.of_a);
+    learn(grad_low.data(), low_row, site.parts * p.rank, x + p.start * site.inputs, site.inputs, site.inputs, p.tokens,
+          [&](int64_t r, int64_t input, float sum) {
+              p.of_a[r * site.inputs + input] += sum * (site.gain ? site.gain[input] : 1.0f);
+          });
     return grad_low;
 }
 
@@ -169,7 +161,7 @@ void tunesmith_site_backward(const Site *given, const Piece *piece, int64_t piec
     const Site &site = *given;
     const int64_t inputs = site.inputs, outputs = outputs_of(site);
     std::vector<std::vector<float>> grad_low;  // [tokens, S] of each piece
-    for (int64_t i = 0; i < pieces; ++i) grad_low.push_back(learn(site, piece[i], gy, x));
+    for (int64_t i = 0; i < pieces; ++i) grad_low.push_back(learn_factors(site, piece[i], gy, x));
     const auto factors = [&](auto &block, int64_t i, int64_t token, int64_t column) {
         const int64_t rank = piece[i].rank, low_row = low_width(site, rank);
         if (rank)
