@@ -95,6 +95,12 @@ async def test_max_tokens_ends_a_sequence_with_length(subject: Subject) -> None:
     assert [token.finish for token in tokens] == [None] * 5 + ["length"]
 
 
+async def test_outputs_that_go_together_are_the_same(subject: Subject) -> None:
+    for sampling in (GREEDY, replace(GREEDY, max_tokens=600)):  # more than go in one piece
+        request = GenerateRequest(subject.base, PROMPT, sampling, top_logprobs=1)
+        assert await subject.tokens(replace(request, together=True)) == await subject.tokens(request)
+
+
 async def test_a_stop_token_ends_a_sequence_with_stop(subject: Subject) -> None:
     full = await subject.ids(GREEDY)
     third = full[2]

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tunesmith.engine.base import (
 from tunesmith.engine.embedded import EmbeddedEngine
 from tunesmith.engine.handles import handle_of
 from tunesmith.engine.messages import Ended, Event, Produced
-from tunesmith.engine.runner import Runner
+from tunesmith.engine.runner import LoadedBase, Runner, StepFailed
 
 pytestmark = pytest.mark.anyio
 NATS = 1e-4
@@ -392,6 +393,30 @@ def test_a_base_is_given_back_with_its_last_model(tiny_base: Path, adapters: lis
     assert len(runner._bases) == 1
     runner.step()
     assert len(runner._bases) == 0
+
+
+def test_what_came_of_a_step_before_it_failed_is_told(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    runner = Runner()
+    runner.load("sound", str(tiny_base), None)
+    runner.load("broken", str(other), None)
+    for number, handle in enumerate(("sound", "broken")):
+        runner.submit(number, GenerateRequest(handle, (7,), SamplingParams(max_tokens=1)))
+    broken, logits = runner._models["broken"].base, LoadedBase.logits
+    broken.native = None
+
+    def fail(self: LoadedBase, hidden_BD: torch.Tensor) -> torch.Tensor:
+        if self is broken:
+            raise MemoryError
+        return logits(self, hidden_BD)
+
+    monkeypatch.setattr(LoadedBase, "logits", fail)
+    with pytest.raises(StepFailed) as caught:
+        runner.step()
+    assert [event.number for event in caught.value.events] == [0]
+    assert [event.number for event in runner.fail_running("broken")] == [1]
 
 
 def test_a_failed_step_ends_its_sequences_and_only_them(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,8 +78,13 @@ def _runner(
 
 def _run(runner: Runner, asked: Sequence[tuple[int, tuple[int, ...]]], max_tokens: int, *, scored: bool) -> Output:
     """The scores of each request, prompt (where `scored`) and greedy completion, all asked at once."""
+    return _run_some(runner, [(model, prompt, scored) for model, prompt in asked], max_tokens)
+
+
+def _run_some(runner: Runner, asked: Sequence[tuple[int, tuple[int, ...], bool]], max_tokens: int = 4) -> Output:
+    """The same, where each says whether its prompt is to be scored."""
     found: list[list[TokenScore]] = [[] for _ in asked]
-    for number, (model, prompt) in enumerate(asked):
+    for number, (model, prompt, scored) in enumerate(asked):
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
         assert runner.submit(number, GenerateRequest(str(model), prompt, sampling, 2, score_prompt=scored)) == []
     while runner.busy:
@@ -141,6 +146,22 @@ def test_what_follows_a_prompt_is_the_same_whether_the_prompt_is_scored_or_not(
     scored = _run(_runner(base, models, precision), asked, 3, scored=True)
     plain = _run(_runner(base, models, precision, step_tokens=64), asked, 3, scored=False)
     assert [scores[-3:] for scores in scored] == plain
+
+
+@all_precisions
+@pytest.mark.parametrize("threads", [1, 2])
+def test_prompts_that_are_scored_and_others_go_together(
+    base: Path, models: list[Path | None], threads: int, precision: Precision
+) -> None:
+    asked = [
+        (index % 4, prompt, index % 3 == 0) for index, prompt in enumerate(_prompts([70, 5, 33, 1, 64, 100, 2, 90]))
+    ]
+    torch.set_num_threads(threads)
+    try:
+        together = _run_some(_runner(base, models, precision, step_tokens=130), asked)
+    finally:
+        torch.set_num_threads(1)
+    assert together == [_run_some(_runner(base, models, precision), [one])[0] for one in asked]
 
 
 @all_precisions

@@ -189,7 +189,7 @@ class Jobs:
     # For the dispatcher
 
     def awaited(self) -> bool:
-        """Whether there is a job for `enqueue` or `claim`. Waits for no writer, as both do."""
+        """Whether there is a job for `enqueue` or `claim`. Waits for no writer; both of them do."""
         with self._store.reading() as connection:
             return connection.scalar(_AWAITED, {"now": self._store.clock()}) is not None
 

@@ -118,7 +118,7 @@ def _is_current(connection: Connection) -> bool:
 
 def _engine(url: URL) -> Engine:
     match url.get_backend_name():
-        case "sqlite":
+        case "sqlite" if url.database not in (None, "", ":memory:"):
             engine = create_engine(url, pool_size=KEPT_CONNECTIONS, pool_use_lifo=True)
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
@@ -127,7 +127,7 @@ def _engine(url: URL) -> Engine:
             engine = create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
             event.listen(engine, "begin", _begin_postgresql)
         case other:
-            raise ValueError(f"The database URL names {other!r}; give a sqlite:/// or a postgresql:// URL.")
+            raise ValueError(f"The database URL names {other!r}; give sqlite:/// with a file, or a postgresql:// URL.")
     return engine
 
 

@@ -50,7 +50,7 @@ class GenerateRequest:
     payer: str = ""
     """Whose request it is: where there is not room for all, payers take turns."""
     together: bool = False
-    """Nobody waits for outputs before the last: they may come all at once, which costs those who pass them on less."""
+    """Nobody waits for outputs before the last: they may come many at once, which costs those who pass them on less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,9 @@ class Engine(Protocol):
         """Give the memory of what was tuned back. Requests under way end as they would have; unknown handles pass."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineOutput, None]:
-        """The tokens of one sequence as they come. Closing it (`aclose`) frees its place in the batch at once.
+        """The tokens of one sequence as they come, or some at a time where the request has them `together`.
+
+        Closing it (`aclose`) frees its place in the batch at once.
 
         Raises EngineUnavailable if the engine dies meanwhile, KeyError for a handle that is not loaded.
         """

@@ -108,7 +108,7 @@ def command_from_line(line: bytes) -> Command:
 
 
 def events_to_line(events: Sequence[Event]) -> bytes:
-    """All events of one step of the engine on one line."""
+    """All events of a message of the engine on one line."""
     return _line([_event_to_list(event) for event in events])
 
 

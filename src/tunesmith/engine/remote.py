@@ -89,7 +89,7 @@ class RemoteEngine:
             self._child.unload(handle)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[EngineOutput, None]:
-        """See `Engine.generate`. A request that has produced nothing when the process dies is put to the next one."""
+        """See `Engine.generate`. A request of which nothing has come when the process dies is put to the next one."""
         for attempt in range(ATTEMPTS):
             produced = False
             outputs = self._attempt(request)

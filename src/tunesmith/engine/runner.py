@@ -54,6 +54,14 @@ Adapter = PackedAdapter | PanelAdapter | TiledAdapter
 A = TypeVar("A", bound=Adapter)
 
 
+class StepFailed(Exception):
+    """A step went wrong; `events` had come of it before, and are told nowhere else."""
+
+    def __init__(self, events: list[Event]) -> None:
+        super().__init__("a step of the engine went wrong")
+        self.events = events
+
+
 class LoadedBase:
     """The weights of a base, the cache of its sequences, and the stacks of its adapters."""
 
@@ -236,11 +244,17 @@ class Runner:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One forward pass for each base with work to do, and what came of it."""
-        by_base: defaultdict[LoadedBase, list[Chunk[Model]]] = defaultdict(list)
-        for chunk in self._scheduler.next_step():
-            by_base[chunk.sequence.model.base].append(chunk)
-        return [event for base, chunks in by_base.items() for event in self._step(base, chunks)]
+        """One forward pass for each base with work to do, and what came of it. Raises StepFailed."""
+        events: list[Event] = []
+        try:
+            by_base: defaultdict[LoadedBase, list[Chunk[Model]]] = defaultdict(list)
+            for chunk in self._scheduler.next_step():
+                by_base[chunk.sequence.model.base].append(chunk)
+            for base, chunks in by_base.items():
+                events.extend(self._step(base, chunks))  # keeps those before an exception
+        except Exception as error:
+            raise StepFailed(events) from error
+        return events
 
     def _load(self, handle: str, base_dir: Path, adapter_dir: Path | None) -> Model:
         key = handle_of(base_dir, None)

@@ -17,11 +17,13 @@ import torch
 
 from tunesmith.engine.base import Precision, PromptScored, SampledToken
 from tunesmith.engine.messages import Cancel, Command, Ended, Event, Generate, Load, Loaded, Produced, Unload
-from tunesmith.engine.runner import Model, Runner
+from tunesmith.engine.runner import Model, Runner, StepFailed
 
 logger = logging.getLogger(__name__)
 
 Emit = Callable[[list[Event]], None]
+MOST_HELD = 256
+"""Outputs of a request that are held back for the others, at most: messages stay short, and so does what they stop."""
 GATHER_S = 0.004
 """Tokens of shorter steps are passed on together: whoever takes them is woken by each message, for as long as a small
 model's step."""
@@ -130,18 +132,23 @@ class Worker:
             held = self._held.get(event.number)
             if held is None:
                 yield event
-            elif _is_last(event):
-                yield from (*self._held.pop(event.number), event)
-            else:
-                held.append(event)
+                continue
+            held.append(event)
+            if _is_last(event):
+                del self._held[event.number]
+            elif len(held) < MOST_HELD:
+                continue
+            yield from held
+            held.clear()
 
     def _step(self) -> list[Event]:
         try:
             return self._runner.step()
-        except Exception:
+        except StepFailed as failed:
             # Whatever it was (memory, a broken checkpoint): those who took part are told, and the engine goes on.
             logger.exception("a step failed")
-            return self._runner.fail_running("The engine failed while it was working on this request.")
+            ended = self._runner.fail_running("The engine failed while it was working on this request.")
+            return [*failed.events, *ended]
 
 
 def _urgent(event: Event) -> bool:

@@ -71,7 +71,7 @@ class Completion:
 
 
 class CompletionStream(AsyncIterator[ChoiceDelta | Usage]):
-    """The pieces of all choices as they come, the Usage last. Close it if it is not read to the end."""
+    """The pieces of all choices as they come, or as wholes, the Usage last. Close it if it is not read to the end."""
 
     def __init__(
         self, pieces: AsyncGenerator[ChoiceDelta | Usage, None], lease: Lease, leave: Callable[[], None]

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         except AlreadyRunning as error:
             logger.error("%s", error)
             return 1
-        # What has been imported stays: looking through it for garbage took a twelfth of the time of small models.
+        # What is there by now stays: looking through it for garbage took a twelfth of the time of small models.
         gc.freeze()
         while host.working:
             host.step()

@@ -19,7 +19,7 @@ struct Site {
 struct Piece {
     int64_t start, tokens, rank;
     const float *packed;  // what tunesmith_pack_site_factors made of them
-    float *low;           // [tokens, S], and WIDE beyond: what A gave; `forward` writes it, `backward` reads it
+    float *low;           // [tokens, S]: what A gave; `forward` writes it, `backward` reads it
     float *of_a, *of_b;   // gradients [P R, I] and [O, R]; added to
     float scale;
 };
@@ -60,7 +60,7 @@ int64_t low_width(const Site &site, int64_t rank) { return whole_panels(site.par
 template <typename Put>
 void learn(const float *left, int64_t left_row, int64_t left_columns, const float *right, int64_t right_row,
            int64_t right_columns, int64_t tokens, Put put) {
-    alignas(64) float panel[LEARNED * WIDE];  // a column of `right` in one piece
+    alignas(64) float panel[LEARNED * WIDE] = {};  // a column of `right` in one piece
     by_depth(tokens, LEARNED, 1, [&](int64_t first, int64_t deep) {
         for (int64_t column = 0; column < right_columns; column += WIDE) {
             const int64_t real = right_columns - column < WIDE ? right_columns - column : WIDE;

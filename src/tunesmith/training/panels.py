@@ -34,8 +34,6 @@ from tunesmith.training.loss import Scores, Weighed, score_frozen
 from tunesmith.training.sites import Part
 
 SOURCE = Path(__file__).with_name("panels.cpp")
-_BEYOND = 32
-"""Numbers behind the inputs of B that compiled code may read: a panel is no wider."""
 
 
 class _Site(ctypes.Structure):
@@ -115,7 +113,7 @@ class PanelSite:
         y_NO, kept = x_NI.new_empty(len(x_NI), sum(self._outputs)), []
         for part in parts:
             width = self._library.tunesmith_low_width(self._native, part.factors[1].shape[1])
-            kept.append(x_NI.new_empty((part.span.stop - part.span.start) * width + _BEYOND))
+            kept.append(x_NI.new_empty(part.span.stop - part.span.start, width))
         pieces = self._pieces(parts, kept)
         self._library.tunesmith_site_forward(self._native, pieces, len(pieces), x_NI.data_ptr(), y_NO.data_ptr())
         return y_NO, kept
