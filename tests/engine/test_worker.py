@@ -43,7 +43,10 @@ def test_tokens_of_short_steps_are_passed_on_together(
     assert came.empty()
 
 
-def test_outputs_that_nobody_waits_for_come_with_the_last_and_hold_up_no_others(tiny_base: Path) -> None:
+def test_outputs_that_nobody_waits_for_come_with_the_last_and_hold_up_no_others(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.engine.worker.MOST_HELD", 10_000)
     scored = replace(REQUEST, top_logprobs=1, score_prompt=True)
     with _working(tiny_base, long_steps()) as (worker, came):
         worker.put(Generate(2, scored))
