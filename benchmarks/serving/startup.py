@@ -1,4 +1,4 @@
-"""Claim: `serve` answers its first completion within 3 s of the start of its process; help never waits for torch.
+"""Claim: `serve` answers its first completion within 3 s of the start of its process, and help is there within 0.2 s.
 
     python -m benchmarks.serving.startup
 
@@ -31,6 +31,7 @@ from tests.engine.models import make_adapter
 from tunesmith.core import box
 
 FIRST_ANSWER_S = 3.0
+HELP_S = 0.2
 ADAPTER_MS = 50.0
 TIMES = 5
 ADAPTERS = 20
@@ -41,7 +42,7 @@ HELP = ("--help", "serve --help", "api completions.create --help", "prepare --he
 def main() -> int:
     """Exit code 0 if the claim holds."""
     args = parser(__doc__).parse_args()
-    slow_help = [command for command in HELP if _imports_torch(command)]
+    help_s = {command: statistics.median(_help_s(command) for _ in range(TIMES)) for command in HELP}
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "home"
         environment = _environment(home, args.threads)
@@ -53,21 +54,22 @@ def main() -> int:
     print(table(("model", "announced after s", "answered after s", "processor s, server", "engine"), shown))
     load_ms = first_ms - again_ms
     print(f"adapter of rank 32: first answer {first_ms:.0f} ms, next {again_ms:.0f} ms, so {load_ms:.0f} ms to load")
-    print(f"help that imports torch: {slow_help or 'none'}")
+    print("help: " + ", ".join(f"{command} {took_s:.2f} s" for command, took_s in help_s.items()))
     facts = {
         "answered_s": {model: round(answered, 2) for model, _, answered, *_ in rows},
         "processor_s": {model: [round(server, 2), round(engine, 2)] for model, _, _, server, engine in rows},
         "adapter_ms": round(load_ms, 1),
-        "help_without_torch": not slow_help,
+        "help_s": {command: round(took_s, 3) for command, took_s in help_s.items()},
     }
-    holds = max(answered for _, _, answered, *_ in rows) < FIRST_ANSWER_S and load_ms < ADAPTER_MS and not slow_help
+    slowest_s = max(answered for _, _, answered, *_ in rows)
+    holds = slowest_s < FIRST_ANSWER_S and load_ms < ADAPTER_MS and max(help_s.values()) < HELP_S
     return conclude("serving/startup", holds, facts)
 
 
-def _imports_torch(command: str) -> bool:
-    words = [sys.executable, "-X", "importtime", "-m", "tunesmith", *command.split()]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return "| torch" in done.stderr
+def _help_s(command: str) -> float:
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "tunesmith", *command.split()], capture_output=True, check=True)
+    return time.perf_counter() - begun
 
 
 def _environment(home: Path, threads: int) -> dict[str, str]:

@@ -24,7 +24,8 @@ def server(tiled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield server
 
 
-def _create(client: Client, n_epochs: int) -> str:
+def create(client: Client, n_epochs: int) -> str:
+    """The id of a job that takes long, with data to validate on."""
     asked = {
         "training_file": upload(client, reviews(STEPS_AN_EPOCH * BATCH, 1)),
         "validation_file": upload(client, reviews(400, 2)),
@@ -65,7 +66,7 @@ PHASES: dict[str, Callable[[Server, RunDir], bool]] = {
 @pytest.mark.parametrize("phase", PHASES)
 def test_cancelling_takes_effect_at_once(server: Server, phase: str) -> None:
     with server.client() as client:
-        job_id = _create(client, n_epochs=50)
+        job_id = create(client, n_epochs=50)
         run_dir = run_dir_of(server, job_id)
         until(lambda: PHASES[phase](server, run_dir), within_s=120.0, every_s=0.002)
         assert client.post("fine-tunes", job_id, "cancel")["status"] == "cancelled"
@@ -79,8 +80,8 @@ def test_cancelling_takes_effect_at_once(server: Server, phase: str) -> None:
 @pytest.mark.slow
 def test_paused_in_every_phase_a_job_gives_what_an_undisturbed_one_gives(server: Server, tmp_path: Path) -> None:
     with server.client() as client:
-        before = _create(client, n_epochs=50)  # it shares its trainer with nobody, so the next one waits
-        job_id = _create(client, n_epochs=4)
+        before = create(client, n_epochs=50)  # it shares its trainer with nobody, so the next one waits
+        job_id = create(client, n_epochs=4)
         client.post("fine-tunes", job_id, "pause")
         client.post("fine-tunes", before, "cancel")
         until(lambda: not server.processes(TRAINER))

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -17,6 +18,21 @@ from tunesmith.rundir import Outcome, RunDir, RunSpec, Snapshot
 from tunesmith.runs.dispatcher import FAULTS, FRUITLESS_STARTS, TIDY_EVERY_S
 from tunesmith.runs.executor import InlineExecutor, RunState
 from tunesmith.runs.local import LocalExecutor
+
+
+def test_with_nothing_to_do_no_writer_is_kept_waiting(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatcher = platform.dispatcher(InlineExecutor(finish))
+    dispatcher.tick()  # tidies first
+    transaction = Mock(wraps=platform.store.transaction)
+    monkeypatch.setattr(platform.store, "transaction", transaction)
+    dispatcher.tick()
+    transaction.assert_not_called()
+
+    job = platform.create()
+    transaction.reset_mock()
+    dispatcher.tick()
+    transaction.assert_called()
+    assert platform.get(job).status is not JobStatus.PENDING
 
 
 def test_a_job_becomes_a_model(platform: Platform, tiny_base: Path) -> None:

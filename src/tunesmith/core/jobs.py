@@ -43,14 +43,14 @@ RESULTS_FILENAME = "compiled_results.csv"
 INTERRUPTED = "Training was interrupted and goes on from what it had saved"
 """Said for each trainer after the first: of one that died, or was stopped with the server."""
 
-_RESTS = jobs.c.paused_unix.is_not(None)
+_PAUSED = jobs.c.paused_unix.is_not(None)
 _ABANDONED = and_(
     jobs.c.status == JobStatus.RUNNING,
-    ~_RESTS,
+    ~_PAUSED,
     or_(jobs.c.lease_holder.is_(None), jobs.c.lease_expires_unix <= bindparam("now")),
 )
 """Work of nobody any more, as far as is known `now`."""
-_AWAITED = select(jobs.c.id).where(or_(and_(jobs.c.status == JobStatus.PENDING, ~_RESTS), _ABANDONED)).limit(1)
+_AWAITED = select(jobs.c.id).where(or_(and_(jobs.c.status == JobStatus.PENDING, ~_PAUSED), _ABANDONED)).limit(1)
 
 
 @dataclass(frozen=True, slots=True)

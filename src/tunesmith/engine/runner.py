@@ -272,20 +272,20 @@ class Runner:
     def _step(self, base: LoadedBase, chunks: list[Chunk[Model]]) -> Iterator[Event]:
         self.tokens_computed += sum(chunk.length for chunk in chunks)
         logits_WV: Tensor | None = None
+        mixture: Mixture | None = None
+        if base.tiled is None and base.panels is None:
+            chunks, mixture = _arrange(base.stacks, chunks)
         tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
         wanted = [_wanted(chunk) for chunk in chunks]
         if base.tiled is not None:
             hidden_WD = _select(base.tiled.hidden(tokens, chunks, _adapters(TiledAdapter, chunks)), chunks, wanted)
         elif base.native is not None and len(chunks) <= MOST_ROWS and all(chunk.length == 1 for chunk in chunks):
-            wanted = [1] * len(chunks)
-            hidden_WD, logits_WV = base.native([ids[0] for ids in tokens], chunks, _adapters(PanelAdapter, chunks))
+            step = base.native([ids[0] for ids in tokens], chunks, _adapters(PanelAdapter, chunks))
+            hidden_WD, logits_WV = (_select(each, chunks, wanted) for each in step)
         elif base.prompts is not None:
             ids = list(itertools.chain.from_iterable(tokens))
             hidden_WD = base.prompts.hidden(ids, chunks, _adapters(PanelAdapter, chunks), wanted)
         else:
-            chunks, mixture = _arrange(base.stacks, chunks)
-            wanted = [_wanted(chunk) for chunk in chunks]
-            tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
             token_ids_N = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=self._device)
             attention = base.cache.attend(chunks)
             hidden_ND = base.weights.hidden(token_ids_N, attention.positions_N, attention, mixture)
@@ -365,9 +365,11 @@ def _wanted(chunk: Chunk[Model]) -> int:
     return chunk.length if _is_scored(chunk) else int(chunk.completes)
 
 
-def _select(hidden_ND: Tensor, chunks: Sequence[Chunk[Model]], wanted: Sequence[int]) -> Tensor:
-    """States of the tokens wanted, out of those of all."""
-    return _rows(hidden_ND, prompts.last_places(wanted, [chunk.length for chunk in chunks]))
+def _select(x_N: Tensor, chunks: Sequence[Chunk[Model]], wanted: Sequence[int]) -> Tensor:
+    """Rows of the tokens wanted, [W, ..], out of those of all."""
+    if sum(wanted) == len(x_N):
+        return x_N
+    return x_N[prompts.last_places(wanted, [chunk.length for chunk in chunks])]
 
 
 def _rows(x: Tensor, rows: list[int]) -> Tensor:

@@ -298,7 +298,7 @@ async def _run(
             else:
                 running -= 1
                 piece.result()  # raises what ended it
-        for choice in _wholes(request, sequences) if whole else ():
+        for choice in _whole_choices(request, sequences) if whole else ():
             yield choice
         prompt_tokens = sum(len(sequence.generate.prompt_ids) for sequence in sequences[:: request.samples])
         yield Usage(prompt_tokens, sum(sequence.writer.generated_tokens for sequence in sequences))
@@ -327,7 +327,7 @@ async def _write(engine: Engine, sequence: _Sequence, show: Callable[[ChoiceDelt
     show(writer.end("length"))  # only where no tokens were asked for
 
 
-def _wholes(request: CompletionRequest, sequences: list[_Sequence]) -> Iterator[ChoiceDelta]:
+def _whole_choices(request: CompletionRequest, sequences: list[_Sequence]) -> Iterator[ChoiceDelta]:
     """The samples of each prompt, each as one piece: where they are ranked the `n` likeliest, best first."""
     for p, start in enumerate(range(0, len(sequences), request.samples)):
         samples = sequences[start : start + request.samples]

@@ -112,18 +112,18 @@ class FoldedLlama:
         x_ND, low = self._embed(work)
         added_ND: Tensor | None = None
         saved: list[tuple[_AttentionSaved, _FeedSaved]] = []
-        early = self._weights.grid == 1  # else products like whole pieces better
+        of_predicting = self._weights.grid == 1  # the last layer; products that go by a grid take whole pieces
         for index, layer in enumerate(layers):
             attention_N, before = self._attend(layer, index, x_ND, added_ND, work, groups, turn)
             spans = work.spans
-            if early and index == len(layers) - 1:  # from here on other tokens are of no use to anybody
+            if of_predicting and index == len(layers) - 1:  # others are of no use from here on
                 x_ND, attention_N = x_ND[work.predicting_M], attention_N[work.predicting_M]
                 spans = list(work.weighed())
             added_ND, after = self._feed(layer, index, x_ND, attention_N, work, spans)
             saved.append((before, after))
         if added_ND is not None:
             x_ND.add_(added_ND)
-        x_MD = x_ND if early else x_ND[work.predicting_M]
+        x_MD = x_ND if of_predicting else x_ND[work.predicting_M]
         hidden_MD, inverse_M = kernels.norm(x_MD, None, self._model.config.norm_epsilon, torch.float32)
 
         states_MD = hidden_MD * self._model.norm_D
@@ -132,12 +132,12 @@ class FoldedLlama:
 
         of_hidden_MD, grad_ND = grad_MD.mul_(self._model.norm_D), torch.zeros_like(x_MD)
         rounded_ND = kernels.norm_backward(of_hidden_MD, hidden_MD, inverse_M, grad_ND).to(self._weights.dtype)
-        if not early:
+        if not of_predicting:
             grad_ND, rounded_ND = _spread(grad_ND, work), _spread(rounded_ND, work)
         for layer in reversed(layers):
             before, after = saved.pop()
             grad_N = self._feed_backward(layer, after, grad_ND, rounded_ND)
-            if early and len(saved) == len(layers) - 1:
+            if of_predicting and len(saved) == len(layers) - 1:
                 grad_ND, grad_N = _spread(grad_ND, work), _spread(grad_N, work)
             rounded_ND = self._attend_backward(layer, before, grad_ND, grad_N)
         self._embed_backward(work, low, grad_ND)

@@ -28,8 +28,8 @@ struct Piece {
 
 namespace {
 
-constexpr int64_t SOON = 16;      // tokens before one is read, it is asked for
-constexpr int64_t LEARNED = 256;  // tokens whose part of a gradient is added up at once: they stay in the cache
+constexpr int64_t TOKENS_AHEAD = 16;  // before it is read, a token is asked for
+constexpr int64_t LEARNED = 256;      // tokens whose part of a gradient is added up at once: they stay in the cache
 
 int64_t outputs_of(const Site &site) {
     int64_t total = 0;
@@ -56,7 +56,8 @@ struct Places {
 
 int64_t low_width(const Site &site, int64_t rank) { return whole_panels(site.parts * rank); }
 
-// left^T right, of tokens: put(i, j, sum) adds what is between column i of `left` and column j of `right`.
+// left^T right, of `left` [tokens, left_columns] and `right` [tokens, right_columns], whose rows lie `.._row` apart. put(i, j,
+// sum) is called for each LEARNED tokens or fewer, with their sum of column i of `left` times column j of `right`.
 template <typename Put>
 void learn(const float *left, int64_t left_row, int64_t left_columns, const float *right, int64_t right_row,
            int64_t right_columns, int64_t tokens, Put put) {
@@ -66,7 +67,7 @@ void learn(const float *left, int64_t left_row, int64_t left_columns, const floa
             const int64_t real = right_columns - column < WIDE ? right_columns - column : WIDE;
             const float *from = right + first * right_row + column;
             for (int64_t token = 0; token < deep; ++token, from += right_row) {
-                __builtin_prefetch(from + SOON * right_row);
+                __builtin_prefetch(from + TOKENS_AHEAD * right_row);
                 float *to = panel + token * WIDE;
                 for (int64_t j = 0; real < WIDE && j < real; ++j) to[j] = from[j];
                 if (real == WIDE) write(to, read(from)), write(to + LANES, read(from + LANES));
