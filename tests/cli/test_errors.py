@@ -89,22 +89,31 @@ def test_a_published_verb_that_is_not_here_says_why(live: Live, verb: str) -> No
     assert done.stderr == f"Error: {verb} is not here: {REFUSED[verb]}.\n"
 
 
-def test_output_that_nobody_reads_is_no_error(live: Live) -> None:
+buffered_or_not = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+
+
+@buffered_or_not
+def test_output_that_nobody_reads_is_no_error(live: Live, unbuffered: str) -> None:
+    environment = live.environment | {"PYTHONUNBUFFERED": unbuffered}
     whole = live.run("models", "list", "-o", "csv").stdout
     reader = f"{sys.executable} -m tunesmith api models.list | head -1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", reader], env=live.environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", reader], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("{\n0\n", "")
     closed = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m tunesmith models list >&-"], env=live.environment, capture_output=True
+        ["bash", "-c", f"{sys.executable} -m tunesmith models list >&-"], env=environment, capture_output=True
     )
     assert (closed.returncode, closed.stderr) == (0, b"")
     assert whole
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_behind_the_output(live: Live) -> None:
+@buffered_or_not
+def test_a_full_disk_behind_the_output(live: Live, unbuffered: str) -> None:
+    environment = {"PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("w") as full:
-        done = live.run("models", "list", stdout=full, stderr=subprocess.PIPE, capture_output=False)
+        done = live.run(
+            "models", "list", stdout=full, stderr=subprocess.PIPE, capture_output=False, environment=environment
+        )
     assert done.returncode == 1
     assert done.stderr == "Error: The system refuses to go on: No space left on device.\n"
 

@@ -28,9 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\n")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `| head` has seen enough; Python must not complain again when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head` has seen enough
+        _drop_output()
         return 0
+
+
+def _drop_output() -> None:
+    """Python must not complain again when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _make_writable() -> None:
@@ -62,7 +67,9 @@ def _run(argv: Sequence[str] | None) -> int:
         )
         # Named, not imported: a command's imports (HTTP client, tables, the server) are paid for by that command alone.
         command: Command = pkgutil.resolve_name(args.run)
-        return command(args, output)
+        code = command(args, output)
+        sys.stdout.flush()  # here, where what goes wrong is told in words: files and pipes are written to at the end
+        return code
     except UsageError as error:
         output.failure(error)
         return EXIT_USAGE
@@ -74,4 +81,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except OSError as error:  # a full disk behind standard output, say; what commands expect, they say better
         what = "" if error.filename is None else f"{error.filename}: "
         output.failure(TunesmithError(f"The system refuses to go on: {what}{error.strerror or error}."))
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         return EXIT_FAILED
