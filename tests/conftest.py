@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.tiles import tiles
 from tests.tiny import make_tiny_base
+
+__all__ = ["tiles"]
 
 # Property tests draw the same examples in every run, so that a red suite is red again for the next reader. To look for
 # new ones: `pytest --hypothesis-profile=default`.

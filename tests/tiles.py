@@ -1,29 +1,75 @@
-"""Tests of code that multiplies tiles of bf16: skipped where compiler or processor have none, and only there.
+"""Tests of code that multiplies tiles of bf16: on those of the processor or, where it has none, on emulated ones.
 
-They are asked here and not the code under test: where that fails to compile, its tests are to fail.
+What the processor has is asked here and not of the code under test: where that fails to compile, its tests are to fail.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 
 from tunesmith import compiled
+from tunesmith.decoder import packed
+from tunesmith.engine import tiled
+from tunesmith.training import folded, native, step, whole_step
 
-MACROS = ("__AMX_BF16__", "__AVX512BF16__")
-"""What a compiler that builds for this processor defines."""
+MACROS = frozenset({"__AMX_BF16__", "__AMX_INT8__", "__AVX512BF16__", "__AVX512VNNI__"})
+"""What a compiler that builds for a processor with tiles defines ..."""
+EMULATION = frozenset({"__AVX2__", "__FMA__"})
+"""... and what it does where they can be emulated."""
+TILES = Path(packed.__file__).with_name("tiles.h")
+EMULATED = Path(__file__).parent / "native" / "emulated_tiles.h"
 
 
-def _here() -> bool:
+@cache
+def _macros() -> frozenset[str]:
+    """Those of this processor; none without a compiler, or where code for tiles is not compiled."""
     compiler = next(filter(None, map(shutil.which, compiled.COMPILERS)), None)
-    if compiler is None or sys.platform != "linux":
-        return False
+    if compiler is None or sys.platform != "linux" or platform.machine() != "x86_64":
+        return frozenset()
     command = [compiler, "-march=native", "-dM", "-E", "-x", "c++", "/dev/null"]
     found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
-    return all(macro in found for macro in MACROS)
+    return frozenset(line.split()[1] for line in found.splitlines())
 
 
-needs_tiles = pytest.mark.skipif(not _here(), reason="compiler or processor have no tiles of bf16")
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In this process; those that it starts have what the processor has."""
+    if _macros() >= MACROS:
+        yield
+        return
+    if not _macros() >= EMULATION:
+        pytest.skip("tiles of bf16 can be emulated with GCC or Clang on x86-64 with AVX2 alone")
+    version = hashlib.sha256(EMULATED.read_bytes()).hexdigest()[:16]
+    flags = (*compiled.FLAGS, "-include", str(EMULATED), f"-DEMULATED_TILES=0x{version}")
+
+    @cache
+    def load(source: Path, *included: Path, reordering: bool = True) -> ctypes.CDLL | None:
+        with monkeypatch.context() as patch:
+            if TILES in included:
+                patch.setattr(compiled, "FLAGS", flags)
+            return compiled_load(source, *included, reordering=reordering)
+
+    compiled_load = compiled.load.__wrapped__
+    monkeypatch.setattr(compiled, "load", load)
+    monkeypatch.setattr(folded, "multiplies_bf16", lambda: True)
+    cached = (packed.library, native.load, step._library, whole_step._library, tiled._library)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+needs_tiles = pytest.mark.usefixtures("tiles")
+needs_real_tiles = pytest.mark.skipif(not _macros() >= MACROS, reason="compiler or processor have no tiles of bf16")
+"""For what other processes do."""

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.architectures import OWN, make_base
 from tests.engine.models import make_adapter
-from tests.tiles import needs_tiles
 from tests.tiny import VOCABULARY_SIZE
 from tunesmith.engine import prompts, tiled
 from tunesmith.engine.base import GenerateRequest, Precision, PromptScored, SamplingParams, TokenScore
@@ -39,9 +38,11 @@ all_precisions = pytest.mark.parametrize("precision", ["float32", "bfloat16", "i
 Output = list[tuple[TokenScore, ...]]
 
 
-@pytest.fixture(autouse=True, params=[pytest.param("tiles", marks=needs_tiles), "fixed point"])
+@pytest.fixture(autouse=True, params=["tiles", "fixed point"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "fixed point":
+    if request.param == "tiles":
+        request.getfixturevalue("tiles")
+    else:
         monkeypatch.setattr(tiled, "covers", lambda _: False)
     yield request.param
 
