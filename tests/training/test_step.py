@@ -60,8 +60,9 @@ def _assert_alike(factors: TrainableLora, found: torch.Tensor, expected: torch.T
         (random_model(heads=3, kv_heads=3, bias=True), 32),
         (random_model(head_width=64, heads=4, kv_heads=1), 48),
         (random_model(vocabulary=1_003), 16),
+        (random_model(heads=10, kv_heads=5), 8),
     ],
-    ids=["grouped", "bias", "wide heads", "odd vocabulary"],
+    ids=["grouped", "bias", "wide heads", "odd vocabulary", "more heads than gates"],
 )
 def test_loss_and_gradients_are_those_of_autograd(model: Llama, rank: int, rows: list[Row]) -> None:
     size = model.config.vocabulary_size

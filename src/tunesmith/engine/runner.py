@@ -278,7 +278,7 @@ class Runner:
         tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
         wanted = [_wanted(chunk) for chunk in chunks]
         if base.tiled is not None:
-            hidden_WD = _select(base.tiled.hidden(tokens, chunks, _adapters(TiledAdapter, chunks)), chunks, wanted)
+            hidden_WD = base.tiled.hidden(tokens, chunks, _adapters(TiledAdapter, chunks), wanted)
         elif base.native is not None and len(chunks) <= MOST_ROWS and all(chunk.length == 1 for chunk in chunks):
             step = base.native([ids[0] for ids in tokens], chunks, _adapters(PanelAdapter, chunks))
             hidden_WD, logits_WV = (_select(each, chunks, wanted) for each in step)

@@ -4,7 +4,8 @@ Prompts and single tokens, of any sequences and adapters, go through the model t
 cache as tiles, so a cache belongs to these steps alone. Factors of adapters have 8 bits either way. Numbers differ from
 those of fp32 as bf16 does (docs/design/decisions/decode.md), and a sequence's do not depend on what is computed beside.
 
-Legend: N = tokens of a step, B = rows of logits, D = model width, V = vocabulary, R = rank, O, I = outputs and inputs.
+Legend: L = tokens whose states are wanted, B = rows of logits, D = model width, V = vocabulary, R = rank, O, I =
+outputs and inputs.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class _Span(ctypes.Structure):
         ("start", Size),
         ("tokens", Size),
         ("position", Size),
+        ("wanted", Size),
         ("blocks", ctypes.POINTER(Count)),
         ("adapter", ctypes.POINTER(_Adapter)),
     ]
@@ -145,9 +147,13 @@ class TiledStep:
         return TiledAdapter(self._library, self._model, lora, self._slots)
 
     def hidden(
-        self, tokens: Sequence[Sequence[int]], spans: Sequence[Span], adapters: Sequence[TiledAdapter | None]
+        self,
+        tokens: Sequence[Sequence[int]],
+        spans: Sequence[Span],
+        adapters: Sequence[TiledAdapter | None],
+        wanted: Sequence[int],
     ) -> Tensor:
-        """Last states [N, D], fp32, of the tokens of each sequence one after another; stores keys and values."""
+        """Last states [L, D], fp32, of the last `wanted` tokens of each sequence; stores keys and values of all."""
         keys, values = ((Address * len(each))(*(x.data_ptr() for x in each)) for each in self._cache.reserve(spans))
         n_tokens = sum(map(len, tokens))
         ends = list(itertools.accumulate(map(len, tokens), initial=0))
@@ -155,18 +161,19 @@ class TiledStep:
         def run(members: range) -> Tensor:
             mine = list(itertools.chain.from_iterable(tokens[i] for i in members))
             whole = -(-len(mine) // GRID) * GRID
-            ids, hidden = torch.tensor(mine + [0] * (whole - len(mine))), torch.empty(whole, self._width)
+            ids = torch.tensor(mine + [0] * (whole - len(mine)))
+            hidden = torch.empty(sum(wanted[i] for i in members), self._width)
             native = (_Span * len(members))()
             for span, index in zip(native, members, strict=True):
                 adapter = adapters[index]
                 span.start, span.tokens = ends[index] - ends[members.start], len(tokens[index])
-                span.position = spans[index].start
+                span.position, span.wanted = spans[index].start, wanted[index]
                 span.blocks = (Count * len(spans[index].blocks))(*spans[index].blocks)
                 if adapter is not None:
                     span.adapter = ctypes.pointer(adapter.native)
             work = _Work(whole, len(members), self._eight, ids.data_ptr(), native, keys, values, hidden.data_ptr())
             self._library.tunesmith_engine_step(self._model.native, work)
-            return hidden[: len(mine)]
+            return hidden
 
         dealt = _deal(ends, min(torch.get_num_threads(), max(1, n_tokens // TOKENS_A_THREAD)))
         return run(dealt[0]) if len(dealt) == 1 else torch.cat(list(self._threads.map(run, dealt)))

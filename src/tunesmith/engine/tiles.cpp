@@ -3,7 +3,9 @@
 // cache as tiles. What comes of a token depends on its own sequence alone, whatever lies beside it in the step. The weights
 // of the model are bf16, or 8 bits (int8.h); adapters have 8 bits (factors.h), all else is bf16 either way.
 //
-// Legend: N = tokens, rounded up, D = model width, F = feed-forward width, H, K = query and key/value heads, G = H / K,
+// Behind its attention the last layer is computed for the tokens whose states are wanted: others are of no use from there on.
+//
+// Legend: N = tokens, rounded up, L = those wanted, D = model width, F = feed-forward width, H, K = query and key/value heads, G = H / K,
 // d = head width, W = (H + 2K) d, R = rank, S = rank rounded up to a block, P = linear layers stacked in a site,
 // V = vocabulary.
 
@@ -26,6 +28,7 @@ struct Adapter {
 struct Span {  // tokens of one sequence
     int64_t start, tokens;  // which of the step, and how many
     int64_t position;       // of the first in its sequence
+    int64_t wanted;         // of the last so many the states are
     const int32_t *blocks;  // where the sequence keeps keys and values
     const Adapter *adapter;  // null for the base itself
 };
@@ -36,7 +39,7 @@ struct Work {
     const int64_t *token_ids;
     const Span *span;
     bf16 *const *keys, *const *values;  // by layers: [blocks, K, 32 d], each a packed block of 32 positions
-    float *hidden;                      // out: [N, D], after the last norm
+    float *hidden;                      // out: [L, D], after the last norm
 };
 
 }  // extern "C"
@@ -51,13 +54,15 @@ struct Share {
     int64_t ahead = 8 * TILE_BYTES;  // from these factors to those that are read next
 };
 
+using Shares = std::vector<std::vector<Share>>;  // by blocks of tokens
+
 struct Step {
     const Model &m;
     const Work &w;
     const int64_t n, wide, mixed, head_panels, group;
-    int64_t live = 0, deep = 0, context = 0;
+    int64_t live = 0, late = 0, deep = 0, context = 0;
     std::vector<Factors> factors;             // of each rank there is
-    std::vector<std::vector<Share>> shares;   // by blocks of tokens
+    Shares all_shares, late_shares;           // of all tokens, and of those wanted
     std::vector<int32_t> place_of;            // by tokens: position in the sequence, or -1
     float *x, *scores, *sums;                 // sums: what adapters add to those of single tokens
     bool alone_at[CHUNK];                     // which tokens those are
@@ -73,36 +78,47 @@ struct Step {
     Step(const Model &model, const Work &work)
         : m(model), w(work), n(work.tokens), wide((m.heads + 2 * m.kv_heads) * m.head_width),
           mixed(m.heads * m.head_width), head_panels(m.head_width / SIDE), group(m.heads / m.kv_heads),
-          shares(n / SIDE), place_of(n, -1) {
+          all_shares(n / SIDE), place_of(n, -1) {
         factors.reserve(w.spans);
+        for (int64_t i = 0; i < w.spans; ++i) late += w.span[i].wanted;
+        late_shares.resize(rounded_up(late) / SIDE);
+        int64_t late_start = 0;
         for (int64_t i = 0; i < w.spans; ++i) {
             const Span &span = w.span[i];
             const int64_t end = span.position + span.tokens;
             live = span.start + span.tokens;
             context = end > context ? end : context;
             for (int64_t t = 0; t < span.tokens; ++t) place_of[span.start + t] = span.position + t;
+            late_start += span.wanted;
             if (!span.adapter) continue;
             const int32_t rank = span.adapter->rank;
             size_t known = 0;
             while (known < factors.size() && factors[known].rank != rank) ++known;
             if (known == factors.size()) factors.emplace_back(m, rank);
             deep = rounded_up(rank) > deep ? rounded_up(rank) : deep;
-            for (int64_t at = span.start, to; at < span.start + span.tokens; at = to) {
-                to = (at / SIDE + 1) * SIDE < span.start + span.tokens ? (at / SIDE + 1) * SIDE : span.start + span.tokens;
-                add_share({span.adapter, &factors[known], at % SIDE, (to - 1) % SIDE + 1}, shares[at / SIDE]);
-            }
+            add_shares(span.adapter, &factors[known], span.start, span.start + span.tokens, all_shares);
+            add_shares(span.adapter, &factors[known], late_start - span.wanted, late_start, late_shares);
         }
-        Share *before = nullptr;
-        for (auto &block : shares)
-            for (Share &share : block) {
-                if (before) before->ahead = share.adapter->packed - before->adapter->packed;
-                before = &share;
-            }
+        for (Shares *shares : {&all_shares, &late_shares}) {
+            Share *before = nullptr;
+            for (auto &block : *shares)
+                for (Share &share : block) {
+                    if (before) before->ahead = share.adapter->packed - before->adapter->packed;
+                    before = &share;
+                }
+        }
         low_block = 3 * 2 * (SIDE * rounded_deep(deep) + 2 * SIDE * 4);
         static thread_local std::vector<uint8_t> memory;  // kept: new memory has to be cleared by the system
         const size_t size = lay_out(nullptr) + 64;
         if (memory.size() < size) memory.resize(size);
         lay_out(reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64));
+    }
+
+    static void add_shares(const Adapter *adapter, const Factors *factors, int64_t start, int64_t stop, Shares &to) {
+        for (int64_t at = start, end; at < stop; at = end) {
+            end = (at / SIDE + 1) * SIDE < stop ? (at / SIDE + 1) * SIDE : stop;
+            add_share({adapter, factors, at % SIDE, (end - 1) % SIDE + 1}, to[at / SIDE]);
+        }
     }
 
     // Neighbours of one adapter go together.
@@ -118,7 +134,8 @@ struct Step {
         const int64_t blocks = rounded_up(context) / SIDE;
         const int64_t inner = wide > 2 * m.feed_width ? wide : 2 * m.feed_width, widest = inner > m.width ? inner : m.width;
         size_t most = 0;
-        for (const auto &each : shares) most = each.size() > most ? each.size() : most;
+        for (const Shares *shares : {&all_shares, &late_shares})
+            for (const auto &each : *shares) most = each.size() > most ? each.size() : most;
         x = arena.take<float>(n * m.width);
         scores = arena.take<float>(blocks * BLOCK);
         sums = arena.take<float>((n < CHUNK ? n : CHUNK) * widest);
@@ -158,6 +175,9 @@ struct Step {
         }
     }
 
+    // Whether site `index` is given the tokens wanted alone.
+    bool is_late(int64_t index) const { return index > 4 * (m.layers - 1); }
+
     // -- products: y = x W^T + (x A^T) B^T for `tokens` from token `first` on; panels given begin there
     //
     // Several tokens of an adapter go through tiles, as a block of 32 in which those of others become 0. For single ones
@@ -167,6 +187,7 @@ struct Step {
 
     void forward(int64_t index, Panels in, Panels y, int64_t first, int64_t tokens) {
         const Site &site = m.layer[index / 4].sites[index % 4];
+        const Shares &shares = is_late(index) ? late_shares : all_shares;
         const int64_t outputs = outputs_of(site);
         bool adapted = false;
         for (int64_t at = 0; at < tokens; at += SIDE) adapted |= !shares[(first + at) / SIDE].empty();
@@ -324,27 +345,27 @@ struct Step {
         }
     }
 
-    // What the tokens of a span attend to. The queries that share a head of keys go together, 32 at a time. `next`, where
-    // given, is asked for meanwhile.
-    void attend(int64_t layer, const Span &span, const Span *next) {
-        const int64_t rows = span.tokens * group;
+    // What the last `asking` tokens of a span attend to, into rows from `to` on. The queries that share a head of keys go
+    // together, 32 at a time. `next`, where given, is asked for meanwhile.
+    void attend(int64_t layer, const Span &span, int64_t asking, int64_t to, const Span *next) {
+        const int64_t rows = asking * group, before = span.tokens - asking, position = span.position + before;
         for (int64_t head = 0; head < m.kv_heads; ++head) {
             if (next) ask_for(layer, *next, head);
             for (int64_t first = 0; first < rows; first += SIDE) {
                 const int64_t real = rows - first < SIDE ? rows - first : SIDE;
-                const int64_t blocks = (span.position + (first + real - 1) / group) / SIDE + 1;
+                const int64_t blocks = (position + (first + real - 1) / group) / SIDE + 1;
                 const bool top = real <= SIDE / 2;  // half of the tiles do
                 float factor[SIDE];
                 for (int64_t i = 0; i < real; ++i)
                     for (int64_t j = 0; j < head_panels; ++j)
-                        std::memcpy(queries + j * BLOCK + i * SIDE, row(qkv, span, head, first + i, j), SIDE * 2);
+                        std::memcpy(queries + j * BLOCK + i * SIDE, row(qkv, span.start + before, head, first + i, j), SIDE * 2);
                 for (int64_t at = 0; at < blocks; ++at) {
                     clear();
                     accumulate_rows(top, queries, block_of(w.keys[layer], span, at * SIDE, head), head_panels);
                     take_rows(top, scores + at * BLOCK);
                 }
                 for (int64_t i = 0; i < real; ++i) {
-                    const int64_t seen = span.position + (first + i) / group + 1;
+                    const int64_t seen = position + (first + i) / group + 1;
                     factor[i] = weigh(scores + i * SIDE, weights + i * SIDE, seen);
                     for (int64_t at = rounded_up(seen) / SIDE; at < blocks; ++at)  // which later queries see
                         std::memset(weights + at * BLOCK + i * SIDE, 0, sizeof(bf16) * SIDE);
@@ -357,7 +378,7 @@ struct Step {
                     take_rows(top, c);
                     for (int64_t i = 0; i < real; ++i) {
                         const __m512 f = _mm512_set1_ps(factor[i]);
-                        store_32(row(attention, span, head, first + i, j),
+                        store_32(row(attention, to, head, first + i, j),
                                  _mm512_mul_ps(_mm512_load_ps(c + i * SIDE), f),
                                  _mm512_mul_ps(_mm512_load_ps(c + i * SIDE + 16), f));
                     }
@@ -377,15 +398,26 @@ struct Step {
         }
     }
 
-    // Panel j of query `index` of those that share a head of keys: token by token, head by head.
-    bf16 *row(Panels of, const Span &span, int64_t key_head, int64_t index, int64_t j) const {
+    // Panel j of query `index` of those that share a head of keys, from `token` on: token by token, head by head.
+    bf16 *row(Panels of, int64_t token, int64_t key_head, int64_t index, int64_t j) const {
         const int64_t head = key_head * group + index % group;
-        return of.block(head * head_panels + j, span.start + index / group);
+        return of.block(head * head_panels + j, token + index / group);
+    }
+
+    // x of the tokens wanted alone.
+    void leave_others() {
+        float *to = x;
+        for (int64_t i = 0; i < w.spans; ++i) {
+            const Span &span = w.span[i];
+            const int64_t size = span.wanted * m.width, end = (span.start + span.tokens) * m.width;
+            std::memmove(to, x + end - size, sizeof(float) * size);
+            to += size;
+        }
     }
 
     template <typename Do>
-    void by_chunks(Do work) {
-        for (int64_t first = 0; first < live; first += CHUNK) work(first, first + CHUNK < live ? CHUNK : live - first);
+    void by_chunks(int64_t tokens, Do work) {
+        for (int64_t first = 0; first < tokens; first += CHUNK) work(first, first + CHUNK < tokens ? CHUNK : tokens - first);
     }
 
     void run() {
@@ -393,17 +425,23 @@ struct Step {
         configure_tiles();
         embed();
         for (int64_t layer = 0; layer < m.layers; ++layer) {
-            by_chunks([&](int64_t first, int64_t tokens) {
+            by_chunks(live, [&](int64_t first, int64_t tokens) {
                 const Panels more = out.from(first);
                 normalise(m, x + first * m.width, layer ? &more : nullptr, normed, nullptr, tokens);
                 forward(4 * layer, normed, qkv.from(first), first, tokens);
                 turn(m, qkv.from(first), m.layer[layer].bias, place_of.data() + first, tokens);
             });
+            const bool last = layer + 1 == m.layers;
+            int64_t to = 0;
             for (int64_t i = 0; i < w.spans; ++i) {
-                remember(layer, w.span[i]);
-                attend(layer, w.span[i], i + 1 < w.spans ? w.span + i + 1 : nullptr);
+                const Span &span = w.span[i];
+                const int64_t asking = last ? span.wanted : span.tokens;
+                remember(layer, span);
+                attend(layer, span, asking, to, i + 1 < w.spans ? w.span + i + 1 : nullptr);
+                to += asking;
             }
-            by_chunks([&](int64_t first, int64_t tokens) {
+            if (last) leave_others();
+            by_chunks(to, [&](int64_t first, int64_t tokens) {
                 const Panels more = out.from(first);
                 forward(4 * layer + 1, attention.from(first), more, first, tokens);
                 normalise(m, x + first * m.width, &more, normed, nullptr, tokens);
@@ -412,7 +450,7 @@ struct Step {
                 forward(4 * layer + 3, product, more, first, tokens);
             });
         }
-        for (int64_t i = 0; i < live; ++i) finish(i);
+        for (int64_t i = 0; i < late; ++i) finish(i);
         _tile_release();
     }
 

@@ -18,6 +18,7 @@ struct Head {
 
     const Model &m;
     const Work &work;
+    const int64_t *late_of;  // by tokens: the row of x that has its state
     const int64_t most_rows, panels;  // panels: of the vocabulary
     Panels states;                    // [C, D]
     float *grad_states;               // [C, D], but for the factors that `score` returns
@@ -26,8 +27,8 @@ struct Head {
     int64_t *target;                  // [C]
     float *partial;
 
-    Head(const Model &model, const Work &given, int64_t at_once, Arena &arena)
-        : m(model), work(given),
+    Head(const Model &model, const Work &given, const int64_t *rows, int64_t at_once, Arena &arena)
+        : m(model), work(given), late_of(rows),
           most_rows(rounded_up(given.positions) < at_once ? rounded_up(given.positions) : at_once),
           panels(rounded_up(model.vocabulary) / SIDE) {
         states = arena.panels(uneven(most_rows), m.width);
@@ -40,7 +41,7 @@ struct Head {
         partial = arena.take<float>(most_rows * SIDE);
     }
 
-    // The states of `rows` positions from `first` on, of which `real` are there, from x [N, D] behind the last norm.
+    // The states of `rows` positions from `first` on, of which `real` are there, from x [L, D] behind the last norm.
     void take(const float *x, int64_t first, int64_t real, int64_t rows) {
         for (int64_t i = 0; i < rows; ++i) {
             target[i] = i < real ? work.target[first + i] : -1;
@@ -48,7 +49,7 @@ struct Head {
             for (int64_t j = 0; j < m.width; j += 16) {
                 __m512 value = _mm512_setzero_ps();
                 if (i < real) {
-                    value = _mm512_mul_ps(_mm512_loadu_ps(x + work.predicting[first + i] * m.width + j),
+                    value = _mm512_mul_ps(_mm512_loadu_ps(x + late_of[work.predicting[first + i]] * m.width + j),
                                           _mm512_loadu_ps(m.norm + j));
                     along = _mm512_fmadd_ps(value, _mm512_loadu_ps(m.head + target[i] * m.width + j), along);
                 }

@@ -1,9 +1,10 @@
 // The layers of a Llama in training, forward and backward, on processors that multiply tiles of bf16 (AMX): what a step
 // is, whatever it learns. step.cpp learns adapters, whole.cpp all weights.
 //
-// Layers are walked in chunks of tokens that stay in the cache. What comes of a token depends on its own row alone.
+// Layers are walked in chunks of tokens that stay in the cache. What comes of a token depends on its own row alone. Behind
+// its attention the last layer is computed for the tokens that predict, the late ones: others are of no use from there on.
 //
-// Legend: N = tokens, D = model width, F = feed-forward width, H, K = query and key/value heads, d = head width,
+// Legend: N = tokens, L = late ones, those of a piece rounded up to a block, D = model width, F = feed-forward width, H, K = query and key/value heads, d = head width,
 // W = (H + 2K) d, I, O = inputs and outputs of a site, M = weighed positions, V = vocabulary, T = tokens of a row.
 
 #pragma once
@@ -20,7 +21,7 @@ struct Work {
     int64_t tokens, rows, positions;  // tokens: a multiple of 32
     const int64_t *token_ids;               // [N]
     const int64_t *row_start, *row_length;  // [rows]
-    const int64_t *predicting, *target;     // [M]
+    const int64_t *predicting, *target;     // [M], predicting: ascending
     const float *weight;                    // [M]
     float *nll;   // out: [M]
     bool *right;  // out: [M]
@@ -41,9 +42,10 @@ inline int64_t uneven(int64_t rows) { return rows | SIDE; }
 inline int64_t one_by_one(int64_t panel) { return panel; }
 inline void nothing(int64_t, int64_t) {}
 
-// What the way back of a layer needs.
+// What the way back of a layer needs. Of the last one, `feed_normed` and `gate_up` have L tokens.
 struct Saved {
     Panels normed, qkv, attention, feed_normed, gate_up;  // [N, D], [N, W] turned, [N, H d], [N, D], [N, 2F]
+    Panels grad_qkv;                                      // [N, W]: in the place of `gate_up`, when that has been read
     float *inverse, *feed_inverse;                        // [N]
     Softmax softmax;
 };
@@ -60,34 +62,51 @@ struct Layers {
     const Work &work;
     const int64_t n, wide, mixed;
     Arena arena;
-    int64_t longest = 0;
-    std::vector<int32_t> turn_of;  // by tokens: its place in its row, or -1
+    int64_t longest = 0, late = 0;
+    std::vector<int32_t> turn_of;   // by tokens: its place in its row, or -1
+    std::vector<int64_t> late_of;   // by tokens: its place among the late ones, or -1
+    std::vector<int64_t> token_of;  // by late ones: which token it is, or -1
     std::vector<Saved> saved;
     std::optional<Attention> attention;
     float *x, *grad, *inverse, *partial;  // x: [N, D], grad: of x
     Panels out, between;                  // grad in bf16, behind a layer and within
     Panels product, grad_wide;            // of a span
     Panels grad_normed, grad_mixed;       // of a chunk, of all
+    Panels attended;                      // what late tokens attend to in the last layer, [L, H d]
     alignas(64) float c[BLOCK];
 
-    Layers(const Model &model, const Work &given)
+    // `starts`: tokens at which pieces begin, ascending; a block of late ones has those of one piece.
+    Layers(const Model &model, const Work &given, const std::vector<int64_t> &starts)
         : m(model), work(given), n(given.tokens), wide((m.heads + 2 * m.kv_heads) * m.head_width),
-          mixed(m.heads * m.head_width), arena{given.memory}, turn_of(n, -1) {
+          mixed(m.heads * m.head_width), arena{given.memory}, turn_of(n, -1), late_of(n, -1) {
         for (int64_t row = 0; row < work.rows; ++row) {
             longest = work.row_length[row] > longest ? work.row_length[row] : longest;
             for (int64_t t = 0; t < work.row_length[row]; ++t) turn_of[work.row_start[row] + t] = t;
         }
+        size_t piece = 0;
+        for (int64_t i = 0; i < work.positions; ++i) {
+            const int64_t token = work.predicting[i];
+            if (piece < starts.size() && token >= starts[piece]) token_of.resize(rounded_up(token_of.size()), -1);
+            while (piece < starts.size() && token >= starts[piece]) ++piece;
+            late_of[token] = token_of.size();
+            token_of.push_back(token);
+        }
+        late = rounded_up(token_of.size());
+        token_of.resize(late, -1);
         const int64_t slack = n + SIDE;  // attention reads beyond a row
         const int64_t chunk = n < CHUNK ? n : CHUNK, span = n < span_of(n) ? n : span_of(n);
         for (int64_t i = 0; i < m.layers; ++i) {
             Saved s{};
+            const int64_t fed = i + 1 < m.layers ? n : late;
             s.normed = arena.panels(uneven(n), m.width);
             s.qkv = arena.panels(uneven(slack), wide);
             s.attention = arena.panels(uneven(n), mixed);
-            s.feed_normed = arena.panels(uneven(n), m.width);
-            s.gate_up = arena.panels(uneven(n), 2 * m.feed_width);
+            s.feed_normed = arena.panels(uneven(fed), m.width);
+            const int64_t of_gate_up = uneven(fed) * 2 * m.feed_width, of_qkv = uneven(n) * wide;
+            s.gate_up = {arena.take<bf16>(of_gate_up > of_qkv ? of_gate_up : of_qkv), uneven(fed)};
+            s.grad_qkv = {s.gate_up.data, uneven(n)};
             s.inverse = arena.take<float>(n);
-            s.feed_inverse = arena.take<float>(n);
+            s.feed_inverse = arena.take<float>(fed);
             s.softmax = {arena.take<float>(n * m.heads), arena.take<float>(n * m.heads), n};
             saved.push_back(s);
         }
@@ -101,12 +120,17 @@ struct Layers {
         grad_wide = arena.panels(uneven(span), 2 * m.feed_width);
         grad_normed = arena.panels(uneven(chunk), m.width);
         grad_mixed = arena.panels(uneven(slack), mixed);
+        attended = arena.panels(uneven(late), mixed);
         attention.emplace(m, longest, arena);
     }
 
     Self &self() { return static_cast<Self &>(*this); }
 
     const Site &site_at(int64_t index) const { return m.layer[index / 4].sites[index % 4]; }
+
+    // Whether it is given late tokens alone.
+    bool is_late(int64_t index) const { return index > 4 * (m.layers - 1); }
+    int64_t tokens_of(int64_t index) const { return is_late(index) ? late : n; }
 
     // What puts blocks into panels.
     static auto into(Panels to) {
@@ -130,15 +154,15 @@ struct Layers {
             work(first, first - from, first + CHUNK < to ? CHUNK : to - first);
     }
 
-    // Where a span from `first` on is to end, at `end` or before; `Self` may say otherwise.
-    int64_t end_of_span(int64_t, int64_t end) const { return end; }
+    // Where a span of site `index` from `first` on is to end, at `end` or before; `Self` may say otherwise.
+    int64_t end_of_span(int64_t, int64_t, int64_t end) const { return end; }
 
-    // work(...) of the chunks of a span, then learn(its first token, its tokens).
+    // Of the tokens of site `index`: work(...) of the chunks of a span, then learn(its first token, its tokens).
     template <typename Do, typename Learn>
-    void by_spans(Do work, Learn learn) {
-        const int64_t span = span_of(n);
-        for (int64_t first = 0, end; first < n; first = end) {
-            end = self().end_of_span(first, first + span < n ? first + span : n);
+    void by_spans(int64_t index, Do work, Learn learn) {
+        const int64_t all = tokens_of(index), span = span_of(all);
+        for (int64_t first = 0, end; first < all; first = end) {
+            end = self().end_of_span(index, first, first + span < all ? first + span : all);
             by_chunks(first, end, work);
             learn(first, end - first);
         }
@@ -217,6 +241,41 @@ struct Layers {
                        });
     }
 
+    // -- late tokens
+
+    // Their x, and what they attend to: of others nothing is needed any more.
+    void leave_others(Panels attention) {
+        for (int64_t at = 0; at < late; ++at) {
+            const int64_t token = token_of[at];  // at `at` or behind it
+            float *row = x + at * m.width;
+            if (token < 0)
+                std::memset(row, 0, sizeof(float) * m.width);
+            else
+                std::memmove(row, x + token * m.width, sizeof(float) * m.width);
+            move_row(attention, token, attended, at, mixed);
+        }
+    }
+
+    // Their gradients become those of all tokens: others have none.
+    void join_others() {
+        for (int64_t token = n; token-- > 0;) {
+            const int64_t at = late_of[token];
+            float *row = grad + token * m.width;
+            if (at < 0)
+                std::memset(row, 0, sizeof(float) * m.width);
+            else
+                std::memmove(row, grad + at * m.width, sizeof(float) * m.width);
+            move_row(grad_mixed, at, grad_mixed, token, mixed);
+        }
+    }
+
+    // Zeros from where `row` is none.
+    static void move_row(Panels from, int64_t row, Panels to, int64_t to_row, int64_t columns) {
+        for (int64_t panel = 0; panel < columns / SIDE; ++panel)
+            _mm512_storeu_si512(to.block(panel, to_row),
+                                row < 0 ? _mm512_setzero_si512() : _mm512_loadu_si512(from.block(panel, row)));
+    }
+
     // -- layers
 
     // Zeros for tokens that are in no row, of which attention says nothing.
@@ -239,35 +298,42 @@ struct Layers {
             const int64_t start = work.row_start[row];
             attention->forward(s.qkv.from(start), s.attention.from(start), s.softmax.from(start), work.row_length[row]);
         }
-        by_chunks(0, n, [&](int64_t first, int64_t, int64_t tokens) {
+        const int64_t o = 4 * layer + 1;
+        if (is_late(o)) leave_others(s.attention);
+        by_chunks(0, tokens_of(o), [&](int64_t first, int64_t, int64_t tokens) {
             const Panels normed = s.feed_normed.from(first);
-            self().forward(4 * layer + 1, s.attention.from(first), first, tokens, one_by_one, onto_x(first));
+            self().forward(o, given_to(o).from(first), first, tokens, one_by_one, onto_x(first));
             normalise(m, x + first * m.width, nullptr, normed, s.feed_inverse + first, tokens);
             feed(layer, normed, s.gate_up.from(first), first, tokens);
             self().forward(4 * layer + 3, product, first, tokens, one_by_one, onto_x(first));
         });
     }
 
+    // What is given to site `o`.
+    Panels given_to(int64_t o) const { return is_late(o) ? attended : saved[o / 4].attention; }
+
     // grad, and `out`, the same in bf16: the gradient of the layer's output becomes that of its input.
     void backward_layer(int64_t layer) {
         const int64_t qkv = 4 * layer, o = qkv + 1, gate_up = qkv + 2, down = qkv + 3;
         Saved &s = saved[layer];
         by_spans(
+            o,
             [&](int64_t first, int64_t at, int64_t tokens) {
                 const Panels normed = s.feed_normed.from(first);
                 self().backward(down, out.from(first), product.from(at), first, tokens,
                                 into_gate(s.gate_up.from(first), at));
                 self().backward(gate_up, grad_wide.from(at), normed, first, tokens, into(grad_normed));
                 leave_norm(grad_normed, normed, s.feed_inverse, first, tokens, between);
-                self().backward(o, between.from(first), s.attention.from(first), first, tokens,
+                self().backward(o, between.from(first), given_to(o).from(first), first, tokens,
                                 into(grad_mixed.from(first)));
             },
             [&](int64_t first, int64_t tokens) {
                 self().learn(down, out.from(first), product, tokens);
                 self().learn(gate_up, grad_wide, s.feed_normed.from(first), tokens);
-                self().learn(o, between.from(first), s.attention.from(first), tokens);
+                self().learn(o, between.from(first), given_to(o).from(first), tokens);
             });
-        const Panels grad_qkv = s.gate_up;  // no longer needed, and large enough: see covers() in step.py
+        if (is_late(o)) join_others();
+        const Panels grad_qkv = s.grad_qkv;
         clear_outside(grad_qkv, wide);
         for (int64_t row = 0; row < work.rows; ++row) {
             const int64_t start = work.row_start[row];
@@ -275,6 +341,7 @@ struct Layers {
                                 work.row_length[row], grad_qkv.from(start));
         }
         by_spans(
+            qkv,
             [&](int64_t first, int64_t, int64_t tokens) {
                 const Panels normed = s.normed.from(first);
                 self().backward(qkv, grad_qkv.from(first), normed, first, tokens, into(grad_normed));
@@ -287,23 +354,23 @@ struct Layers {
 
     // -- the head
 
-    // x of all tokens after the last norm, but for its gain.
+    // x of late tokens after the last norm, but for its gain.
     void finish() {
-        for (int64_t token = 0; token < n; ++token) {
-            float *row = x + token * m.width;
+        for (int64_t at = 0; at < late; ++at) {
+            float *row = x + at * m.width;
             __m512 squares = _mm512_setzero_ps();
             for (int64_t j = 0; j < m.width; j += 16) {
                 const __m512 value = _mm512_loadu_ps(row + j);
                 squares = _mm512_fmadd_ps(value, value, squares);
             }
-            inverse[token] = root_of_inverse(sum(squares) / static_cast<float>(m.width) + m.epsilon);
-            for (int64_t j = 0; j < m.width; ++j) row[j] *= inverse[token];
+            inverse[at] = root_of_inverse(sum(squares) / static_cast<float>(m.width) + m.epsilon);
+            for (int64_t j = 0; j < m.width; ++j) row[j] *= inverse[at];
         }
     }
 
-    // grad of all tokens in bf16.
+    // grad of late tokens in bf16.
     void round_grad() {
-        for (int64_t i = 0; i < n; ++i)
+        for (int64_t i = 0; i < late; ++i)
             for (int64_t j = 0; j < m.width; j += 16)
                 store_16(out.block(j / SIDE, i) + j % SIDE, _mm512_loadu_ps(grad + i * m.width + j));
     }
@@ -313,7 +380,7 @@ struct Layers {
         self().embed();
         for (int64_t layer = 0; layer < m.layers; ++layer) forward_layer(layer);
         finish();
-        std::memset(grad, 0, sizeof(float) * n * m.width);
+        std::memset(grad, 0, sizeof(float) * late * m.width);
         self().score();
         round_grad();
         for (int64_t layer = m.layers; layer-- > 0;) backward_layer(layer);

@@ -44,13 +44,15 @@ struct Step : Layers<Step> {
     int64_t deep = 0, embedded = 0;  // of all pieces the most
     std::vector<Places> places;      // by pieces
     std::vector<int32_t> piece_of;   // by blocks of 32 tokens
-    std::vector<Panels> kept;        // by sites [P S, N]: what A gave
+    std::vector<int32_t> late_piece_of;  // by those of late ones
+    std::vector<Panels> kept;            // by sites [P S, N or L]: what A gave
     float *low_in;
     std::optional<Head> head;
     Panels weights;                        // of a slice of the vocabulary
     Panels low, grad_low, grad_low_turned;  // of a chunk
 
-    Step(const Model &model, const Pass &pass) : Layers(model, pass.work), p(pass), piece_of(n / SIDE, 0) {
+    Step(const Model &model, const Pass &pass)
+        : Layers(model, pass.work, starts_of(pass)), p(pass), piece_of(n / SIDE, 0) {
         for (int64_t i = 0; i < p.pieces; ++i) {
             const Piece &piece = p.piece[i];
             places.emplace_back(m, piece.rank, true);
@@ -58,15 +60,26 @@ struct Step : Layers<Step> {
             embedded = piece.embedding_rank > embedded ? piece.embedding_rank : embedded;
             for (int64_t at = piece.start; at < piece.start + piece.tokens; at += SIDE) piece_of[at / SIDE] = i;
         }
+        for (int64_t at = 0; at < late; at += SIDE) late_piece_of.push_back(piece_of[token_of[at] / SIDE]);
         const int64_t chunk = n < CHUNK ? n : CHUNK;
         for (int64_t index = 0; index < 4 * m.layers; ++index)
-            kept.push_back(arena.panels(site_at(index).parts * deep, n));
+            kept.push_back(arena.panels(site_at(index).parts * deep, tokens_of(index)));
         low_in = arena.take<float>(n * embedded);
-        head.emplace(m, work, HEAD_CHUNK, arena);
+        head.emplace(m, work, late_of.data(), HEAD_CHUNK, arena);
         weights = arena.panels(uneven(head->most_rows), Head::SLICE * SIDE);
         low = arena.panels(uneven(chunk), 3 * deep);
         grad_low = arena.panels(uneven(chunk), 3 * deep);
         grad_low_turned = arena.panels(3 * deep, chunk);
+    }
+
+    static std::vector<int64_t> starts_of(const Pass &pass) {
+        std::vector<int64_t> starts;
+        for (int64_t i = 0; i < pass.pieces; ++i) starts.push_back(pass.piece[i].start);
+        return starts;
+    }
+
+    int32_t piece_at(int64_t index, int64_t token) const {
+        return is_late(index) ? late_piece_of[token / SIDE] : piece_of[token / SIDE];
     }
 
     // -- products of a site, for `tokens` from token `first` on; panels given begin there
@@ -78,7 +91,7 @@ struct Step : Layers<Step> {
         const Site &site = site_at(index);
         for (int part = 0; part < site.parts; ++part)
             for (int64_t at = 0; at < tokens; at += SIDE) {
-                const int32_t which = piece_of[(first + at) / SIDE];
+                const int32_t which = piece_at(index, first + at);
                 const int64_t own = rounded_up(p.piece[which].rank);
                 const bf16 *a = p.piece[which].packed + places[which].sites[index].a_forward + part * own * site.inputs;
                 for (int64_t r = 0; r < own; r += SIDE) {
@@ -91,7 +104,7 @@ struct Step : Layers<Step> {
                 }
             }
         const auto factors = [&](int64_t panel, int64_t at) {
-            const int32_t which = piece_of[(first + at) / SIDE];
+            const int32_t which = piece_at(index, first + at);
             const int64_t own = rounded_up(p.piece[which].rank);
             int part = 0;
             for (; panel >= site.outputs[part] / SIDE; ++part) panel -= site.outputs[part] / SIDE;
@@ -111,7 +124,7 @@ struct Step : Layers<Step> {
         Panels of_part = gy;
         for (int part = 0; part < site.parts; of_part = of_part.panels(site.outputs[part++] / SIDE))
             for (int64_t at = 0; at < tokens; at += SIDE) {
-                const int32_t which = piece_of[(first + at) / SIDE];
+                const int32_t which = piece_at(index, first + at);
                 const int64_t own = rounded_up(p.piece[which].rank);
                 const bf16 *b = p.piece[which].packed + places[which].sites[index].b_backward[part];
                 for (int64_t r = 0; r < own; r += SIDE) {
@@ -124,7 +137,7 @@ struct Step : Layers<Step> {
                 }
             }
         const auto factors = [&](int64_t panel, int64_t at) {
-            const int32_t which = piece_of[(first + at) / SIDE];
+            const int32_t which = piece_at(index, first + at);
             const int64_t all = site.parts * rounded_up(p.piece[which].rank);
             const bf16 *a = p.piece[which].packed + places[which].sites[index].a_backward;
             accumulate(grad_low.block(0, at), grad_low.step(), a + panel * SIDE * all, all / SIDE);
@@ -138,17 +151,17 @@ struct Step : Layers<Step> {
 
     // With the last piece that ends by `end`: numbers are added up in the order in which a piece is cut, so none is cut for
     // lying where it does. One that is longer than a span is, from its start on.
-    int64_t end_of_span(int64_t first, int64_t end) const {
+    int64_t end_of_span(int64_t index, int64_t first, int64_t end) const {
         for (int64_t at = end; at > first; at -= SIDE)
-            if (at == n || piece_of[at / SIDE] != piece_of[at / SIDE - 1]) return at;
+            if (at == tokens_of(index) || piece_at(index, at) != piece_at(index, at - SIDE)) return at;
         return end;
     }
 
     // Adds to the gradients of the factors, from that of the outputs and what `forward` and `backward` left.
     void learn_factors(int64_t index, Panels gy, Panels in, int64_t first, int64_t tokens) {
         for (int64_t from = 0, to; from < tokens; from = to) {
-            const int32_t which = piece_of[(first + from) / SIDE];
-            for (to = from; to < tokens && piece_of[(first + to) / SIDE] == which;) to += SIDE;
+            const int32_t which = piece_at(index, first + from);
+            for (to = from; to < tokens && piece_at(index, first + to) == which;) to += SIDE;
             learn_piece(index, which, gy.from(from), in.from(from), kept[index].panels((first + from) / SIDE),
                         grad_low_turned.panels(from / SIDE), (to - from) / SIDE);
         }
@@ -267,15 +280,15 @@ struct Step : Layers<Step> {
 
     // From what the head gave back for one position, weight (p W - W_target) through the last norm, into grad.
     void leave_head(int64_t row, int64_t position, float factor) {
-        const int64_t d = m.width, token = work.predicting[position];
-        const float *wanted = m.head + work.target[position] * d, *y = x + token * d, weight = work.weight[position];
+        const int64_t d = m.width, at = late_of[work.predicting[position]];
+        const float *wanted = m.head + work.target[position] * d, *y = x + at * d, weight = work.weight[position];
         const float *given = head->grad_states + row * d;
-        float *to = grad + token * d, dot = 0.0f;
+        float *to = grad + at * d, dot = 0.0f;
         for (int64_t j = 0; j < d; ++j) {
             to[j] = (given[j] * factor - wanted[j] * weight) * m.norm[j];
             dot += to[j] * y[j];
         }
-        const float mean = dot / static_cast<float>(d), over = inverse[token];
+        const float mean = dot / static_cast<float>(d), over = inverse[at];
         for (int64_t j = 0; j < d; ++j) to[j] = (to[j] - y[j] * mean) * over;
     }
 };

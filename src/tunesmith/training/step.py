@@ -59,10 +59,7 @@ def available() -> bool:
 
 def covers(model: Llama) -> bool:
     """Whether steps of `model` can be done here."""
-    config = model.config
-    stacked = (config.heads + 2 * config.kv_heads) * config.head_width
-    # Gradients of queries, keys and values take the place of the gates.
-    return available() and packed.covers(model) and stacked <= 2 * config.feed_forward_width
+    return available() and packed.covers(model)
 
 
 class CompiledLlama:

@@ -44,7 +44,7 @@ struct Whole : Layers<Whole> {
     Panels weights;  // of the vocabulary
 
     Whole(const Model &model, const WholePass &pass)
-        : Layers(model, pass.work), p(pass) {
+        : Layers(model, pass.work, {}), p(pass) {
         const int64_t d = m.width;
         int64_t at = m.vocabulary * d;
         const auto next = [&at](int64_t size) { return std::exchange(at, at + size); };
@@ -61,7 +61,7 @@ struct Whole : Layers<Whole> {
         }
         norm_at = next(d);
         head_at = m.head == m.embedding ? 0 : next(m.vocabulary * d);
-        head.emplace(m, work, HEAD_CHUNK, arena);
+        head.emplace(m, work, late_of.data(), HEAD_CHUNK, arena);
         const int64_t span = span_of(n) < n ? span_of(n) : n, deepest = span > head->most_rows ? span : head->most_rows;
         packed = arena.take<bf16>(d * deepest);
         turned = arena.take<bf16>(SIDE * deepest);
@@ -238,16 +238,16 @@ struct Whole : Layers<Whole> {
 
     // From what the head gave back for one position through the last norm, into grad.
     void leave_head(int64_t row, int64_t position, float factor) {
-        const int64_t d = m.width, token = work.predicting[position];
-        const float *y = x + token * d, *from = head->grad_states + row * d;
-        float *to = grad + token * d, *of_gain = p.gradient + norm_at, dot = 0.0f;
+        const int64_t d = m.width, at = late_of[work.predicting[position]];
+        const float *y = x + at * d, *from = head->grad_states + row * d;
+        float *to = grad + at * d, *of_gain = p.gradient + norm_at, dot = 0.0f;
         for (int64_t j = 0; j < d; ++j) {
             const float g = from[j] * factor;
             of_gain[j] += g * y[j];
             to[j] = g * m.norm[j];
             dot += to[j] * y[j];
         }
-        const float mean = dot / static_cast<float>(d), over = inverse[token];
+        const float mean = dot / static_cast<float>(d), over = inverse[at];
         for (int64_t j = 0; j < d; ++j) to[j] = (to[j] - y[j] * mean) * over;
     }
 };
