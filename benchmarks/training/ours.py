@@ -153,7 +153,7 @@ def _spec(base: str, batch: int, threads: int, precision: Any) -> RunSpec:
 def gemm(size: int, budget_s: float, threads: int, precision: str) -> Result:
     """Rate of a square product as a step of this precision has them, per second of one thread."""
     torch.set_num_threads(threads)
-    dtype = product_dtype(precision)
+    dtype = product_dtype(precision, torch.device("cpu"))
     library = panels.library() if dtype == torch.int16 else None
     a, b = (torch.randn(size, size, dtype=torch.float32 if dtype == torch.int16 else dtype) for _ in range(2))
     multiply = partial(torch.mm, a, b) if library is None else partial(Panels(library, b, bits=16).product, a)

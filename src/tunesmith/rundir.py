@@ -20,7 +20,7 @@ The platform writes `spec.json` and the data, then starts a trainer on the folde
     heartbeat        touched while the trainer is alive
     released         there once a trainer of several runs has let go of this one without an outcome
     shortages        a byte for each time memory ran out; the executor adds those that killed the trainer
-    kernels          which kernels the run began with, `native` or `eager`: it goes on with the same
+    kernels          which kernels the run began with, `native` or `eager`, or on which device: it goes on with the same
     checkpoints/     step-<n>/ folders of safetensors + JSON, manifest written last
     epochs/          step-<n>/ folders of adapter/, parity.json and snapshot.json: epochs that become models too
     results.csv      one row a step
@@ -126,8 +126,10 @@ class RunSpec:
     checkpoint_interval_s: float
     """0 takes a checkpoint after every step."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the products in training steps; auto: bfloat16 where the processor multiplies it, fixed point of 16 bits where
-    not. All else is float32."""
+    """Of the products in training steps; auto: bfloat16 where the device multiplies it, fixed point of 16 bits on a
+    processor that does not. All else is float32."""
+    device: str = "cpu"
+    """Where the model is trained, by torch's name for it: `cpu`, `cuda`, `cuda:1`."""
 
 
 @dataclass(frozen=True, slots=True)

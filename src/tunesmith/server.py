@@ -149,6 +149,7 @@ def build(
         max_concurrent_runs=settings.max_concurrent_runs,
         jobs_per_run=settings.jobs_per_run,
         trainer_threads=settings.trainer_threads,
+        trainer_device=settings.trainer_device,
         checkpoint_interval_s=settings.checkpoint_interval_s,
         lease_s=settings.lease_s,
         warm=_warm(completer, loop),
@@ -266,7 +267,12 @@ def _make_engine(settings: Settings, bases: Bases, begun: EngineProcess | None) 
         case "embedded":
             from tunesmith.engine.remote import RemoteEngine
 
-            return RemoteEngine(threads=settings.engine_threads, precision=settings.engine_precision, begun=begun)
+            return RemoteEngine(
+                threads=settings.engine_threads,
+                precision=settings.engine_precision,
+                device=settings.engine_device,
+                begun=begun,
+            )
         case "scripted":
             from tunesmith.engine.scripted import ScriptedEngine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,6 +28,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
 """Least and most of every setting that is a number."""
 CHOICES = {"engine_precision": ("float32", "bfloat16", "int8")}
 """Of settings that are one of a few words."""
+DEVICES = ("trainer_device", "engine_device")
+"""Settings that name one: `cpu`, `cuda` (the first there is), `cuda:1`."""
 
 
 def _default_threads() -> int:
@@ -59,12 +62,16 @@ class Settings:
     """How many small jobs of one base one trainer trains together, step by step; 1: each has a trainer of its own."""
     trainer_threads: int = field(default_factory=_default_threads)
     """CPU threads of one trainer process."""
+    trainer_device: str = "cpu"
+    """Where jobs are trained: `cpu`, `cuda` or, of several, `cuda:1`. On a GPU products are of bf16."""
     trainer_niceness: int = 10
     """Scheduling niceness of trainer processes, so that answering comes before training."""
     engine: str = "embedded"
     """`embedded` (torch, in a process of its own) or `scripted` (fixed answers, for tests of clients)."""
     engine_threads: int = field(default_factory=_default_threads)
     """CPU threads of the engine process."""
+    engine_device: str = "cpu"
+    """Where answers are computed: as `trainer_device`. `int8` is for processors."""
     engine_precision: str = "float32"
     """`float32`; `bfloat16` (right to about 0.01 nats) and `int8` (0.03) are up to 3 times as fast, with AMX more."""
     max_resident_adapters: int = 64
@@ -112,6 +119,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         value = values[key]
         if key in CHOICES and value not in CHOICES[key]:
             raise ValueError(f"{name}={text} is not known: it is {' or '.join(CHOICES[key])}.")
+        if key in DEVICES and re.fullmatch(r"cpu|cuda(:\d+)?", text) is None:
+            raise ValueError(f"{name}={text} is no device: it is cpu, cuda or, of several, cuda:1.")
         if (
             key in BOUNDS and isinstance(value, int | float) and not BOUNDS[key][0] <= value <= BOUNDS[key][1]
         ):  # NaN is in no bounds

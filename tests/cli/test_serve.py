@@ -85,3 +85,10 @@ def test_a_chosen_or_known_key_is_not_shown(tmp_path: Path) -> None:
     told = greeting("http://127.0.0.1:8000/v1", settings("--home", str(tmp_path), TUNESMITH_OWNER_KEY="sk-mine"), None)
     assert "sk-mine" not in told
     assert '"$TUNESMITH_OWNER_KEY"' in told
+
+
+@pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:x", "CUDA", ""])
+def test_a_device_is_named_as_torch_names_it(text: str) -> None:
+    assert settings(TUNESMITH_TRAINER_DEVICE="cuda", TUNESMITH_ENGINE_DEVICE="cuda:1").engine_device == "cuda:1"
+    with pytest.raises(UsageError, match=f"TUNESMITH_ENGINE_DEVICE={text} is no device"):
+        settings(TUNESMITH_ENGINE_DEVICE=text)

@@ -106,6 +106,8 @@ def test_what_it_does_not_cover_is_left_to_autograd() -> None:
 
 
 def test_precision_is_as_asked() -> None:
-    assert folded.product_dtype("float32") == torch.float32
-    assert folded.product_dtype("bfloat16") == torch.bfloat16
-    assert folded.product_dtype("auto") in (torch.int16, torch.bfloat16)
+    processor, device = torch.device("cpu"), torch.device("cuda")
+    assert folded.product_dtype("float32", processor) == folded.product_dtype("float32", device) == torch.float32
+    assert folded.product_dtype("bfloat16", processor) == folded.product_dtype("bfloat16", device) == torch.bfloat16
+    assert folded.product_dtype("auto", processor) in (torch.int16, torch.bfloat16)
+    assert folded.product_dtype("auto", device) == torch.bfloat16

@@ -71,7 +71,7 @@ def test_a_file_of_many_runs_is_encoded_once_while_one_has_it(tiny_base: Path, t
 
     def read(run_dir: RunDir, **changes: int) -> Inputs:
         spec = replace(run_dir.read_spec(), **changes)
-        return read_inputs(run_dir, spec, lambda: None, lambda _: base, encoded)
+        return read_inputs(run_dir, spec, lambda: None, lambda *_: base, encoded)
 
     one, same, other, shorter = read(runs[0]), read(runs[1]), read(runs[2]), read(runs[0], context_tokens=100)
 

@@ -6,7 +6,7 @@ Legend: N = tokens, R = rank, I = inputs of a linear layer, O = its outputs, V =
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -79,6 +79,10 @@ class LowRank:
     a_RI: Tensor
     b_OR: Tensor
 
+    def to(self, device: torch.device) -> LowRank:
+        """The same factors there."""
+        return LowRank(self.a_RI.to(device), self.b_OR.to(device))
+
 
 @dataclass(frozen=True, slots=True)
 class Lora:
@@ -93,6 +97,11 @@ class Lora:
     """alpha / rank"""
     embedding: LowRank | None = None
     """Factors of the embedding, A [R, V] and B [D, R], where the adapter covers it."""
+
+    def to(self, device: torch.device) -> Lora:
+        """The same adapter there."""
+        factors = tuple({name: part.to(device) for name, part in layer.items()} for layer in self.factors)
+        return replace(self, factors=factors, embedding=self.embedding and self.embedding.to(device))
 
     @property
     def rank(self) -> int:

@@ -36,7 +36,9 @@ def serve(args: argparse.Namespace, output: Output) -> int:
     os.environ.update(NO_HUB)
     engine_process = None
     if settings.engine == "embedded":
-        engine_process = EngineProcess(threads=settings.engine_threads, precision=settings.engine_precision)
+        engine_process = EngineProcess(
+            threads=settings.engine_threads, precision=settings.engine_precision, device=settings.engine_device
+        )
     from tunesmith.server import run  # now, not before: the engine imports torch meanwhile
 
     def announce(base_url: str, new_owner_key: str | None) -> None:

@@ -308,8 +308,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         raise FileNotFoundError(f"no *.safetensors in {folder}; pickled weights are never read")
     state: dict[str, Tensor] = {}
     for path in files:
-        with safe_open(path, framework="pt", device=device) as tensors:
-            state |= {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+        with safe_open(path, framework="pt") as tensors:
+            names = tensors.keys()  # no mapping
+            state |= {name: tensors.get_tensor(name).to(device, dtype) for name in names}
     return from_state(config, state)
 
 

@@ -1,4 +1,4 @@
-"""`python -m tunesmith.engine <socket> <threads> <parent> <log level> <precision>`: the process of `engine/remote.py`.
+"""`python -m tunesmith.engine <socket> <threads> <parent> <log level> <precision> <device>`: see `remote.py`.
 
 Reads commands and writes events, a line of JSON each; the first line says that it is ready. Ends with its parent.
 """
@@ -15,6 +15,8 @@ import sys
 import threading
 from typing import cast
 
+import torch
+
 from tunesmith.engine.base import Precision
 from tunesmith.engine.messages import Event, command_from_line, events_to_line
 from tunesmith.engine.worker import Worker
@@ -25,9 +27,11 @@ THREAD_SWITCH_S = 0.0002
 second made prompts of a small model 13 % slower, and now 5 %."""
 
 
-def main(socket_number: int, threads: int, parent: int, log_level: int, precision: Precision) -> None:
-    """Serves until the parent closes the socket or dies."""
+def main(socket_number: int, threads: int, parent: int, log_level: int, precision: Precision, device: str) -> None:
+    """Serves until the parent closes the socket or dies. Raises SystemExit, with a sentence, for want of a `device`."""
     _die_with(parent)
+    if device != "cpu" and not torch.cuda.is_available():
+        sys.exit(f"TUNESMITH_ENGINE_DEVICE={device}: torch {torch.__version__} finds no CUDA here. Set it to cpu.")
     for number in (signal.SIGINT, signal.SIGTERM):
         # Ctrl-C and service managers reach the whole group; the parent, finishing its answers, decides when to end.
         signal.signal(number, signal.SIG_IGN)
@@ -37,7 +41,7 @@ def main(socket_number: int, threads: int, parent: int, log_level: int, precisio
         def emit(events: list[Event]) -> None:
             connection.sendall(events_to_line(events))
 
-        worker = Worker(threads=threads, precision=precision, emit=emit)
+        worker = Worker(threads=threads, precision=precision, device=device, emit=emit)
         threading.Thread(target=_read, args=(connection, worker), name="commands", daemon=True).start()
         emit([])
         # What has been imported stays: looking through it for garbage took a twentieth of the time of small models.
@@ -63,4 +67,4 @@ def _die_with(parent: int) -> None:
 
 if __name__ == "__main__":
     numbers = [int(argument) for argument in sys.argv[1:5]]
-    main(numbers[0], numbers[1], numbers[2], numbers[3], cast(Precision, sys.argv[5]))
+    main(numbers[0], numbers[1], numbers[2], numbers[3], cast(Precision, sys.argv[5]), sys.argv[6])

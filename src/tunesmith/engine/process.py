@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 class EngineProcess:
     """One process. It ends when `connection` is closed or this process dies."""
 
-    def __init__(self, *, threads: int, precision: str = "float32") -> None:
-        """Begins it; `threads` are for the products inside a step, `precision` see `Settings.engine_precision`.
+    def __init__(self, *, threads: int, precision: str = "float32", device: str = "cpu") -> None:
+        """Begins it; `threads` are for the products inside a step, the others see `Settings.engine_precision`.
 
         Raises OSError if there can be no process.
         """
         self.connection, theirs = socket.socketpair()
-        arguments = (theirs.fileno(), threads, os.getpid(), logger.getEffectiveLevel(), precision)
+        arguments = (theirs.fileno(), threads, os.getpid(), logger.getEffectiveLevel(), precision, device)
         with theirs, ExitStack() as undo:
             undo.callback(self.connection.close)
             self.process = subprocess.Popen(

@@ -44,15 +44,16 @@ class RemoteEngine:
         *,
         threads: int,
         precision: str = "float32",
+        device: str = "cpu",
         start_timeout_s: float = 60.0,
         begun: EngineProcess | None = None,
     ) -> None:
         """`threads` are the engine's; a request waits at most `start_timeout_s` for a process that is starting.
 
-        `precision`: see `Settings.engine_precision`. `begun` is the first process, if there is one already.
+        `precision` and `device`: see `Settings`. `begun` is the first process, if there is one already.
         """
         self._threads = threads
-        self._precision = precision
+        self._precision, self._device = precision, device
         self._start_timeout_s = start_timeout_s
         self._begun = begun
         self._models: Models = {}
@@ -152,7 +153,8 @@ class RemoteEngine:
     async def _live(self) -> None:
         """One process, from its start to its end. Raises OSError if none can be started."""
         begun, self._begun = self._begun, None
-        child = _Child(begun or EngineProcess(threads=self._threads, precision=self._precision))
+        settings = {"precision": self._precision, "device": self._device}
+        child = _Child(begun or EngineProcess(threads=self._threads, **settings))
         try:
             if await child.answers():
                 self._child = child

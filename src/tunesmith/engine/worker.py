@@ -41,11 +41,17 @@ class Worker:
     """Runs requests for whoever puts commands in. `put` and `stop` may be called from any thread."""
 
     def __init__(
-        self, *, threads: int, emit: Emit, precision: Precision = "float32", clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        threads: int,
+        emit: Emit,
+        precision: Precision = "float32",
+        device: str = "cpu",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`emit` is called from the thread of `run`, with all events of one step, or of a few that are short.
 
-        `precision`: see `Settings.engine_precision`.
+        `precision` and `device`: see `Settings.engine_precision`.
         """
         self._clock = clock
         self._threads = threads
@@ -56,7 +62,7 @@ class Worker:
         """By number; those that were unloaded meanwhile are gone from here."""
         self._held: dict[int, list[Event]] = {}
         """By number, of requests whose outputs are passed on together: those that came so far."""
-        self._runner = Runner(precision=precision)
+        self._runner = Runner(precision=precision, device=device)
 
     def put(self, command: Command) -> None:
         """To be done before the next step."""

@@ -106,6 +106,7 @@ class Dispatcher:
     jobs_per_run: int = 1
     """Small jobs of one base are trained together; see `runs/company.py`."""
     trainer_threads: int = 1
+    trainer_device: str = "cpu"
     checkpoint_interval_s: float = 30.0
     lease_s: float = 60.0
     stalled_after_s: float = 120.0
@@ -281,7 +282,7 @@ class Dispatcher:
         if fruitless and now < run.restart_at:
             return
         spec = self._prepare(run)
-        if spec.threads != self.trainer_threads:
+        if (spec.threads, spec.device) != (self.trainer_threads, self.trainer_device):
             run.company = None  # begun under other settings, which decide its bytes
         # A trainer that died is started again with all its runs together. One that did not get further goes alone, so
         # that it takes no other with it.
@@ -322,6 +323,7 @@ class Dispatcher:
             lora_alpha=alpha,
             seed=job.seed,
             threads=self.trainer_threads,
+            device=self.trainer_device,
             checkpoint_interval_s=self.checkpoint_interval_s,
         )
         run_dir.write_spec(spec)

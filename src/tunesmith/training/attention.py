@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.training.kernels import Heads, Kernels, RowGroup, Spread, Turn
@@ -38,17 +39,22 @@ def attend(kernels: Kernels, qkv: Tensor, rows: RowGroup, turn: Turn, heads: Hea
 
     `qkv` [N, (H + 2K) d] holds queries and keys without positions.
     """
+    if qkv.device.type != "cpu":
+        return _Differentiated.over(kernels, qkv, rows, turn, heads, into)
     kind = _Plain if rows.cells <= LONGEST_PLAIN_ROW else _Fused
     return kind.over(kernels, qkv, rows, turn, heads, into)
 
 
-def grouped(lengths: Sequence[int], rounding: int) -> list[tuple[int, int, int]]:
-    """Rows, longest first, as groups of neighbours of similar length: (first, end, cells of each)."""
+def grouped(lengths: Sequence[int], rounding: int, squares: float = SQUARES) -> list[tuple[int, int, int]]:
+    """Rows, longest first, as groups of neighbours of similar length: (first, end, cells of each).
+
+    `squares`: scores of a head in a group, at most, if that is not a single row's.
+    """
     groups: list[tuple[int, int, int]] = []
     first = 0
     for index, length in enumerate(lengths):
         cells = lengths[first] + -lengths[first] % rounding
-        fits = (index - first + 1) * cells * cells <= SQUARES
+        fits = (index - first + 1) * cells * cells <= squares
         similar = length + -length % rounding >= LEAST_FILL * cells
         if index > first and not (fits and similar):
             groups.append((first, index, cells))
@@ -119,3 +125,35 @@ class _Fused:
         grad_k, grad_v = (x.unflatten(1, (keys, -1)).sum(2).reshape(stacked) for x in grads)
         spread = Spread(grad_q.contiguous().view(stacked), grad_k, grad_v)
         call.kernels.gather(spread, call.rows, call.turn, call.heads, into)
+
+
+@dataclass(frozen=True, slots=True)
+class _Differentiated:
+    """By torch's own choice of a kernel for the device, and its gradient by autograd."""
+
+    call: _Call
+    inputs: tuple[Tensor, Tensor, Tensor]
+    """q, k, v; heads before cells."""
+    out: Tensor
+
+    @classmethod
+    def over(
+        cls, kernels: Kernels, qkv: Tensor, rows: RowGroup, turn: Turn, heads: Heads, into: Tensor
+    ) -> _Differentiated:
+        spread = kernels.spread(qkv, rows, turn, heads)
+        shape = (len(rows.start_B), -1, rows.cells, heads.width)
+        q, k, v = (x.view(shape).requires_grad_() for x in (spread.q, spread.k, spread.v))
+        with torch.enable_grad():
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=1.0, enable_gqa=heads.queries != heads.keys
+            )
+        kernels.merge(out.detach().reshape(spread.q.shape), rows, heads, into)
+        return cls(_Call(kernels, rows, turn, heads), (q, k, v), out)
+
+    def backward(self, grad_N: Tensor, into: Tensor) -> None:
+        """See `Attended`."""
+        call = self.call
+        grad = call.kernels.part(grad_N, call.rows, call.heads).view(self.out.shape)
+        grads = torch.autograd.grad(self.out, self.inputs, grad)
+        stacked = (len(call.rows.start_B) * call.heads.keys, -1, call.heads.width)
+        call.kernels.gather(Spread(*(x.reshape(stacked) for x in grads)), call.rows, call.turn, call.heads, into)

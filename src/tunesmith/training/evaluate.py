@@ -53,7 +53,7 @@ class Evaluator:
         found: list[list[float]] = [[] for _ in rows]
 
         def nll(batch: MicroBatch, hidden_MD: Tensor) -> Tensor:
-            return score(self.model, hidden_MD, batch).nll_M
+            return score(self.model, hidden_MD, batch).nll_M.cpu()
 
         for indices, batch, nll_M in self._each(nll, rows, prompt_loss_weight=0.0):
             for index, part in zip(indices, nll_M.split(batch.completion_lengths), strict=True):
@@ -67,7 +67,7 @@ class Evaluator:
         first_only = [Row(row.token_ids[: row.completion_start + 1], row.completion_start) for row in rows]
 
         def probabilities(_: MicroBatch, hidden_MD: Tensor) -> NDArray[np.float64]:
-            return self.model.logits(hidden_MD, class_ids).double().softmax(1).numpy()
+            return self.model.logits(hidden_MD, class_ids).double().softmax(1).cpu().numpy()
 
         for indices, _, each in self._each(probabilities, first_only, prompt_loss_weight=0.0):
             found[indices] = each
@@ -82,7 +82,10 @@ class Evaluator:
         def share(max_tokens: int, indices: list[int]) -> list[tuple[list[int], MicroBatch, T]]:
             measured = []
             mine = [rows[index] for index in indices]
-            for batch in micro_batches(mine, prompt_loss_weight=prompt_loss_weight, max_tokens=max_tokens):
+            device = self.model.head_VD.device
+            for batch in micro_batches(
+                mine, prompt_loss_weight=prompt_loss_weight, max_tokens=max_tokens, device=device
+            ):
                 self.beat()
                 hidden_ND = self.model.hidden(batch.token_ids_N, batch.positions_N, batch.attend, self.adapters)
                 value = measure(batch, hidden_ND[batch.predicting_M])
@@ -90,7 +93,8 @@ class Evaluator:
             return measured
 
         def all_shares(max_tokens: int) -> list[tuple[list[int], MicroBatch, T]]:
-            shares = deal([len(row.token_ids) for row in rows], min(self.workers.threads, len(rows)))
+            threads = self.workers.threads if self.model.head_VD.device.type == "cpu" else 1  # a device has its own
+            shares = deal([len(row.token_ids) for row in rows], min(threads, len(rows)))
             parts = self.workers.each(partial(share, max_tokens), shares)
             return [entry for entries in parts for entry in entries]
 

@@ -135,7 +135,7 @@ class _Delta(torch.autograd.Function):
         if len(rows) == 1:
             delta_NO = torch.mm(h, b.T)
         else:
-            delta_NO = torch.empty(len(x_NI), len(b))
+            delta_NO = x_NI.new_empty(len(x_NI), len(b))
             parts = zip(h.split(rank, 1), b.split_with_sizes(rows), delta_NO.split_with_sizes(rows, 1), strict=True)
             for h_NR, b_OR, part in parts:
                 torch.mm(h_NR, b_OR.T, out=part)

@@ -11,7 +11,7 @@ d = head width, M = weighed positions, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -31,14 +31,15 @@ from tunesmith.training.passes import Pass, Piece
 from tunesmith.training.sites import Part
 
 
-def product_dtype(precision: str) -> torch.dtype:
-    """That of `RunSpec.precision`; auto: bf16 where the processor multiplies it, for elsewhere it would be emulated.
+def product_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """That of `RunSpec.precision`; auto: bf16 on a device, and on a processor that multiplies it.
 
-    There it is int16, fixed point (decoder/fixed.h): nearer to fp32 than bf16 is, and faster than fp32.
+    On others it would be emulated: there it is int16, fixed point (decoder/fixed.h), nearer to fp32 than bf16 is, and
+    faster than fp32.
     """
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return torch.bfloat16 if multiplies_bf16() else torch.int16
+    return torch.bfloat16 if device.type != "cpu" or multiplies_bf16() else torch.int16
 
 
 def multiplies_bf16() -> bool:
@@ -48,13 +49,15 @@ def multiplies_bf16() -> bool:
 
 
 def covers(model: Decoder) -> TypeGuard[Llama]:
-    """Whether a step of `model` can be done here: a Llama without norms on queries and keys, on a CPU."""
-    return isinstance(model, Llama) and not model.config.qk_norm and model.embedding_VD.device.type == "cpu"
+    """Whether a step of `model` can be done here: a Llama without norms on queries and keys."""
+    return isinstance(model, Llama) and not model.config.qk_norm
 
 
 SITES: tuple[SiteName, ...] = ("qkv", "o", "gate_up", "down")
 """Of a layer, in the order of factors."""
 AFTER_ATTENTION = SITES[1:]
+KEPT_SHARE = 0.5
+"""Of free memory, what the layers of a pass may keep for the way back: the rest is for the pass itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +88,45 @@ class _FeedSaved:
     """What each site keeps for itself."""
 
 
+_Saved = tuple[_AttentionSaved, _FeedSaved]
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a layer was given, for one that is computed again on the way back."""
+
+    x_ND: Tensor
+    added_ND: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """What the layers of a pass have in common."""
+
+    work: Pass
+    groups: list[RowGroup]
+    turn: Turn
+
+
 class FoldedLlama:
     """A model's weights, laid out for training steps. Threads may share it."""
 
-    def __init__(self, model: Llama, weights: FrozenWeights, kernels: Kernels) -> None:
-        """`covers(model)`, whose weights `weights` has; everything between products that adds up does so in fp32."""
-        self._model, self._weights, self._kernels = model, weights, kernels
+    def __init__(
+        self,
+        model: Llama,
+        weights: FrozenWeights,
+        kernels: Kernels,
+        free_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        """`covers(model)`, whose weights `weights` has; everything between products that adds up does so in fp32.
+
+        `free_bytes`, where given, is asked before each pass: where that is too little for what the way back needs of
+        every layer, it computes them again, one after another.
+        """
+        self._model, self._weights, self._kernels, self._free_bytes = model, weights, kernels, free_bytes
+        # Behind its attention the last layer is of use to tokens that predict alone. Products of torch, where they are
+        # shared by jobs, take whole pieces: what they say of a token may depend on how many there are.
+        self._of_predicting = weights.grid == 1 or not weights.shares
         self._heads = Heads(model.config.heads, model.config.kv_heads, model.config.head_width)
 
     @property
@@ -107,20 +143,16 @@ class FoldedLlama:
         """A pass over `pieces`: adds its gradient to their views. With `single` all are of the job taken last."""
         work = Pass.of(pieces, grid=self._weights.grid)
         layers = self._weights.layers(single=single)
-        kernels, groups = self._kernels, work.groups()
-        turn = self._turn(max(group.cells for group in groups))
+        kernels, groups, of_predicting = self._kernels, work.groups(), self._of_predicting
+        walk = _Walk(work, groups, self._turn(max(group.cells for group in groups)))
+        again = self._computes_again(len(work.token_ids_N))
         x_ND, low = self._embed(work)
         added_ND: Tensor | None = None
-        saved: list[tuple[_AttentionSaved, _FeedSaved]] = []
-        of_predicting = self._weights.grid == 1  # the last layer; products that go by a grid take whole pieces
+        saved: list[_Start | _Saved] = []
         for index, layer in enumerate(layers):
-            attention_N, before = self._attend(layer, index, x_ND, added_ND, work, groups, turn)
-            spans = work.spans
-            if of_predicting and index == len(layers) - 1:  # others are of no use from here on
-                x_ND, attention_N = x_ND[work.predicting_M], attention_N[work.predicting_M]
-                spans = list(work.weighed())
-            added_ND, after = self._feed(layer, index, x_ND, attention_N, work, spans)
-            saved.append((before, after))
+            start = _Start(x_ND.clone(), added_ND) if again else None
+            x_ND, added_ND, kept = self._forward(layer, index, x_ND, added_ND, walk)
+            saved.append(start or kept)
         if added_ND is not None:
             x_ND.add_(added_ND)
         x_MD = x_ND if of_predicting else x_ND[work.predicting_M]
@@ -134,14 +166,37 @@ class FoldedLlama:
         rounded_ND = kernels.norm_backward(of_hidden_MD, hidden_MD, inverse_M, grad_ND).to(self._weights.dtype)
         if not of_predicting:
             grad_ND, rounded_ND = _spread(grad_ND, work), _spread(rounded_ND, work)
-        for layer in reversed(layers):
-            before, after = saved.pop()
+        for index in reversed(range(len(layers))):
+            layer, known = layers[index], saved.pop()
+            if isinstance(known, _Start):
+                _, _, known = self._forward(layer, index, known.x_ND, known.added_ND, walk)
+            before, after = known
             grad_N = self._feed_backward(layer, after, grad_ND, rounded_ND)
-            if of_predicting and len(saved) == len(layers) - 1:
+            if of_predicting and index == len(layers) - 1:
                 grad_ND, grad_N = _spread(grad_ND, work), _spread(grad_N, work)
             rounded_ND = self._attend_backward(layer, before, grad_ND, grad_N)
         self._embed_backward(work, low, grad_ND)
         return work, scores
+
+    def _computes_again(self, n_tokens: int) -> bool:
+        if self._free_bytes is None:
+            return False
+        config = self._model.config
+        inner, stacked = 2 * config.feed_forward_width, config.query_width + 2 * config.key_width
+        numbers = 2 * config.width + stacked + 2 * config.query_width + inner  # for a token of a layer
+        return n_tokens * config.layers * numbers * self._weights.dtype.itemsize > KEPT_SHARE * self._free_bytes()
+
+    def _forward(
+        self, layer: Sites, index: int, x_ND: Tensor, added_ND: Tensor | None, walk: _Walk
+    ) -> tuple[Tensor, Tensor, _Saved]:
+        """The states behind a layer, what is still to be added to them, and what its way back needs."""
+        work, spans = walk.work, walk.work.spans
+        attention_N, before = self._attend(layer, index, x_ND, added_ND, walk)
+        if self._of_predicting and index == len(self._model.layers) - 1:  # others are of no use from here on
+            x_ND, attention_N = x_ND[work.predicting_M], attention_N[work.predicting_M]
+            spans = list(work.weighed())
+        added_ND, after = self._feed(layer, index, x_ND, attention_N, work, spans)
+        return x_ND, added_ND, (before, after)
 
     def _embed(self, work: Pass) -> tuple[Tensor, list[Tensor | None]]:
         """And the low-rank inputs of each piece."""
@@ -168,29 +223,23 @@ class FoldedLlama:
             of_a.index_add_(0, work.token_ids_N[span], grad_NR)
 
     def _turn(self, cells: int) -> Turn:
-        cos, sin = rotation(torch.arange(cells), self._model.config, torch.float32)
+        positions = torch.arange(cells, device=self._model.embedding_VD.device)
+        cos, sin = rotation(positions, self._model.config, torch.float32)
         half = self._heads.width // 2  # both halves are the same
         return Turn(cos[:, 0, :half].contiguous(), sin[:, 0, :half].contiguous())
 
     def _attend(
-        self,
-        layer: Sites,
-        index: int,
-        x_ND: Tensor,
-        added_ND: Tensor | None,
-        work: Pass,
-        groups: list[RowGroup],
-        turn: Turn,
+        self, layer: Sites, index: int, x_ND: Tensor, added_ND: Tensor | None, walk: _Walk
     ) -> tuple[Tensor, _AttentionSaved]:
         """Adds `added_ND` to `x_ND`; returns what its tokens attend to, [N, H d]."""
-        kernels, heads, parts = self._kernels, self._heads, _parts(work, work.spans, index, "qkv")
+        kernels, heads, parts = self._kernels, self._heads, _parts(walk.work, walk.work.spans, index, "qkv")
         normed_ND, inverse_N = kernels.norm(x_ND, added_ND, self._model.config.norm_epsilon, self._weights.dtype)
         qkv, kept = layer["qkv"].forward(normed_ND, parts)
         bias = self._model.layers[index].qkv_bias
         if bias is not None:
             qkv.add_(bias)
         attention_N = qkv.new_zeros(len(qkv), heads.queries * heads.width)
-        attended = [attend(kernels, qkv, group, turn, heads, attention_N) for group in groups]
+        attended = [attend(kernels, qkv, group, walk.turn, heads, attention_N) for group in walk.groups]
         return attention_N, _AttentionSaved(parts, normed_ND, inverse_N, attended, kept)
 
     def _feed(

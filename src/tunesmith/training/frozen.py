@@ -22,7 +22,7 @@ Sites = dict[SiteName, Site]
 """Of a layer."""
 MOST_SHARED_WEIGHTS = 64_000_000
 """Larger models compute every job alone with torch's products: there one thread would be too slow for a pass, and with
-several the last digits of a job would depend on the jobs beside it."""
+several the last digits of a job would depend on the jobs beside it. So they would on a device."""
 
 
 class FrozenWeights(Protocol):
@@ -53,7 +53,8 @@ class PlainWeights:
     def __init__(self, model: Llama, site_outputs: Sequence[list[int]], dtype: torch.dtype, kernels: Kernels) -> None:
         """`site_outputs` are the outputs of each linear layer of each site (`TrainableLora.site_outputs`)."""
         self.dtype = dtype
-        self.shares = sum(weight.numel() for weight in model.parameters()) <= MOST_SHARED_WEIGHTS
+        on_processor = model.embedding_VD.device.type == "cpu"
+        self.shares = on_processor and sum(weight.numel() for weight in model.parameters()) <= MOST_SHARED_WEIGHTS
         self._model, self._kernels = model, kernels
         self._head = PlainHead(model.head_VD.to(dtype))
         outputs = iter(site_outputs)

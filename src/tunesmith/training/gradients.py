@@ -16,6 +16,7 @@ import torch
 
 from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama
+from tunesmith.training import device as of_device
 from tunesmith.training import panels, step
 from tunesmith.training.batches import Row
 from tunesmith.training.factors import FactorView, TrainableLora
@@ -84,9 +85,15 @@ class Learner:
         `site_outputs` are those of every job's `TrainableLora`: they follow from the model.
         """
         self._model = model
+        self._device = device = model.head_VD.device
         self._by_hand: CompiledLlama | FoldedLlama | None = None
         if covers(model):
-            if kernels is None and dtype == torch.bfloat16 and step.covers(model):
+            if device.type != "cpu":
+                chosen = kernels or of_device.kernels(device)
+                free_bytes = partial(of_device.free_bytes, device) if device.type == "cuda" else None
+                plain = PlainWeights(model, site_outputs, torch.float32 if dtype == torch.int16 else dtype, chosen)
+                self._by_hand = FoldedLlama(model, plain, chosen, free_bytes)
+            elif kernels is None and dtype == torch.bfloat16 and step.covers(model):
                 self._by_hand = CompiledLlama(model)
             else:
                 chosen = kernels or available()
@@ -120,12 +127,14 @@ class Learner:
 
     def _shares(self, index: int, lesson: Lesson) -> list[_Share]:
         rows = lesson.rows
-        dealt = deal([len(row.token_ids) for row in rows], min(self._workers.threads, len(rows)))
+        threads = self._workers.threads if self._device.type == "cpu" else 1  # a device has its own
+        dealt = deal([len(row.token_ids) for row in rows], min(threads, len(rows)))
         cut = [
             micro_batches(
                 [rows[index] for index in indices],
                 prompt_loss_weight=lesson.prompt_loss_weight,
                 max_tokens=lesson.max_tokens,
+                device=self._device,
             )
             for indices in dealt
         ]

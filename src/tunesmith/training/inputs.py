@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+import torch
+
 from tunesmith.adapters import checkpoint as adapter_checkpoint
 from tunesmith.adapters.lora import Lora, initial
 from tunesmith.data.chat import Chat
@@ -23,6 +25,7 @@ from tunesmith.tokenizer import Tokenizer
 from tunesmith.training.batches import Row, encode_rows, generator
 from tunesmith.training.classes import Classes
 from tunesmith.training.factors import TrainableLora
+from tunesmith.training.packing import PROCESSOR
 from tunesmith.training.whole import TrainableWeights
 
 ReadBase = tuple[Decoder, Tokenizer]
@@ -72,7 +75,7 @@ def read_inputs(
     run_dir: RunDir,
     spec: RunSpec,
     beat: Callable[[], None],
-    base: Callable[[Path], ReadBase] | None = None,
+    base: Callable[[Path, torch.device], ReadBase] | None = None,
     encoded: Encoded | None = None,
 ) -> Inputs:
     """Reads and checks all of them. `base`, where given, is `read_base`, or gives what that gave before; `encoded` has
@@ -81,8 +84,12 @@ def read_inputs(
     Raises InvalidRequest where the data contradict the model or the hyperparameters, and with the reason for a base
     that cannot be trained here; OSError and ValueError for a parent adapter that cannot be read.
     """
-    model, tokenizer = (base or read_base)(Path(spec.base_dir))
-    trained = _whole(spec, model) if spec.hyperparameters.method == "full" else TrainableLora(_start(spec, model))
+    device = torch.device(spec.device)
+    model, tokenizer = (base or read_base)(Path(spec.base_dir), device)
+    if spec.hyperparameters.method == "full":
+        trained: TrainableLora | TrainableWeights = _whole(spec, model, device)
+    else:
+        trained = TrainableLora(_start(spec, model).to(device))
     if isinstance(trained, TrainableWeights):
         model = trained.model
     beat()
@@ -104,26 +111,28 @@ def read_inputs(
     return Inputs(model, rows, validation, classes, trained)
 
 
-def read_base(folder: Path) -> ReadBase:
-    """A base model and its tokenizer. Raises InvalidRequest with the reason for one that cannot be trained here."""
+def read_base(folder: Path, device: torch.device = PROCESSOR) -> ReadBase:
+    """A base model, on `device`, and its tokenizer. Raises InvalidRequest with the reason for one that cannot be
+    trained here.
+    """
     try:
-        return loading.load(folder), Tokenizer.from_folder(folder)
+        return loading.load(folder, device=str(device)), Tokenizer.from_folder(folder)
     except (FileNotFoundError, ValueError) as error:
         reason = str(error).replace(str(folder), folder.name)
         raise InvalidRequest(f"The base model cannot be trained here: {reason}.", param="model") from error
 
 
-def _whole(spec: RunSpec, model: Decoder) -> TrainableWeights:
+def _whole(spec: RunSpec, model: Decoder, device: torch.device) -> TrainableWeights:
     """All weights: the base's, or those of a tuned model, its own or the base's with its adapter in them."""
     parent = None if spec.parent_adapter_dir is None else Path(spec.parent_adapter_dir)
     if parent is not None and holds_all_weights(parent):
-        model, parent = loading.load(parent), None
+        model, parent = loading.load(parent, device=str(device)), None
     if not isinstance(model, Llama):
         raise InvalidRequest(
             "method 'full' is for models of the Llama family, and the base is of another. Leave it out.", param="method"
         )
     if parent is not None:
-        model = merged(model, adapter_checkpoint.load(parent, model.config.layout)[0])
+        model = merged(model, adapter_checkpoint.load(parent, model.config.layout)[0].to(device))
     return TrainableWeights(model)
 
 

@@ -5,12 +5,13 @@ arithmetic. `Eager` does them with torch's operators; `training.native` with loo
 where it has a compiler (docs/design/decisions/training-step.md).
 
 Legend: N = tokens, D = model width, F = feed-forward width, H, K = query and key/value heads, G = H / K, d = head
-width, B = rows, T = cells of a row, X = B * K, V = vocabulary, M = positions.
+width, B = rows, T = cells of a row, n = tokens of a group, X = B * K, V = vocabulary, M = positions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -30,7 +31,7 @@ class Heads:
     width: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RowGroup:
     """Rows whose attention is computed at once, each padded on the right to `cells`."""
 
@@ -38,6 +39,31 @@ class RowGroup:
     """Which token each begins with."""
     length_B: Tensor
     cells: int
+
+    def to(self, device: torch.device) -> RowGroup:
+        """The same group there."""
+        return RowGroup(self.start_B.to(device), self.length_B.to(device), self.cells)
+
+    @cached_property
+    def real_BT(self) -> Tensor:
+        """Where a token stands."""
+        return torch.arange(self.cells, device=self.start_B.device) < self.length_B[:, None]
+
+    @cached_property
+    def token_BT(self) -> Tensor:
+        """Which token stands in each cell, the row's last where none does."""
+        cell_T = torch.arange(self.cells, device=self.start_B.device)
+        return self.start_B[:, None] + cell_T.minimum(self.length_B[:, None] - 1)
+
+    @cached_property
+    def cell_n(self) -> Tensor:
+        """The cells of the tokens, one after another, in the flattened shape."""
+        return self.real_BT.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def token_n(self) -> Tensor:
+        """And which tokens they are."""
+        return self.token_BT.flatten()[self.cell_n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,36 +158,33 @@ class Eager:
 
     def spread(self, qkv: Tensor, rows: RowGroup, turn: Turn, heads: Heads) -> Spread:
         """See `Kernels`."""
-        token_BT, real_BT = _cells(rows)
-        cells = qkv[token_BT].unflatten(2, (-1, heads.width)).mul_(real_BT[..., None, None])
+        cells = qkv[rows.token_BT].unflatten(2, (-1, heads.width)).mul_(rows.real_BT[..., None, None])
         q, k, v = cells.split([heads.queries, heads.keys, heads.keys], 2)
         q, k = (_turned(x, turn, rows.cells, 1.0) for x in (q, k))
         return Spread(_stacked(q * heads.width**-0.5, heads.keys), _stacked(k, heads.keys), _stacked(v, heads.keys))
 
     def gather(self, spread: Spread, rows: RowGroup, turn: Turn, heads: Heads, into: Tensor) -> None:
         """See `Kernels`."""
-        token_BT, real_BT = _cells(rows)
         n_rows = len(rows.start_B)
         q = _unstacked(spread.q, n_rows, heads.queries) * heads.width**-0.5
         k, v = (_unstacked(x, n_rows, heads.keys) for x in (spread.k, spread.v))
         cells = torch.cat([_turned(q, turn, rows.cells, -1.0), _turned(k, turn, rows.cells, -1.0), v], 2)
-        into[token_BT[real_BT]] = cells.flatten(2)[real_BT]
+        into[rows.token_n] = cells.flatten(2).flatten(0, 1)[rows.cell_n]
 
     def merge(self, out: Tensor, rows: RowGroup, heads: Heads, into: Tensor) -> None:
         """See `Kernels`."""
-        token_BT, real_BT = _cells(rows)
-        into[token_BT[real_BT]] = _unstacked(out, len(rows.start_B), heads.queries).flatten(2)[real_BT]
+        cells = _unstacked(out, len(rows.start_B), heads.queries)
+        into[rows.token_n] = cells.flatten(2).flatten(0, 1)[rows.cell_n]
 
     def part(self, grad_N: Tensor, rows: RowGroup, heads: Heads) -> Tensor:
         """See `Kernels`."""
-        token_BT, real_BT = _cells(rows)
-        cells = grad_N[token_BT].unflatten(2, (-1, heads.width)).mul_(real_BT[..., None, None])
+        cells = grad_N[rows.token_BT].unflatten(2, (-1, heads.width)).mul_(rows.real_BT[..., None, None])
         return _stacked(cells, heads.keys)
 
     def softmax(self, score: Tensor) -> Tensor:
         """See `Kernels`."""
         blocks = score.view(-1, score.shape[2], score.shape[2])
-        future = torch.full(blocks.shape[1:], -torch.inf, dtype=score.dtype).triu_(1)
+        future = torch.full(blocks.shape[1:], -torch.inf, dtype=score.dtype, device=score.device).triu_(1)
         weights: Tensor = torch.softmax(blocks.add_(future), -1).view(score.shape)
         return weights
 
@@ -176,16 +199,9 @@ class Eager:
         wanted_M1, most_M1 = exact_MV.gather(1, target_M1), exact_MV.amax(1, keepdim=True)
         log_total_M1 = exact_MV.logsumexp(1, keepdim=True)
         p_MV = torch.exp(exact_MV - log_total_M1)
-        p_MV.scatter_add_(1, target_M1, torch.full(target_M1.shape, -1.0))
+        p_MV.scatter_add_(1, target_M1, torch.full_like(wanted_M1, -1.0))
         logits_MV.copy_(p_MV.mul_(weight_M[:, None]))
         return (log_total_M1 - wanted_M1).squeeze(1), (wanted_M1 == most_M1).squeeze(1)
-
-
-def _cells(rows: RowGroup) -> tuple[Tensor, Tensor]:
-    """Which token stands in each cell [B, T], the row's last where none does; where one does."""
-    cell_T = torch.arange(rows.cells)
-    real_BT = cell_T < rows.length_B[:, None]
-    return rows.start_B[:, None] + cell_T.minimum(rows.length_B[:, None] - 1), real_BT
 
 
 def _turned(x_BTHd: Tensor, turn: Turn, cells: int, way: float) -> Tensor:

@@ -11,6 +11,7 @@ from tunesmith.rundir import Outcome, RunDir
 from tunesmith.training import checkpoint
 from tunesmith.training.batches import Schedule, validation_batch
 from tunesmith.training.checkpoint import Position
+from tunesmith.training.device import MICRO_BATCH_TOKENS, description, prepare
 from tunesmith.training.epochs import Epochs
 from tunesmith.training.evaluate import Evaluator
 from tunesmith.training.inputs import read_inputs
@@ -70,7 +71,8 @@ def lessons(
     asked = spec.hyperparameters
     beat = shared.beat
     shared.watch(run_dir)
-    confirm(run_dir.kernels)
+    device = prepare(spec.device)
+    confirm(run_dir.kernels, None if device.type == "cpu" else description(device))
 
     # What is trained, on what, how.
     inputs = read_inputs(run_dir, spec, beat, shared.base, shared.encoded)
@@ -87,16 +89,17 @@ def lessons(
     resumed = checkpoint.latest(run_dir.checkpoints, results=run_dir.results, progress=run_dir.progress)
     position, best = resumed[0] if resumed else Position(), None
     if resumed:
-        trained.flat.copy_(resumed[1].pop("trained"))
-        best = resumed[1].pop("best", None)
-        optimizer.state = resumed[1]
+        state = {name: tensor.to(device) for name, tensor in resumed[1].items()}
+        trained.flat.copy_(state.pop("trained"))
+        best = state.pop("best", None)
+        optimizer.state = state
     elapsed_tokens, saved_at = position.elapsed_tokens, shared.clock()
 
     with (
         Results(run_dir.results, position.results_bytes, columns(asked, has_validation=bool(validation))) as results,
         Progress(run_dir.progress, position.progress_bytes, position.progress_seq) as progress,
     ):
-        room = Room(run_dir)
+        room = Room(run_dir) if device.type == "cpu" else Room(run_dir, MICRO_BATCH_TOKENS)
         evaluator = Evaluator(inputs.model, trained.adapters, shared.workers(spec.threads), beat, room)
         epochs = Epochs(run_dir, spec, trained, evaluator, validation or rows, position.standing, best)
 

@@ -17,7 +17,9 @@ from tunesmith.training.kernels import Kernels
 from tunesmith.training.sites import product
 
 _CHUNK_LOGITS = 1 << 21
-"""Logits held at once: 8 MiB of fp32, which the caches of a processor still serve."""
+"""Logits held at once: 8 MiB of fp32, which the caches of a processor still serve ..."""
+_CHUNK_LOGITS_ELSEWHERE = 1 << 27
+"""... and half a GiB on a device, which is filled by large products alone."""
 _ROUNDING = 16
 """Positions of a chunk are rounded up to a multiple: for fewer the libraries have other kernels, which add up in
 another order, so that what is said of a position would depend on how many others there are."""
@@ -48,6 +50,12 @@ class Scores:
     right_M: Tensor
     """Whether no token was held more likely."""
 
+    @classmethod
+    def of(cls, hidden_MD: Tensor) -> Scores:
+        """To be filled, of so many states, where they are."""
+        nll_M = torch.empty(len(hidden_MD), device=hidden_MD.device)
+        return cls(nll_M, torch.empty_like(nll_M, dtype=torch.bool))
+
 
 def score(
     model: Decoder,
@@ -66,12 +74,13 @@ def score(
     `prompt_head_VD`, the head in another dtype, theirs are computed in that. To `head_gradient_VD`, where given, the
     gradient of the head is added, for each position w (p - one-hot(y)) times its state.
     """
-    scores = Scores(torch.empty(len(hidden_MD)), torch.empty(len(hidden_MD), dtype=torch.bool))
-    size = max(1, _CHUNK_LOGITS // model.config.vocabulary_size // _ROUNDING) * _ROUNDING
+    scores, device = Scores.of(hidden_MD), hidden_MD.device
+    size = max(1, _chunk_logits(device) // model.config.vocabulary_size // _ROUNDING) * _ROUNDING
     if prompt_head_VD is None:
-        kinds = [(torch.arange(len(hidden_MD)), model.head_VD)]
+        kinds = [(torch.arange(len(hidden_MD), device=device), model.head_VD)]
     else:
-        is_prompt_M = torch.ones(len(hidden_MD), dtype=torch.bool).index_fill_(0, batch.completion_C, False)
+        is_prompt_M = torch.ones(len(hidden_MD), dtype=torch.bool, device=device)
+        is_prompt_M.index_fill_(0, batch.completion_C, False)
         kinds = [(batch.completion_C, model.head_VD), (is_prompt_M.nonzero().squeeze(1), prompt_head_VD)]
     for positions, head_VD in kinds:
         for chunk_m in positions.split(size):
@@ -126,8 +135,8 @@ class PlainHead:
 
 def score_frozen(kernels: Kernels, head: Head, hidden_MD: Tensor, batch: Weighed, gradient_MD: Tensor) -> Scores:
     """As `score` with a gradient, faster, all by the products of `head`."""
-    scores = Scores(torch.empty(len(hidden_MD)), torch.empty(len(hidden_MD), dtype=torch.bool))
-    size = max(1, _CHUNK_LOGITS // head.vocabulary)
+    scores = Scores.of(hidden_MD)
+    size = max(1, _chunk_logits(hidden_MD.device) // head.vocabulary)
     for start in range(0, len(hidden_MD), size):
         chunk = slice(start, start + size)
         logits_mV = head.logits(hidden_MD[chunk])
@@ -136,6 +145,10 @@ def score_frozen(kernels: Kernels, head: Head, hidden_MD: Tensor, batch: Weighed
         )
         gradient_MD[chunk] = head.back(logits_mV)  # no longer logits: their gradient
     return scores
+
+
+def _chunk_logits(device: torch.device) -> int:
+    return _CHUNK_LOGITS if device.type == "cpu" else _CHUNK_LOGITS_ELSEWHERE
 
 
 def _score_chunk(logits_mV: Tensor, target_m: Tensor, chunk_m: Tensor, scores: Scores) -> Tensor:

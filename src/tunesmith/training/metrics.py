@@ -30,7 +30,8 @@ class Tally:
         """Counts the rows of a micro-batch."""
         self.weighted_nll += float(scores.nll_M.double() @ batch.weight_M.double())
         self.weight += float(batch.weight_M.double().sum())
-        self.count([part.tolist() for part in scores.right_M[batch.completion_C].split(batch.completion_lengths)])
+        right_C = scores.right_M[batch.completion_C].cpu()
+        self.count([part.tolist() for part in right_C.split(batch.completion_lengths)])
 
     def merge(self, other: Tally) -> None:
         """Adds what another has counted."""

@@ -47,10 +47,13 @@ def available() -> Kernels:
     return load() or Eager()
 
 
-def confirm(record: Path) -> None:
-    """Writes to `record` which kernels a run begins with. Raises KernelsChanged where it began with others."""
-    found = library()
-    kind = "eager" if found is None else "tiles" if packed.library(SOURCE, *INCLUDED) else "fixed"
+def confirm(record: Path, device: str | None = None) -> None:
+    """Writes to `record` which kernels a run begins with, or `device`, where it is trained on one.
+
+    Raises KernelsChanged where it began with others.
+    """
+    found = library() if device is None else None
+    kind = device or ("eager" if found is None else "tiles" if packed.library(SOURCE, *INCLUDED) else "fixed")
     if not record.exists():
         write_bytes(record, kind.encode())
     elif (known := record.read_text()) != kind:

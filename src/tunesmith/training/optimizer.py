@@ -20,7 +20,11 @@ class FlatAdamW:
         """A gradient of a norm above `largest_norm` is made shorter, to that norm."""
         self._largest_norm = largest_norm
         self._flat, self._gradient, self._weight_decay = flat, gradient, weight_decay
-        self.state = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+        self.state = {
+            "step": torch.zeros((), device=flat.device),
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
         """What a checkpoint has to hold."""
 
     def step(self, learning_rate: float) -> None:

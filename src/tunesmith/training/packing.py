@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from tunesmith.training.batches import Row
 
 MICRO_BATCH_TOKENS = 2_048
 """Tokens of one forward pass: enough to fill a processor, few enough to bound memory. A longer row goes alone."""
+
+PROCESSOR = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,14 @@ class MicroBatch:
     source: tuple[int, ...]
     """Where each row stood among the rows that were cut into micro-batches."""
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch there."""
+        if device.type == "cpu":
+            return self
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors: dict[str, Any] = {n: value.to(device) for n, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
     def attend(self, layer: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, *, window: int | None = None) -> Tensor:
         """Causal attention within each row (`decoder.base.Attend`)."""
         q, k, v = (self._padded(x).transpose(1, 2) for x in (q_NHd, k_NKd, v_NKd))
@@ -67,7 +77,11 @@ class MicroBatch:
 
 
 def micro_batches(
-    rows: Sequence[Row], *, prompt_loss_weight: float, max_tokens: int = MICRO_BATCH_TOKENS
+    rows: Sequence[Row],
+    *,
+    prompt_loss_weight: float,
+    max_tokens: int = MICRO_BATCH_TOKENS,
+    device: torch.device = PROCESSOR,
 ) -> list[MicroBatch]:
     """`rows`, longest first, cut so that each part holds at most `max_tokens` tokens; a longer row goes alone.
 
@@ -83,7 +97,7 @@ def micro_batches(
             room = max_tokens
         parts[-1].append(index)
         room -= length
-    return [_pack([rows[index] for index in part], tuple(part), prompt_loss_weight) for part in parts]
+    return [_pack([rows[index] for index in part], tuple(part), prompt_loss_weight).to(device) for part in parts]
 
 
 def _pack(rows: Sequence[Row], source: tuple[int, ...], prompt_loss_weight: float) -> MicroBatch:

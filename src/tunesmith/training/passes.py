@@ -10,6 +10,7 @@ B = rows of a group.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.training.attention import grouped
+from tunesmith.training.attention import SQUARES, grouped
 from tunesmith.training.factors import FactorView
 from tunesmith.training.kernels import CELL_ROUNDING, RowGroup
 from tunesmith.training.packing import MicroBatch
@@ -65,7 +66,7 @@ class Pass:
         *starts, end = accumulate(map(len, padded), initial=0)
         if grid is None:
             more = -end % next((rounding for most, rounding in PASS_ROUNDING if end <= most), LARGEST_ROUNDING)
-            padded.append(torch.zeros(more, dtype=torch.int64))
+            padded.append(padded[0].new_zeros(more))
         counts = accumulate((len(batch.predicting_M) for batch in batches), initial=0)
         return cls(
             list(pieces),
@@ -79,8 +80,10 @@ class Pass:
 
     def groups(self) -> list[RowGroup]:
         """Rows whose attention is computed at once."""
-        batches = [piece.batch for piece in self.pieces]
-        return _row_groups(batches, [span.start for span in self.spans])
+        batches, device = [piece.batch for piece in self.pieces], self.token_ids_N.device
+        # What squares take in the caches of a processor is no matter elsewhere, and each group is some calls.
+        squares = SQUARES if device.type == "cpu" else math.inf
+        return [group.to(device) for group in _row_groups(batches, [span.start for span in self.spans], squares)]
 
     def weighed(self) -> Iterator[slice]:
         """Which of M are those of each piece."""
@@ -90,12 +93,12 @@ class Pass:
             yield slice(start, end)
 
 
-def _row_groups(batches: Sequence[MicroBatch], starts: Sequence[int]) -> list[RowGroup]:
-    """`starts`: the first token of each batch in the pass."""
+def _row_groups(batches: Sequence[MicroBatch], starts: Sequence[int], squares: float) -> list[RowGroup]:
+    """`starts`: the first token of each batch in the pass. `squares`: see `grouped`."""
     by_cells: defaultdict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for batch, start in zip(batches, starts, strict=True):
         row_starts = [start + before for before in accumulate(batch.row_lengths, initial=0)]
-        for first, end, cells in grouped(batch.row_lengths, CELL_ROUNDING):
+        for first, end, cells in grouped(batch.row_lengths, CELL_ROUNDING, squares):
             # A group of a single piece has a place of its own, so that it stays as small as it was made.
             key = cells if len(batches) > 1 else -first
             by_cells[key][0].extend(row_starts[first:end])

@@ -21,6 +21,7 @@ from tunesmith.training.gradients import Learner, Lesson
 from tunesmith.training.inputs import Encoded, ReadBase, read_base
 from tunesmith.training.memory import Room, is_shortage
 from tunesmith.training.metrics import Tally
+from tunesmith.training.packing import PROCESSOR
 from tunesmith.training.process import Heartbeat
 from tunesmith.training.whole import TrainableWeights, WholeLearner
 from tunesmith.training.workers import Workers
@@ -46,7 +47,7 @@ class Wanted:
     @property
     def dtype(self) -> torch.dtype:
         """That of the products."""
-        return product_dtype(self.spec.precision)
+        return product_dtype(self.spec.precision, self.model.head_VD.device)
 
 
 class Shared:
@@ -59,7 +60,7 @@ class Shared:
         """Called with every beat; what it raises ends what the run at work is doing."""
         self.encoded = Encoded()
         self._heartbeats: dict[Path, Heartbeat] = {}
-        self._bases: dict[Path, ReadBase] = {}
+        self._bases: dict[tuple[Path, torch.device], ReadBase] = {}
         self._workers: dict[int, Workers] = {}
         self._learners: dict[tuple[int, torch.dtype, int], Learner] = {}
 
@@ -85,11 +86,11 @@ class Shared:
             heartbeat()
         self.check()
 
-    def base(self, folder: Path) -> ReadBase:
+    def base(self, folder: Path, device: torch.device = PROCESSOR) -> ReadBase:
         """See `read_base`; each is read once."""
-        if folder not in self._bases:
-            self._bases[folder] = read_base(folder)
-        return self._bases[folder]
+        if (folder, device) not in self._bases:
+            self._bases[folder, device] = read_base(folder, device)
+        return self._bases[folder, device]
 
     def workers(self, threads: int) -> Workers:
         """Made once."""

@@ -113,9 +113,16 @@ class WholeLearner:
     @torch.no_grad()
     def learn(self, rows: Sequence[Row], *, prompt_loss_weight: float, max_tokens: int) -> Tally:
         """Leaves the gradient of the weighted mean loss over `rows` in `flat_gradient` of the weights."""
-        dealt = deal([len(row.token_ids) for row in rows], min(self._workers.threads, len(rows)))
+        device = self._weights.flat.device
+        threads = self._workers.threads if device.type == "cpu" else 1  # a device has its own
+        dealt = deal([len(row.token_ids) for row in rows], min(threads, len(rows)))
         cut = [
-            micro_batches([rows[index] for index in part], prompt_loss_weight=prompt_loss_weight, max_tokens=max_tokens)
+            micro_batches(
+                [rows[index] for index in part],
+                prompt_loss_weight=prompt_loss_weight,
+                max_tokens=max_tokens,
+                device=device,
+            )
             for part in dealt
         ]
         weight = sum(float(batch.weight_M.double().sum()) for batches in cut for batch in batches)

@@ -1,0 +1,103 @@
+"""A device that is none: its tensors lie in memory, and nothing knows so but what computes with them here.
+
+Whatever is made on it, brought to it or computed there is marked, and says that its device is `meta`. An operation on
+tensors of both sides fails, as it does with CUDA; so does all that a device has no answer to, such as `numpy`. What the
+numbers come to can be held against the processor's, and no device is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+DEVICE = "meta"
+CROSSING = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+
+
+class _There(Tensor):
+    """A tensor on the device."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Self:
+        shape = (held.shape, held.stride(), held.storage_offset())
+        there = Tensor._make_wrapper_subclass(cls, *shape, dtype=held.dtype, device=torch.device(DEVICE))
+        there.held = held
+        return there
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _compute(operation, args, kwargs or {})
+
+
+class _Making(TorchDispatchMode):
+    """What is made on the device has no tensor among its arguments that could say so."""
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _compute(operation, args, kwargs or {})
+
+
+class _Literals(TorchFunctionMode):
+    """Lists that become tensors on the device, and tensors that become lists, without an operation to be seen."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.tensor and kwargs.get("device") is not None:
+            device = kwargs.pop("device")
+            return function(*args, **kwargs).to(device)
+        if function is Tensor.__getitem__ and isinstance(args[0], _There) and isinstance(args[1], list):
+            args = (args[0], torch.tensor(args[1]).to(DEVICE))
+        if function is Tensor.tolist and isinstance(args[0], _There):
+            args = (args[0].held,)
+        return function(*args, **kwargs)
+
+
+def _compute(operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    there = [tensor for tensor in tensors if isinstance(tensor, _There)]
+    if there and operation not in CROSSING:
+        # A number may be anywhere.
+        here = [tensor for tensor in tensors if tensor.dim() and not isinstance(tensor, _There)]
+        assert not here, (
+            f"{operation} of tensors on the device and of {[tuple(tensor.shape) for tensor in here]} on none"
+        )
+    asked = kwargs.get("device")
+    marked = bool(there) if asked is None else torch.device(asked).type == DEVICE
+    if operation is CROSSING[0]:
+        marked = isinstance(args[0], _There)
+
+    def unmark(leaf: Any) -> Any:
+        return leaf.held if isinstance(leaf, _There) else leaf
+
+    args, kwargs = tree_map(unmark, (args, kwargs))
+    if asked is not None:
+        kwargs["device"] = torch.device("cpu")
+    known = {id(tensor.held): tensor for tensor in there}
+
+    def mark(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not marked:
+            return leaf
+        return known[id(leaf)] if id(leaf) in known else _There(leaf)
+
+    return tree_map(mark, operation(*args, **kwargs))
+
+
+@contextmanager
+def pretended() -> Iterator[str]:
+    """The name of the device. In this thread alone."""
+    with _Literals(), _Making():
+        yield DEVICE

@@ -1,0 +1,142 @@
+"""Training on a device, held against the processor: the same numbers, and nothing computed where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.devices import DEVICE, pretended
+from tests.training.rows import CLASSIFY, examples, make_run, random_lora, random_model, random_rows
+from tunesmith.errors import InvalidRequest
+from tunesmith.rundir import RunDir
+from tunesmith.training import device, native
+from tunesmith.training.factors import TrainableLora
+from tunesmith.training.folded import FoldedLlama
+from tunesmith.training.frozen import PlainWeights
+from tunesmith.training.gradients import Learner, Lesson
+from tunesmith.training.kernels import Eager
+from tunesmith.training.loop import train
+from tunesmith.training.workers import Workers
+
+ROUNDING = 2e-4
+"""As in `test_metamorphic`."""
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def each(_: Workers, work: Callable[[Any], Any], loads: Sequence[Any], *, sharing: bool = True) -> list[Any]:
+        return [work(load) for load in loads]
+
+    monkeypatch.setattr(Workers, "each", each)  # other threads know nothing of the device
+    with pretended():
+        yield
+
+
+def _run(folder: Path, base: Path, *, on: str, **changes: Any) -> RunDir:
+    hyperparameters = replace(CLASSIFY, **changes)
+    run_dir = make_run(folder, base, train=examples(11), valid=examples(5), hyperparameters=hyperparameters)
+    run_dir.write_spec(replace(run_dir.read_spec(), device=on, precision="float32"))
+    return run_dir
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_on_a_device_is_the_same_but_for_rounding(
+    tiny_base: Path, tmp_path: Path, pretend: None, method: str
+) -> None:
+    changes: dict[str, Any] = {"method": method}
+    if method == "full":
+        changes |= {"learning_rate_multiplier": 0.001}
+    here, there = (_run(tmp_path / on, tiny_base, on=on, **changes) for on in ("cpu", DEVICE))
+
+    outcomes = [train(run_dir) for run_dir in (here, there)]
+
+    assert outcomes[0] == outcomes[1]
+    name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    ours, theirs = (load_file(run_dir.adapter / name) for run_dir in (there, here))
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < ROUNDING
+    rows = [[line.split(",") for line in run.results.read_text().splitlines()] for run in (here, there)]
+    assert rows[0][0] == rows[1][0]
+    for mine, other in zip(rows[1][1:], rows[0][1:], strict=True):
+        numbers = [[float(cell) for cell in row if cell] for row in (mine, other)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)
+
+
+def test_stopped_at_every_step_the_bytes_stay(tiny_base: Path, tmp_path: Path, pretend: None) -> None:
+    whole, halting = (_run(tmp_path / name, tiny_base, on=DEVICE, best_epoch=True) for name in ("whole", "halting"))
+    train(whole)
+    while train(halting, stop_asked=lambda: True) is None:
+        pass
+    for name in ("results.csv", "progress.jsonl", "parity.json", "adapter/adapter_model.safetensors"):
+        assert (whole.path / name).read_bytes() == (halting.path / name).read_bytes(), name
+
+
+def test_a_run_does_not_go_on_elsewhere(tiny_base: Path, tmp_path: Path, pretend: None) -> None:
+    run_dir = _run(tmp_path / "run", tiny_base, on=DEVICE)
+    train(run_dir, stop_asked=lambda: True)
+    run_dir.write_spec(replace(run_dir.read_spec(), device="cpu"))
+    with pytest.raises(native.KernelsChanged, match="meta"):
+        train(run_dir)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there_is_said(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"trained on {name}, .* it finds 0 .* TUNESMITH_TRAINER_DEVICE"):
+        device.prepare(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_are_computed_again_give_the_same_to_the_bit(dtype: torch.dtype) -> None:
+    model = random_model(bias=True)
+    rows = random_rows([(40, 3), (9, 1), (100, 20)])
+    found = []
+    asked: list[int] = []
+    for free in (None, 1 << 40, 1):
+        factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0, seed=3))
+        with Workers(1) as workers:
+            learner = Learner(model, factors.site_outputs, workers, beat=lambda: None, dtype=dtype, kernels=Eager())
+
+            def free_bytes(free: int | None = free) -> int:
+                assert free is not None
+                asked.append(free)
+                return free
+
+            weights = PlainWeights(model, factors.site_outputs, dtype, Eager())
+            learner._by_hand = FoldedLlama(model, weights, Eager(), None if free is None else free_bytes)
+            (tally,) = learner.learn([Lesson(factors, rows, prompt_loss_weight=0.1)])
+        found.append((tally, factors.flat_gradient.clone()))
+    assert asked == [1 << 40, 1]
+    assert found[0][0] == found[1][0] == found[2][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][1], found[2][1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
+def test_kernels_by_the_compiler_are_those_of_torch() -> None:
+    compiled, eager = device.Compiled(), Eager()
+    chance = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=chance)
+
+    for n_tokens in (5, 48):
+        x_ND, added_ND, gate_up = random(n_tokens, 64), random(n_tokens, 64).bfloat16(), random(n_tokens, 96).bfloat16()
+        results = []
+        for way in (compiled, eager):
+            x = x_ND.clone()
+            normed, inverse = way.norm(x, added_ND, 1e-5, torch.bfloat16)
+            grad = torch.ones_like(x)
+            rounded = way.norm_backward(added_ND, normed, inverse, grad)
+            product = way.swiglu(gate_up)
+            back = way.swiglu_backward(gate_up, product)
+            logits = x_ND.clone()
+            nll, right = way.loss(logits, torch.arange(n_tokens), torch.full((n_tokens,), 0.5))
+            results.append((x, normed, inverse, grad, rounded, product, back, logits, nll, right.float()))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)  # what is between is rounded to bf16
