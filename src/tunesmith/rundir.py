@@ -20,7 +20,7 @@ The platform writes `spec.json` and the data, then starts a trainer on the folde
     heartbeat        touched while the trainer is alive
     released         there once a trainer of several runs has let go of this one without an outcome
     shortages        a byte for each time memory ran out; the executor adds those that killed the trainer
-    kernels          which kernels the run began with, `native` or `eager`, or on which device: it goes on with the same
+    kernels          which kernels the run began with, or on which device: it goes on with the same
     checkpoints/     step-<n>/ folders of safetensors + JSON, manifest written last
     epochs/          step-<n>/ folders of adapter/, parity.json and snapshot.json: epochs that become models too
     results.csv      one row a step

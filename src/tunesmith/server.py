@@ -287,7 +287,8 @@ def _parity(settings: Settings, engine: Engine, loop: asyncio.AbstractEventLoop)
     if settings.engine == "scripted":
         return lambda run_dir, spec: None  # it reads no weights, so its numbers say nothing about an adapter
 
-    bound = parity.BOUNDS[settings.engine_precision]
+    bounds = parity.BOUNDS if settings.engine_device == "cpu" else parity.ON_DEVICE
+    bound = bounds[settings.engine_precision]
 
     def check(run_dir: RunDir, spec: RunSpec) -> str | None:
         asked = asyncio.run_coroutine_threadsafe(parity.check_run(engine, run_dir, spec, bound), loop)

@@ -215,6 +215,23 @@ def test_an_adapter_that_is_no_numbers_is_refused(
         _runner(base, [broken], precision)
 
 
+@all_precisions
+def test_what_overflowed_is_forgotten_by_whoever_gets_the_room(
+    base: Path, models: list[Path | None], tmp_path: Path, precision: Precision
+) -> None:
+    assert models[1] is not None
+    (tmp_path / "adapter_config.json").write_bytes((models[1] / "adapter_config.json").read_bytes())
+    state = load_file(models[1] / "adapter_model.safetensors")
+    save_file({name: factor * 1e30 for name, factor in state.items()}, tmp_path / "adapter_model.safetensors")
+    spoilt, prompt = _prompts([30, 5])
+    runner = _runner(base, [tmp_path, None], precision)
+
+    _run(runner, [(0, spoilt)], 1, scored=True)
+    after = _run(runner, [(1, prompt)], 3, scored=True)
+
+    assert after == _run(_runner(base, [None], precision), [(0, prompt)], 3, scored=True)
+
+
 @precisions
 def test_what_overflows_stays_no_number(
     base: Path, models: list[Path | None], tmp_path: Path, precision: Precision

@@ -120,10 +120,16 @@ struct Tile {
     alignas(64) uint8_t row[16][64];
 };
 
+inline thread_local bool configured = false;
+
 inline Tile &tile(int index) {
     static thread_local Tile tiles[8];
+    if (!configured) __builtin_trap();
     return tiles[index];
 }
+
+inline void tile_loadconfig(const void *) { configured = true; }
+inline void tile_release() { configured = false; }
 
 inline void tile_zero(int to) { std::memset(&tile(to), 0, sizeof(Tile)); }
 
@@ -186,10 +192,20 @@ inline __m512i setr_epi32(T... x) { return from<__m512i>(Of<int32_t>{{x...}}); }
 template <typename... T>
 inline __m512i setr_epi64(T... x) { return from<__m512i>(Of<int64_t>{{x...}}); }
 
-inline __m512 load_ps(const void *at) { return read<__m512>(at); }
-inline __m512i load_si512(const void *at) { return read<__m512i>(at); }
-inline void store_ps(void *to, __m512 x) { std::memcpy(to, &x, 64); }
-inline void store_si512(void *to, __m512i x) { std::memcpy(to, &x, 64); }
+inline __m512 loadu_ps(const void *at) { return read<__m512>(at); }
+inline __m512i loadu_si512(const void *at) { return read<__m512i>(at); }
+inline void storeu_ps(void *to, __m512 x) { std::memcpy(to, &x, 64); }
+inline void storeu_si512(void *to, __m512i x) { std::memcpy(to, &x, 64); }
+
+template <typename Address>
+inline Address aligned(Address at) {  // else the real ones fault
+    if (reinterpret_cast<uintptr_t>(at) % 64) __builtin_trap();
+    return at;
+}
+inline __m512 load_ps(const void *at) { return loadu_ps(aligned(at)); }
+inline __m512i load_si512(const void *at) { return loadu_si512(aligned(at)); }
+inline void store_ps(void *to, __m512 x) { storeu_ps(aligned(to), x); }
+inline void store_si512(void *to, __m512i x) { storeu_si512(aligned(to), x); }
 inline __m512 mask_loadu_ps(__m512 other, __mmask16 mask, const float *at) {
     const auto of = as<float>(other);
     return floats([=](int i) { return in(mask, i) ? at[i] : of[i]; });
@@ -404,9 +420,9 @@ inline __m512i permutexvar_epi16(__m512i places, __m512i x) {
 // ---- in place of the real ones ---------------------------------------------------------------------------------------
 
 #undef _tile_loadconfig
-#define _tile_loadconfig(config) static_cast<void>(config)
+#define _tile_loadconfig emulated::tile_loadconfig
 #undef _tile_release
-#define _tile_release() static_cast<void>(0)
+#define _tile_release emulated::tile_release
 #undef _tile_zero
 #define _tile_zero emulated::tile_zero
 #undef _tile_loadd
@@ -474,9 +490,9 @@ inline __m512i permutexvar_epi16(__m512i places, __m512i x) {
 #undef _mm512_load_si512
 #define _mm512_load_si512 emulated::load_si512
 #undef _mm512_loadu_ps
-#define _mm512_loadu_ps emulated::load_ps
+#define _mm512_loadu_ps emulated::loadu_ps
 #undef _mm512_loadu_si512
-#define _mm512_loadu_si512 emulated::load_si512
+#define _mm512_loadu_si512 emulated::loadu_si512
 #undef _mm512_mask_cmp_ps_mask
 #define _mm512_mask_cmp_ps_mask emulated::mask_cmp_ps_mask
 #undef _mm512_mask_loadu_ps
@@ -548,9 +564,9 @@ inline __m512i permutexvar_epi16(__m512i places, __m512i x) {
 #undef _mm512_store_si512
 #define _mm512_store_si512 emulated::store_si512
 #undef _mm512_storeu_ps
-#define _mm512_storeu_ps emulated::store_ps
+#define _mm512_storeu_ps emulated::storeu_ps
 #undef _mm512_storeu_si512
-#define _mm512_storeu_si512 emulated::store_si512
+#define _mm512_storeu_si512 emulated::storeu_si512
 #undef _mm512_sub_epi32
 #define _mm512_sub_epi32 emulated::sub_epi32
 #undef _mm512_sub_ps

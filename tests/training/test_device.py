@@ -15,7 +15,7 @@ from tests.devices import DEVICE, pretended
 from tests.training.rows import CLASSIFY, examples, make_run, random_lora, random_model, random_rows
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import RunDir
-from tunesmith.training import device, native
+from tunesmith.training import device, host, memory, native
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.folded import FoldedLlama
 from tunesmith.training.frozen import PlainWeights
@@ -120,6 +120,7 @@ def test_layers_that_are_computed_again_give_the_same_to_the_bit(dtype: torch.dt
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
 def test_kernels_by_the_compiler_are_those_of_torch() -> None:
     compiled, eager = device.Compiled(), Eager()
+    compiled.try_out(torch.device("cpu"))
     chance = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> torch.Tensor:
@@ -140,3 +141,24 @@ def test_kernels_by_the_compiler_are_those_of_torch() -> None:
             results.append((x, normed, inverse, grad, rounded, product, back, logits, nll, right.float()))
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)  # what is between is rounded to bf16
+
+
+@pytest.mark.parametrize(
+    ("error", "shortage", "lost"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True, False),
+        (torch.AcceleratorError("CUDA error: out of memory", 2), True, False),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered", 710), False, True),
+        (RuntimeError("shape mismatch"), False, False),
+    ],
+)
+def test_faults_of_a_gpu_are_told_apart(tmp_path: Path, error: Exception, shortage: bool, lost: bool) -> None:
+    assert memory.is_shortage(error) == shortage
+    assert memory.is_lost(error) == lost
+    run_dir = RunDir(tmp_path)
+    if shortage or lost:  # no outcome: the run goes on when it is started again
+        with pytest.raises(SystemExit, match="memory" if shortage else "GPU"):
+            host.failure(run_dir, error)
+    else:
+        assert host.failure(run_dir, error).status == "failed"

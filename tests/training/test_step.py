@@ -138,4 +138,4 @@ def test_widths_that_are_not_whole_blocks_are_left_to_others() -> None:
 
 def test_a_run_says_that_it_began_with_tiles(tmp_path: Path) -> None:
     native.confirm(tmp_path / "kernels")
-    assert (tmp_path / "kernels").read_text() == "tiles"
+    assert (tmp_path / "kernels").read_text().startswith("tiles, ")

@@ -30,8 +30,13 @@ second made prompts of a small model 13 % slower, and now 5 %."""
 def main(socket_number: int, threads: int, parent: int, log_level: int, precision: Precision, device: str) -> None:
     """Serves until the parent closes the socket or dies. Raises SystemExit, with a sentence, for want of a `device`."""
     _die_with(parent)
-    if device != "cpu" and not torch.cuda.is_available():
-        sys.exit(f"TUNESMITH_ENGINE_DEVICE={device}: torch {torch.__version__} finds no CUDA here. Set it to cpu.")
+    if device != "cpu":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (torch.device(device).index or 0) >= found:
+            sys.exit(
+                f"TUNESMITH_ENGINE_DEVICE={device}: torch {torch.__version__} finds {found} of CUDA. Set it to cpu."
+            )
+        torch.set_float32_matmul_precision("highest")
     for number in (signal.SIGINT, signal.SIGTERM):
         # Ctrl-C and service managers reach the whole group; the parent, finishing its answers, decides when to end.
         signal.signal(number, signal.SIG_IGN)

@@ -94,14 +94,15 @@ class KVCache:
 
     def _grow(self, blocks: int) -> None:
         rows = blocks * self._kv_heads * BLOCK_TOKENS
-        have = self._keys[0].shape[0]
+        have = self._values[-1].shape[0]  # the last that grows: where memory ran out in between, the others are larger
         if rows <= have:
             return
         rows = min(max(rows, 2 * have), self.pool.blocks * self._kv_heads * BLOCK_TOKENS)
         for stored in (self._keys, self._values):
             for layer, tensor in enumerate(stored):
                 # Zeros, not empty: a position past the end is multiplied by a weight of 0, and 0 * NaN is NaN.
-                stored[layer] = torch.cat([tensor, tensor.new_zeros(rows - have, self._head_width)])
+                more = max(0, rows - tensor.shape[0])
+                stored[layer] = torch.cat([tensor, tensor.new_zeros(more, self._head_width)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,11 +328,14 @@ struct Step {
         return cache + (static_cast<int64_t>(span.blocks[position / SIDE]) * m.kv_heads + head) * SIDE * m.head_width;
     }
 
-    // Keys as packed columns (d -> positions), values as packed rows (positions -> d).
+    // Keys as packed columns (d -> positions), values as packed rows (positions -> d). Whole blocks of values are multiplied,
+    // with weights of 0 behind the last: what a sequence before left there may be no numbers.
     void remember(int64_t layer, const Span &span) {
         for (int64_t t = 0; t < span.tokens; ++t) {
             const int64_t position = span.position + t, place = position % SIDE;
             for (int64_t head = 0; head < m.kv_heads; ++head) {
+                if (place == 0)
+                    std::memset(block_of(w.values[layer], span, position, head), 0, sizeof(bf16) * SIDE * m.head_width);
                 bf16 *keys = block_of(w.keys[layer], span, position, head) + place / 16 * (BLOCK / 2) + place % 16 * 2;
                 bf16 *values = block_of(w.values[layer], span, position, head) + place / 2 * SIDE + place % 2;
                 for (int64_t j = 0; j < head_panels; ++j, keys += BLOCK, values += BLOCK) {

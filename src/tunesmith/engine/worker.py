@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -154,6 +155,10 @@ class Worker:
             # Whatever it was (memory, a broken checkpoint): those who took part are told, and the engine goes on.
             logger.exception("a step failed")
             ended = self._runner.fail_running("The engine failed while it was working on this request.")
+            if isinstance(failed.__cause__, torch.AcceleratorError):
+                # A GPU that has failed a process answers it no more: `remote.py` starts another.
+                self._emit([*failed.events, *ended])
+                os._exit(1)
             return [*failed.events, *ended]
 
 

@@ -143,10 +143,11 @@ class _Differentiated:
         spread = kernels.spread(qkv, rows, turn, heads)
         shape = (len(rows.start_B), -1, rows.cells, heads.width)
         q, k, v = (x.view(shape).requires_grad_() for x in (spread.q, spread.k, spread.v))
+        group = heads.queries // heads.keys
         with torch.enable_grad():
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=1.0, enable_gqa=heads.queries != heads.keys
-            )
+            # Repeated by hand: in fp32 no kernel of CUDA but the one that has all scores in memory knows groups.
+            keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
+            out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=1.0)
         kernels.merge(out.detach().reshape(spread.q.shape), rows, heads, into)
         return cls(_Call(kernels, rows, turn, heads), (q, k, v), out)
 

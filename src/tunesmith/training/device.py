@@ -6,7 +6,10 @@ device: torch is told to use nothing that adds up in an order of chance.
 
 from __future__ import annotations
 
+import logging
 import os
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +17,12 @@ from torch import Tensor
 from tunesmith.errors import InvalidRequest
 from tunesmith.training.kernels import Eager, Kernels
 
+logger = logging.getLogger(__name__)
+
 MICRO_BATCH_TOKENS = 16_384
 """Of one forward pass: enough to fill a large device. Where memory runs out, half as many are tried (`memory.Room`)."""
+_IN_ONE_ORDER: dict[str, Any] = {"deterministic": True, "split_reductions": False, "dynamic_scale_rblock": False}
+"""Of the compiler: how a row is added up depends neither on a clock nor on how many there are."""
 _COMPILED = ("norm", "norm_backward", "swiglu", "loss")
 
 
@@ -23,20 +30,28 @@ def prepare(name: str) -> torch.device:
     """The device of this name (`RunSpec.device`), ready. Raises InvalidRequest where torch finds none of it."""
     device = torch.device(name)
     if device.type == "cuda":
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
             raise InvalidRequest(
                 f"This job was to be trained on {name}, and torch {torch.__version__} finds no such device: it finds "
-                f"{torch.cuda.device_count()} of CUDA. Set TUNESMITH_TRAINER_DEVICE to one that is there, or to cpu.",
+                f"{found} of CUDA. Set TUNESMITH_TRAINER_DEVICE to one that is there, or to cpu.",
                 param=None,
             )
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when its library is first used
+        # Both are read when they are first needed: sums in one order, and room for passes of many sizes.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.set_float32_matmul_precision("highest")  # whatever the environment says of TF32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return device
 
 
 def description(device: torch.device) -> str:
     """What decides last digits there, besides what is installed."""
-    return f"{device.type}: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+    if device.type != "cuda":
+        return device.type
+    return f"{device.type}: {torch.cuda.get_device_name(device)}, {type(kernels(device)).__name__.lower()}"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -45,9 +60,18 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+@cache
 def kernels(device: torch.device) -> Kernels:
-    """What stands between products: on CUDA each a kernel of its own, made by torch's compiler."""
-    return Compiled() if device.type == "cuda" else Eager()
+    """What stands between products: on CUDA each a kernel of its own, made by torch's compiler where that works."""
+    if device.type != "cuda":
+        return Eager()
+    try:
+        compiled = Compiled()
+        compiled.try_out(device)
+        return compiled
+    except Exception as error:  # its own compilers, a C compiler, Python's headers: much may be missing
+        logger.warning("torch's compiler does not work here, and a step takes longer: %s", error)
+        return Eager()
 
 
 class Compiled(Eager):
@@ -55,8 +79,13 @@ class Compiled(Eager):
 
     def __init__(self) -> None:
         for name in _COMPILED:
-            setattr(self, name, torch.compile(getattr(super(), name), dynamic=True))
-        self._swiglu_backward = torch.compile(_swiglu_backward, dynamic=True)
+            setattr(self, name, torch.compile(getattr(super(), name), dynamic=True, options=_IN_ONE_ORDER))
+        self._swiglu_backward = torch.compile(_swiglu_backward, dynamic=True, options=_IN_ONE_ORDER)
+
+    def try_out(self, device: torch.device) -> None:
+        """Compiles some of it. Raises what the compiler raises."""
+        normed_ND, _ = self.norm(torch.ones(32, 64, device=device), None, 1e-5, torch.bfloat16)
+        self.swiglu_backward(normed_ND, self.swiglu(normed_ND))
 
     def swiglu_backward(self, gate_up: Tensor, grad_NF: Tensor) -> Tensor:
         """See `Kernels`."""

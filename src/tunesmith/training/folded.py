@@ -143,7 +143,8 @@ class FoldedLlama:
         """A pass over `pieces`: adds its gradient to their views. With `single` all are of the job taken last."""
         work = Pass.of(pieces, grid=self._weights.grid)
         layers = self._weights.layers(single=single)
-        kernels, groups, of_predicting = self._kernels, work.groups(), self._of_predicting
+        kernels, of_predicting = self._kernels, self._of_predicting
+        groups = work.groups() if self._weights.attention is None else [work.rows()]
         walk = _Walk(work, groups, self._turn(max(group.cells for group in groups)))
         again = self._computes_again(len(work.token_ids_N))
         x_ND, low = self._embed(work)
@@ -172,7 +173,7 @@ class FoldedLlama:
                 _, _, known = self._forward(layer, index, known.x_ND, known.added_ND, walk)
             before, after = known
             grad_N = self._feed_backward(layer, after, grad_ND, rounded_ND)
-            if of_predicting and index == len(layers) - 1:
+            if self._narrows(index):
                 grad_ND, grad_N = _spread(grad_ND, work), _spread(grad_N, work)
             rounded_ND = self._attend_backward(layer, before, grad_ND, grad_N)
         self._embed_backward(work, low, grad_ND)
@@ -192,11 +193,15 @@ class FoldedLlama:
         """The states behind a layer, what is still to be added to them, and what its way back needs."""
         work, spans = walk.work, walk.work.spans
         attention_N, before = self._attend(layer, index, x_ND, added_ND, walk)
-        if self._of_predicting and index == len(self._model.layers) - 1:  # others are of no use from here on
+        if self._narrows(index):
             x_ND, attention_N = x_ND[work.predicting_M], attention_N[work.predicting_M]
             spans = list(work.weighed())
         added_ND, after = self._feed(layer, index, x_ND, attention_N, work, spans)
         return x_ND, added_ND, (before, after)
+
+    def _narrows(self, index: int) -> bool:
+        """Whether tokens that do not predict are of no use behind the attention of this layer."""
+        return self._of_predicting and index == len(self._model.layers) - 1
 
     def _embed(self, work: Pass) -> tuple[Tensor, list[Tensor | None]]:
         """And the low-rank inputs of each piece."""
@@ -239,7 +244,12 @@ class FoldedLlama:
         if bias is not None:
             qkv.add_(bias)
         attention_N = qkv.new_zeros(len(qkv), heads.queries * heads.width)
-        attended = [attend(kernels, qkv, group, walk.turn, heads, attention_N) for group in walk.groups]
+        call = (walk.turn, heads, attention_N)
+        if self._weights.attention is None:
+            attended: list[Attended] = [attend(kernels, qkv, group, *call) for group in walk.groups]
+        else:
+            asking_B = walk.work.asking() if self._narrows(index) else None
+            attended = [self._weights.attention.attend(qkv, group, *call, asking_B) for group in walk.groups]
         return attention_N, _AttentionSaved(parts, normed_ND, inverse_N, attended, kept)
 
     def _feed(

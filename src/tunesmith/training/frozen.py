@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tunesmith.adapters.lora import Site as SiteName
 from tunesmith.decoder.llama import Llama
+from tunesmith.training.causal import CausalRows
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.kernels import Kernels
 from tunesmith.training.loss import PlainHead, Scores, Weighed, score, score_frozen
@@ -34,6 +35,8 @@ class FrozenWeights(Protocol):
     """Whether a pass may hold pieces of several jobs."""
     grid: int | None
     """Tokens of a piece are rounded up to a multiple; None: as torch's products like it."""
+    attention: CausalRows | None
+    """For rows of any lengths; None: `training.attention`, for groups of similar ones."""
 
     def take(self, factors: TrainableLora, *, single: bool) -> None:
         """The factors of a job as they are now, for the passes of a step: with `single` passes of that job alone."""
@@ -49,6 +52,7 @@ class PlainWeights:
     """Implements `FrozenWeights` by those of torch."""
 
     grid: int | None = None
+    attention: CausalRows | None = None
 
     def __init__(self, model: Llama, site_outputs: Sequence[list[int]], dtype: torch.dtype, kernels: Kernels) -> None:
         """`site_outputs` are the outputs of each linear layer of each site (`TrainableLora.site_outputs`)."""

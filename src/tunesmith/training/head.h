@@ -27,8 +27,8 @@ struct Head {
     int64_t *target;                  // [C]
     float *partial;
 
-    Head(const Model &model, const Work &given, const int64_t *rows, int64_t at_once, Arena &arena)
-        : m(model), work(given), late_of(rows),
+    Head(const Model &model, const Work &given, const int64_t *row_of, int64_t at_once, Arena &arena)
+        : m(model), work(given), late_of(row_of),
           most_rows(rounded_up(given.positions) < at_once ? rounded_up(given.positions) : at_once),
           panels(rounded_up(model.vocabulary) / SIDE) {
         states = arena.panels(uneven(most_rows), m.width);

@@ -17,7 +17,7 @@ from pathlib import Path
 from tunesmith.errors import TunesmithError
 from tunesmith.rundir import BROKEN_DISK, NO_ROOM, Outcome, RunDir
 from tunesmith.training.loop import lessons
-from tunesmith.training.memory import is_shortage
+from tunesmith.training.memory import is_lost, is_shortage
 from tunesmith.training.metrics import Tally
 from tunesmith.training.orders import Orders
 from tunesmith.training.process import AlreadyRunning, only_trainer
@@ -28,6 +28,7 @@ logger = logging.getLogger("tunesmith.training")
 UNEXPECTED = "The trainer met an unexpected error. The operator of this server finds it in the log of the run."
 NO_ROOM_LEFT = "There is no room on the server's disk for checkpoints and results: free some, and fine-tune again."
 DISK_BROKEN = "The server's disk can only be read, or gives errors: it has to be mended; then fine-tune again."
+DEVICE_LOST = "The GPU of the server fails: its log says how; then fine-tune again."
 NO_MEMORY = (
     "The server has too little memory for this model: make some free, or take a smaller one, and fine-tune again."
 )
@@ -176,13 +177,13 @@ class Host:
 def failure(run_dir: RunDir, error: Exception) -> Outcome:
     """What the user is told of a run that raised `error`.
 
-    Raises SystemExit with a sentence where disk or memory fail: that is no outcome, and all runs go on when they are
-    started again.
+    Raises SystemExit with a sentence where disk, memory or GPU fail: that is no outcome, and all runs go on when they
+    are started again.
     """
     if isinstance(error, OSError):
         last_words = NO_ROOM_LEFT if error.errno in NO_ROOM else DISK_BROKEN if error.errno in BROKEN_DISK else None
     else:
-        last_words = NO_MEMORY if is_shortage(error) else None
+        last_words = NO_MEMORY if is_shortage(error) else DEVICE_LOST if is_lost(error) else None
     if last_words is not None:
         if last_words is NO_MEMORY:
             run_dir.note_shortage()

@@ -44,6 +44,11 @@ class RowGroup:
         """The same group there."""
         return RowGroup(self.start_B.to(device), self.length_B.to(device), self.cells)
 
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Start and length of each."""
+        return self.start_B, self.length_B
+
     @cached_property
     def real_BT(self) -> Tensor:
         """Where a token stands."""

@@ -21,7 +21,7 @@ struct Work {
     int64_t tokens, rows, positions;  // tokens: a multiple of 32
     const int64_t *token_ids;               // [N]
     const int64_t *row_start, *row_length;  // [rows]
-    const int64_t *predicting, *target;     // [M], predicting: ascending
+    const int64_t *predicting, *target;     // [M], predicting: ascending, each token once at most
     const float *weight;                    // [M]
     float *nll;   // out: [M]
     bool *right;  // out: [M]
@@ -42,7 +42,7 @@ inline int64_t uneven(int64_t rows) { return rows | SIDE; }
 inline int64_t one_by_one(int64_t panel) { return panel; }
 inline void nothing(int64_t, int64_t) {}
 
-// What the way back of a layer needs. Of the last one, `feed_normed` and `gate_up` have L tokens.
+// What the way back of a layer needs. Of the last one, `feed_normed`, `feed_inverse` and `gate_up` have L tokens.
 struct Saved {
     Panels normed, qkv, attention, feed_normed, gate_up;  // [N, D], [N, W] turned, [N, H d], [N, D], [N, 2F]
     Panels grad_qkv;                                      // [N, W]: in the place of `gate_up`, when that has been read
@@ -64,8 +64,8 @@ struct Layers {
     Arena arena;
     int64_t longest = 0, late = 0;
     std::vector<int32_t> turn_of;   // by tokens: its place in its row, or -1
-    std::vector<int64_t> late_of;   // by tokens: its place among the late ones, or -1
-    std::vector<int64_t> token_of;  // by late ones: which token it is, or -1
+    std::vector<int64_t> late_of;   // by tokens: its row among the late ones, or -1
+    std::vector<int64_t> token_of;  // by rows of late ones: which token it is, or -1 where a block is filled up
     std::vector<Saved> saved;
     std::optional<Attention> attention;
     float *x, *grad, *inverse, *partial;  // x: [N, D], grad: of x
@@ -94,7 +94,7 @@ struct Layers {
         late = rounded_up(token_of.size());
         token_of.resize(late, -1);
         const int64_t slack = n + SIDE;  // attention reads beyond a row
-        const int64_t chunk = n < CHUNK ? n : CHUNK, span = n < span_of(n) ? n : span_of(n);
+        const int64_t chunk = n < CHUNK ? n : CHUNK, span = n < Self::SPAN ? n : Self::SPAN;
         for (int64_t i = 0; i < m.layers; ++i) {
             Saved s{};
             const int64_t fed = i + 1 < m.layers ? n : late;
@@ -141,7 +141,7 @@ struct Layers {
 
     // -- tokens a chunk at a time, and as many of them as are learned from at once
 
-    // All `tokens` in spans of about the same size.
+    // All `tokens` in spans of about the same size, up to SPAN: of more tokens a span may be smaller than of fewer.
     static int64_t span_of(int64_t tokens) {
         const int64_t spans = (tokens + Self::SPAN - 1) / Self::SPAN, even = (tokens + spans - 1) / spans;
         return (even + CHUNK - 1) / CHUNK * CHUNK;
@@ -160,7 +160,7 @@ struct Layers {
     // Of the tokens of site `index`: work(...) of the chunks of a span, then learn(its first token, its tokens).
     template <typename Do, typename Learn>
     void by_spans(int64_t index, Do work, Learn learn) {
-        const int64_t all = tokens_of(index), span = span_of(all);
+        const int64_t all = tokens_of(index), span = all ? span_of(all) : 0;
         for (int64_t first = 0, end; first < all; first = end) {
             end = self().end_of_span(index, first, first + span < all ? first + span : all);
             by_chunks(first, end, work);
@@ -244,7 +244,7 @@ struct Layers {
     // -- late tokens
 
     // Their x, and what they attend to: of others nothing is needed any more.
-    void leave_others(Panels attention) {
+    void leave_others(Panels all) {
         for (int64_t at = 0; at < late; ++at) {
             const int64_t token = token_of[at];  // at `at` or behind it
             float *row = x + at * m.width;
@@ -252,7 +252,7 @@ struct Layers {
                 std::memset(row, 0, sizeof(float) * m.width);
             else
                 std::memmove(row, x + token * m.width, sizeof(float) * m.width);
-            move_row(attention, token, attended, at, mixed);
+            move_row(all, token, attended, at, mixed);
         }
     }
 

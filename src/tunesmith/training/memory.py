@@ -50,7 +50,13 @@ class Room:
                 logger.warning("memory ran out at %d tokens, trying %d: %s", tokens, self.tokens, error)
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether a GPU has failed a process, which can do nothing with it any more."""
+    return isinstance(error, torch.AcceleratorError) and not is_shortage(error)
+
+
 def is_shortage(error: BaseException) -> bool:
     """Whether memory ran out, on the processor or on a GPU."""
-    # On the processor torch has no type of its own for it.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # On the processor torch has no type of its own for it, and of a GPU not only torch says so.
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in words)

@@ -20,6 +20,9 @@ SOURCE, *INCLUDED = (
 )
 """Whole steps (`training.step`), and what they are made of."""
 
+STEP = "2026-11-30"
+"""When the arithmetic of a step last changed, so that it gives other last digits."""
+
 _SIZE, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
     "norm": [*[_POINTER] * 4, _SIZE, _SIZE, _FLOAT],
@@ -54,12 +57,13 @@ def confirm(record: Path, device: str | None = None) -> None:
     """
     found = library() if device is None else None
     kind = device or ("eager" if found is None else "tiles" if packed.library(SOURCE, *INCLUDED) else "fixed")
+    kind = f"{kind}, {STEP}"
     if not record.exists():
         write_bytes(record, kind.encode())
     elif (known := record.read_text()) != kind:
         raise KernelsChanged(
-            f"{record}: this run began with {known} kernels, and here are {kind} ones: a C++ compiler was removed or "
-            "added, this is another processor, or tunesmith was updated; put that back, or fine-tune again"
+            f"{record}: this run began with other kernels ({known}) than there are here ({kind}): a C++ compiler was "
+            "removed or added, this is another processor, or tunesmith was updated; put that back, or fine-tune again"
         )
 
 

@@ -23,6 +23,8 @@ from tunesmith.training.batches import Row
 MICRO_BATCH_TOKENS = 2_048
 """Tokens of one forward pass: enough to fill a processor, few enough to bound memory. A longer row goes alone."""
 
+MOST_PADDED = 4
+"""Cells of a part whose rows are all as long as the longest: at most so many for each token that it may have."""
 PROCESSOR = torch.device("cpu")
 
 
@@ -63,6 +65,9 @@ class MicroBatch:
         """Causal attention within each row (`decoder.base.Attend`)."""
         q, k, v = (self._padded(x).transpose(1, 2) for x in (q_NHd, k_NKd, v_NKd))
         length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+        if grouped and q.device.type != "cpu":  # see `attention._Differentiated`
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            grouped = False
         if window is None or window >= length:
             a_BHTd = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
@@ -85,16 +90,18 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """`rows`, longest first, cut so that each part holds at most `max_tokens` tokens; a longer row goes alone.
 
+    Nor does a part get many short rows behind a long one, as long as which attention may have them.
+
     With weight 0 no prompt token is predicted at all: the vocabulary makes the widest product of a small model.
     """
     longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index].token_ids))
     parts: list[list[int]] = []
-    room = 0
+    room = longest = 0
     for index in longest_first:
         length = len(rows[index].token_ids)
-        if not parts or length > room:
+        if not parts or length > room or (len(parts[-1]) + 1) * longest > MOST_PADDED * max_tokens:
             parts.append([])
-            room = max_tokens
+            room, longest = max_tokens, length
         parts[-1].append(index)
         room -= length
     return [_pack([rows[index] for index in part], tuple(part), prompt_loss_weight).to(device) for part in parts]

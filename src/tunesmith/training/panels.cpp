@@ -6,6 +6,7 @@
 // to whole panels.
 
 #include "../decoder/fixed.h"
+#include "causal.h"
 
 extern "C" {
 

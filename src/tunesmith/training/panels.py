@@ -27,13 +27,15 @@ from tunesmith.adapters.lora import Site as SiteName
 from tunesmith.decoder.llama import Llama
 from tunesmith.decoder.mapped import release
 from tunesmith.decoder.panels import HEADERS, Bits, Floats, Panels, Size, declare, sites
+from tunesmith.training import causal
+from tunesmith.training.causal import CausalRows
 from tunesmith.training.factors import Pair, TrainableLora
 from tunesmith.training.frozen import Sites
 from tunesmith.training.kernels import Kernels
 from tunesmith.training.loss import Scores, Weighed, score_frozen
 from tunesmith.training.sites import Part
 
-SOURCE = Path(__file__).with_name("panels.cpp")
+SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in ("panels.cpp", "causal.h"))
 
 
 class _Site(ctypes.Structure):
@@ -56,9 +58,10 @@ class _Piece(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """What is compiled here; None without a compiler (see `compiled.load`)."""
-    found = compiled.load(SOURCE, *HEADERS, reordering=False)
+    found = compiled.load(SOURCE, *INCLUDED, *HEADERS, reordering=False)
     if found is None:
         return None
+    causal.declare(found)
     site, pieces = ctypes.POINTER(_Site), ctypes.POINTER(_Piece)
     signatures: dict[str, tuple[list[type], type | None]] = {
         "low_width": ([site, Size], Size),
@@ -167,6 +170,7 @@ class PanelWeights:
         The memory of weights in mapped files is given back as they are laid out.
         """
         self._kernels = kernels
+        self.attention: CausalRows | None = CausalRows(library)
         self._head = PanelHead(library, model.head_VD, bits)
         self._layers: list[dict[SiteName, PanelSite]] = []
         for layer, names, weights in zip(model.layers, model.config.layout.layers, sites(model), strict=True):

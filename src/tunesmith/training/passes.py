@@ -85,6 +85,24 @@ class Pass:
         squares = SQUARES if device.type == "cpu" else math.inf
         return [group.to(device) for group in _row_groups(batches, [span.start for span in self.spans], squares)]
 
+    def rows(self) -> RowGroup:
+        """All of them."""
+        lengths = [length for piece in self.pieces for length in piece.batch.row_lengths]
+        starts = [
+            span.start + before
+            for piece, span in zip(self.pieces, self.spans, strict=True)
+            for before in accumulate(piece.batch.row_lengths[:-1], initial=0)
+        ]
+        return RowGroup(torch.tensor(starts), torch.tensor(lengths), max(lengths))
+
+    def asking(self) -> Tensor:
+        """Of each of `rows`, the place of the first token that predicts something weighed; its length without one."""
+        rows = self.rows()
+        end = torch.tensor([len(self.token_ids_N)])
+        predicting_M1 = torch.cat([self.predicting_M, end])
+        first_B = predicting_M1[torch.searchsorted(self.predicting_M, rows.start_B)] - rows.start_B
+        return first_B.minimum(rows.length_B)
+
     def weighed(self) -> Iterator[slice]:
         """Which of M are those of each piece."""
         end = 0

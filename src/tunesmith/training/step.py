@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -85,14 +84,9 @@ class CompiledLlama:
     def learn(self, pieces: Sequence[Piece], *, single: bool) -> tuple[Pass, Scores]:
         """A pass over `pieces`, whose factors were taken: adds the gradient of its loss to their views."""
         work = Pass.of(pieces, grid=GRID)
-        lengths = [length for piece in pieces for length in piece.batch.row_lengths]
-        starts = [
-            span.start + before
-            for piece, span in zip(pieces, work.spans, strict=True)
-            for before in accumulate(piece.batch.row_lengths[:-1], initial=0)
-        ]
+        rows = work.rows()
         numbers = (work.predicting_M, work.target_M, work.weight_M)
-        assigned = Assignment(work.token_ids_N, starts, lengths, *numbers)
+        assigned = Assignment(work.token_ids_N, rows.start_B, rows.length_B, *numbers)
         native_pieces = (_Piece * len(pieces))()
         for native_piece, piece, span in zip(native_pieces, pieces, work.spans, strict=True):
             factors = piece.view.owner

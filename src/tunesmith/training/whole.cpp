@@ -62,7 +62,7 @@ struct Whole : Layers<Whole> {
         norm_at = next(d);
         head_at = m.head == m.embedding ? 0 : next(m.vocabulary * d);
         head.emplace(m, work, late_of.data(), HEAD_CHUNK, arena);
-        const int64_t span = span_of(n) < n ? span_of(n) : n, deepest = span > head->most_rows ? span : head->most_rows;
+        const int64_t span = SPAN < n ? SPAN : n, deepest = span > head->most_rows ? span : head->most_rows;
         packed = arena.take<bf16>(d * deepest);
         turned = arena.take<bf16>(SIDE * deepest);
         more = arena.take<float>(d * SIDE);

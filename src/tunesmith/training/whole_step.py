@@ -13,6 +13,7 @@ from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -76,9 +77,9 @@ class WholeStep:
 
         Rows lie one after another. Each token predicts once at most.
         """
-        starts = [*accumulate(row_lengths[:-1], initial=0)]
+        starts = torch.tensor([*accumulate(row_lengths[:-1], initial=0)])
         padded_N = F.pad(token_ids_N, (0, -len(token_ids_N) % GRID))
-        assigned = Assignment(padded_N, starts, row_lengths, predicting_M, target_M, weight_M)
+        assigned = Assignment(padded_N, starts, torch.tensor(row_lengths), predicting_M, target_M, weight_M)
         work = _Pass(assigned.work, self._flat.data_ptr(), gradient.data_ptr())
         work.work.memory = self._memory.room(self._library.tunesmith_whole_memory(self._model.native, work))
         self._library.tunesmith_whole(self._model.native, work)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,19 +31,18 @@ class Assignment:
     def __init__(
         self,
         token_ids_N: Tensor,
-        row_starts: Sequence[int],
-        row_lengths: Sequence[int],
+        row_start: Tensor,
+        row_length: Tensor,
         predicting_M: Tensor,
         target_M: Tensor,
         weight_M: Tensor,
     ) -> None:
         """Tokens outside of rows are computed and count for nothing."""
-        row_start, row_length = torch.tensor(row_starts), torch.tensor(row_lengths)
         self.scores = Scores(torch.empty(len(target_M)), torch.empty(len(target_M), dtype=torch.bool))
         self._kept = (token_ids_N, row_start, row_length, predicting_M, target_M, weight_M)
         tensors = (*self._kept, self.scores.nll_M, self.scores.right_M)
         assert all(tensor.is_contiguous() for tensor in tensors)
-        sizes = (len(token_ids_N), len(row_starts), len(target_M))
+        sizes = (len(token_ids_N), len(row_start), len(target_M))
         self.work = Work(*sizes, *(tensor.data_ptr() for tensor in tensors))
         """Valid as long as this object is there."""
 
