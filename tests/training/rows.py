@@ -37,6 +37,7 @@ def random_model(
     bias: bool = False,
     vocabulary: int = 16_384,
     tied: bool = True,
+    qk_norm: bool = False,
 ) -> Llama:
     """A small Llama for compiled steps, each weight random: gains and biases too."""
     chance = torch.Generator().manual_seed(5)
@@ -53,6 +54,10 @@ def random_model(
     model = random_llama(shape, chance)
     for parameter in model.parameters():
         parameter += 0.05 * torch.randn(parameter.shape, generator=chance)
+    if qk_norm:
+        model = replace(model, config=replace(model.config, qk_norm=True))
+        for layer in model.layers:
+            layer.q_norm_d, layer.k_norm_d = (1 + 0.3 * torch.randn(head_width, generator=chance) for _ in "qk")
     if bias:
         for layer in model.layers:
             layer.qkv_bias = torch.randn(len(layer.qkv), generator=chance) * 0.1

@@ -12,7 +12,7 @@ from torch import Tensor
 from tunesmith import compiled
 from tunesmith.training import panels
 from tunesmith.training.causal import CausalRows
-from tunesmith.training.kernels import Heads, RowGroup, Turn
+from tunesmith.training.kernels import HeadNorms, Heads, RowGroup, Turn
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, compiled.COMPILERS)), reason="there is no C++ compiler")
 
@@ -50,15 +50,23 @@ def _given(heads: Heads, n_tokens: int, scale: float = 1.0) -> tuple[Tensor, Ten
 
 
 def _ours(
-    attention: CausalRows, qkv: Tensor, grad_N: Tensor, rows: RowGroup, heads: Heads, asking_B: Tensor | None = None
+    attention: CausalRows,
+    qkv: Tensor,
+    grad_N: Tensor,
+    rows: RowGroup,
+    heads: Heads,
+    norms: HeadNorms | None = None,
+    asking_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out, of_qkv = torch.zeros_like(grad_N), torch.zeros_like(qkv)
-    attended = attention.attend(qkv, rows, _turn(heads), heads, out, asking_B)
+    attended = attention.attend(qkv, rows, _turn(heads), heads, out, norms, asking_B)
     attended.backward(grad_N, of_qkv)
     return out, of_qkv
 
 
-def _theirs(qkv: Tensor, grad_N: Tensor, rows: RowGroup, heads: Heads) -> tuple[Tensor, Tensor]:
+def _theirs(
+    qkv: Tensor, grad_N: Tensor, rows: RowGroup, heads: Heads, norms: HeadNorms | None = None
+) -> tuple[Tensor, Tensor]:
     """In double precision."""
     qkv, turn = qkv.double().requires_grad_(), _turn(heads)
     out = torch.zeros_like(grad_N, dtype=torch.float64)
@@ -67,7 +75,9 @@ def _theirs(qkv: Tensor, grad_N: Tensor, rows: RowGroup, heads: Heads) -> tuple[
         q, k, v = x_THd.split([heads.queries, heads.keys, heads.keys], 1)
         cos, sin = (part[:length, None].double() for part in (turn.cos, turn.sin))
         turned = []
-        for x in (q, k):
+        for x, gain_d in ((q, norms and norms.q_d), (k, norms and norms.k_d)):
+            if norms is not None and gain_d is not None:
+                x = F.rms_norm(x, (heads.width,), gain_d.double(), norms.epsilon)
             first, second = x.chunk(2, -1)
             turned.append(torch.cat([first * cos - second * sin, second * cos + first * sin], -1))
         out_HTd = F.scaled_dot_product_attention(
@@ -78,12 +88,15 @@ def _theirs(qkv: Tensor, grad_N: Tensor, rows: RowGroup, heads: Heads) -> tuple[
     return out.detach(), of_qkv
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("kind", HEADS)
-def test_outputs_and_gradients_are_those_of_torch(attention: CausalRows, kind: str) -> None:
+def test_outputs_and_gradients_are_those_of_torch(attention: CausalRows, kind: str, normed: bool) -> None:
     heads, (rows, n_tokens) = HEADS[kind], _rows(LENGTHS)
     qkv, grad_N = _given(heads, n_tokens)
+    gains = (1 + 0.3 * torch.randn(heads.width, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    norms = HeadNorms(*gains, epsilon=1e-5) if normed else None
 
-    ours, theirs = _ours(attention, qkv, grad_N, rows, heads), _theirs(qkv, grad_N, rows, heads)
+    ours, theirs = _ours(attention, qkv, grad_N, rows, heads, norms), _theirs(qkv, grad_N, rows, heads, norms)
 
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-5)
@@ -116,7 +129,7 @@ def test_queries_that_do_not_ask_change_nothing_for_the_others(attention: Causal
     for start, length, first in zip(*(x.tolist() for x in (rows.start_B, rows.length_B, asking_B)), strict=True):
         grad_N[start : start + min(first, length)] = 0
 
-    out, of_qkv = _ours(attention, qkv, grad_N, rows, heads, asking_B)
+    out, of_qkv = _ours(attention, qkv, grad_N, rows, heads, asking_B=asking_B)
     whole, of_whole = _ours(attention, qkv, grad_N, rows, heads)
 
     torch.testing.assert_close(of_qkv, of_whole, rtol=1e-5, atol=1e-6)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.architectures import OWN, make_base
 from tests.devices import DEVICE, pretended
 from tests.training.rows import CLASSIFY, examples, make_run, random_lora, random_model, random_rows
 from tunesmith.errors import InvalidRequest
@@ -24,8 +25,8 @@ from tunesmith.training.kernels import Eager
 from tunesmith.training.loop import train
 from tunesmith.training.workers import Workers
 
-ROUNDING = 2e-4
-"""As in `test_metamorphic`."""
+ROUNDING = 5e-4
+"""More than in `test_metamorphic`: every product is another, and what Adam makes of a gradient near 0 is its sign."""
 
 
 @pytest.fixture
@@ -45,14 +46,13 @@ def _run(folder: Path, base: Path, *, on: str, **changes: Any) -> RunDir:
     return run_dir
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_on_a_device_is_the_same_but_for_rounding(
-    tiny_base: Path, tmp_path: Path, pretend: None, method: str
-) -> None:
+@pytest.mark.parametrize(("method", "kind"), [("lora", "llama"), ("lora", "qwen3"), ("full", "llama")])
+def test_a_run_on_a_device_is_the_same_but_for_rounding(tmp_path: Path, pretend: None, method: str, kind: str) -> None:
+    base = make_base(tmp_path / "base", OWN[kind])
     changes: dict[str, Any] = {"method": method}
     if method == "full":
         changes |= {"learning_rate_multiplier": 0.001}
-    here, there = (_run(tmp_path / on, tiny_base, on=on, **changes) for on in ("cpu", DEVICE))
+    here, there = (_run(tmp_path / on, base, on=on, **changes) for on in ("cpu", DEVICE))
 
     outcomes = [train(run_dir) for run_dir in (here, there)]
 

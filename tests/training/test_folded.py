@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from tests.training.rows import random_lora, random_model, random_rows
 from tunesmith.decoder.llama import Llama
-from tunesmith.training import attention, folded, gradients, passes
+from tunesmith.training import attention, folded, gradients, panels, passes
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.gradients import Learner, Lesson
 from tunesmith.training.kernels import Eager, Kernels
 from tunesmith.training.metrics import Tally
+from tunesmith.training.passes import Piece
 from tunesmith.training.workers import Workers
 
 ROWS = random_rows([(5, 1), (12, 3), (1, 4), (60, 2), (7, 2), (33, 9)])
@@ -100,9 +101,31 @@ def test_rounding_up_tokens_and_cells_changes_nothing(monkeypatch: pytest.Monkey
     assert (plain - rounded).abs().max() < 1e-6 * plain.abs().max()
 
 
-def test_what_it_does_not_cover_is_left_to_autograd() -> None:
-    assert folded.covers(random_model())
-    assert not folded.covers(replace(random_model(), config=replace(random_model().config, qk_norm=True)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.bfloat16])
+def test_norms_of_heads_are_for_attention_by_rows_and_else_for_autograd(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model = random_model(qk_norm=True)
+    theirs, expected = _by_autograd(model, monkeypatch)
+    seen: list[folded.FoldedLlama] = []
+    learn = folded.FoldedLlama.learn
+
+    def seen_to_learn(self: folded.FoldedLlama, pieces: Sequence[Piece], *, single: bool) -> object:
+        seen.append(self)
+        return learn(self, pieces, single=single)
+
+    monkeypatch.setattr(folded.FoldedLlama, "learn", seen_to_learn)
+
+    ours, gradient = _step(model, dtype)
+    assert bool(seen) == (panels.library() is not None)
+    assert ours.loss == pytest.approx(theirs.loss, abs=1e-5 if dtype == torch.float32 else 0.001)
+    assert torch.cosine_similarity(gradient, expected, dim=0) > 0.99999
+
+    seen.clear()
+    ours, gradient = _step(model, torch.float32, kernels=Eager())
+    assert not seen
+    assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
+    assert (gradient - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_precision_is_as_asked() -> None:

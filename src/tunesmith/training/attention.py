@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.training.kernels import Heads, Kernels, RowGroup, Spread, Turn
+from tunesmith.training.kernels import HeadNorms, Heads, Kernels, RowGroup, Spread, Turn, turned
 
 LONGEST_PLAIN_ROW = 512
 """Cells of a row up to which plain products were never slower (docs/design/decisions/training-step.md)."""
@@ -34,13 +34,22 @@ class Attended(Protocol):
         """The gradient of `qkv`, from that of the output [N, H d], into the tokens of the group's rows."""
 
 
-def attend(kernels: Kernels, qkv: Tensor, rows: RowGroup, turn: Turn, heads: Heads, into: Tensor) -> Attended:
+def attend(
+    kernels: Kernels,
+    qkv: Tensor,
+    rows: RowGroup,
+    turn: Turn,
+    heads: Heads,
+    into: Tensor,
+    norms: HeadNorms | None = None,
+) -> Attended:
     """The output of each token of `rows`, which attends to itself and those before it, into `into` [N, H d].
 
-    `qkv` [N, (H + 2K) d] holds queries and keys without positions.
+    `qkv` [N, (H + 2K) d] holds queries and keys without positions. `norms`: on a device alone.
     """
     if qkv.device.type != "cpu":
-        return _Differentiated.over(kernels, qkv, rows, turn, heads, into)
+        return _Differentiated.over(qkv, rows, turn, heads, norms, into)
+    assert norms is None
     kind = _Plain if rows.cells <= LONGEST_PLAIN_ROW else _Fused
     return kind.over(kernels, qkv, rows, turn, heads, into)
 
@@ -131,30 +140,38 @@ class _Fused:
 class _Differentiated:
     """By torch's own choice of a kernel for the device, and its gradient by autograd."""
 
-    call: _Call
-    inputs: tuple[Tensor, Tensor, Tensor]
-    """q, k, v; heads before cells."""
+    rows: RowGroup
+    given: Tensor
+    """[B, T, (H + 2K) d]"""
     out: Tensor
+    """[B, H, T, d]"""
 
     @classmethod
     def over(
-        cls, kernels: Kernels, qkv: Tensor, rows: RowGroup, turn: Turn, heads: Heads, into: Tensor
+        cls, qkv: Tensor, rows: RowGroup, turn: Turn, heads: Heads, norms: HeadNorms | None, into: Tensor
     ) -> _Differentiated:
-        spread = kernels.spread(qkv, rows, turn, heads)
-        shape = (len(rows.start_B), -1, rows.cells, heads.width)
-        q, k, v = (x.view(shape).requires_grad_() for x in (spread.q, spread.k, spread.v))
+        given = (qkv[rows.token_BT] * rows.real_BT[..., None]).requires_grad_()
         group = heads.queries // heads.keys
         with torch.enable_grad():
+            split = given.unflatten(2, (-1, heads.width)).split([heads.queries, heads.keys, heads.keys], 2)
+            q, k, v = split
+            if norms is not None:
+                q, k = (
+                    F.rms_norm(x.float(), gain.shape, gain, norms.epsilon).to(x.dtype)
+                    for x, gain in ((q, norms.q_d), (k, norms.k_d))
+                )
+            q, k = (turned(x, turn, rows.cells, 1.0) for x in (q, k))
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             # Repeated by hand: in fp32 no kernel of CUDA but the one that has all scores in memory knows groups.
-            keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-            out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=1.0)
-        kernels.merge(out.detach().reshape(spread.q.shape), rows, heads, into)
-        return cls(_Call(kernels, rows, turn, heads), (q, k, v), out)
+            k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        into[rows.token_n] = out.detach().transpose(1, 2).flatten(2).flatten(0, 1)[rows.cell_n]
+        return cls(rows, given, out)
 
     def backward(self, grad_N: Tensor, into: Tensor) -> None:
         """See `Attended`."""
-        call = self.call
-        grad = call.kernels.part(grad_N, call.rows, call.heads).view(self.out.shape)
-        grads = torch.autograd.grad(self.out, self.inputs, grad)
-        stacked = (len(call.rows.start_B) * call.heads.keys, -1, call.heads.width)
-        call.kernels.gather(Spread(*(x.reshape(stacked) for x in grads)), call.rows, call.turn, call.heads, into)
+        rows = self.rows
+        grad_BTO = grad_N[rows.token_BT] * rows.real_BT[..., None]
+        grad_BHTd = grad_BTO.unflatten(2, (self.out.shape[1], -1)).transpose(1, 2)
+        (of_given,) = torch.autograd.grad(self.out, self.given, grad_BHTd)
+        into[rows.token_n] = of_given.flatten(0, 1)[rows.cell_n]

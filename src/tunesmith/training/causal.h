@@ -19,6 +19,8 @@ struct Causal {
     const int64_t *asking;          // [rows]: queries before this one are of no use to anybody; null: all are
     int64_t heads, kv_heads, width;
     const float *cos, *sin;         // [positions, d / 2]
+    const float *q_norm, *k_norm;   // [d], gains of norms before that; or null
+    float epsilon;                  // of those
     const float *qkv;               // [N, W], without positions
     float *out;                     // [N, H d]; written for tokens that ask, as `grad_qkv` is; the way back reads it
     float *log_total;               // [H, N], logarithms of what softmaxes were added up to; the way back reads it
@@ -41,6 +43,7 @@ struct CausalRows {
     float *keys, *values, *queries, *grads, *sums, *of_keys, *of_values;  // [T, deep]
     float *keys_by_panels, *values_by_panels;                             // [d, WIDE] each
     float *weights, *slopes;                                              // [QUERIES, T]
+    float *normed;                                                        // [deep]
 
     explicit CausalRows(const Causal &rows)
         : r(rows), d(r.width), deep(whole_panels(d)), group(r.heads / r.kv_heads),
@@ -49,7 +52,7 @@ struct CausalRows {
         for (int64_t i = 0; i < r.rows; ++i) longest = r.length[i] > longest ? r.length[i] : longest;
         longest = in_groups(longest);
         static thread_local std::vector<float> memory;  // kept: new memory has to be cleared by the system
-        const size_t size = longest * (9 * deep + 2 * QUERIES);
+        const size_t size = longest * (9 * deep + 2 * QUERIES) + deep;
         if (memory.size() < size) memory.resize(size);
         float *at = memory.data();
         for (float **each : {&keys, &values, &queries, &grads, &sums, &of_keys, &of_values, &keys_by_panels, &values_by_panels}) {
@@ -57,7 +60,8 @@ struct CausalRows {
             at += longest * deep;
         }
         weights = at;
-        slopes = at + QUERIES * longest;
+        slopes = weights + QUERIES * longest;
+        normed = slopes + QUERIES * longest;
     }
 
     static int64_t in_groups(int64_t tokens) { return (tokens + QUERIES - 1) / QUERIES * QUERIES; }
@@ -73,15 +77,22 @@ struct CausalRows {
         return from + (start + token) * columns + head * d;
     }
 
-    // A head of the row, [T, deep]: zeros where there is nothing. By the angle of each place, times `factor`, where asked for.
-    void bring(const float *from, int64_t columns, int64_t head, float *to, bool turned, float factor = 1.0f) const {
+    // A head of the row as it is, [T, deep]: zeros where there is nothing.
+    void bring(const float *from, int64_t columns, int64_t head, float *to) const {
+        std::memset(to, 0, sizeof(float) * t * deep);
+        for (int64_t at = 0; at < length; ++at, to += deep)
+            std::memcpy(to, head_of(from, columns, at, head), sizeof(float) * d);
+    }
+
+    // One of queries or keys: through the norm, where there is one, and by the angle of each place, times `factor`.
+    void bring_turned(int64_t head, const float *gain, float factor, float *to) {
         const int64_t half = d / 2;
         std::memset(to, 0, sizeof(float) * t * deep);
         for (int64_t at = 0; at < length; ++at, to += deep) {
-            const float *x = head_of(from, columns, at, head), *cos = r.cos + at * half, *sin = r.sin + at * half;
-            if (!turned) {
-                std::memcpy(to, x, sizeof(float) * d);
-                continue;
+            const float *x = head_of(r.qkv, stacked, at, head), *cos = r.cos + at * half, *sin = r.sin + at * half;
+            if (gain) {
+                norm(x, gain, normed, static_cast<int>(d), r.epsilon);
+                x = normed;
             }
             for (int64_t j = 0; j < half; ++j) {
                 to[j] = (x[j] * cos[j] - x[j + half] * sin[j]) * factor;
@@ -90,21 +101,33 @@ struct CausalRows {
         }
     }
 
-    // The way back of that, for `tokens` from `first` on, which begin at `from`.
-    void give(const float *from, int64_t first, int64_t tokens, int64_t head, bool turned, float factor = 1.0f) const {
+    void give(const float *from, int64_t head) const {
+        for (int64_t at = 0; at < length; ++at, from += deep)
+            std::memcpy(grad_of(at, head), from, sizeof(float) * d);
+    }
+
+    // The way back of `bring_turned`, for `tokens` from `first` on, which begin at `from`.
+    void give_turned(const float *from, int64_t first, int64_t tokens, int64_t head, const float *gain, float factor) const {
         const int64_t half = d / 2;
         for (int64_t at = first; at < first + tokens; ++at, from += deep) {
-            float *to = const_cast<float *>(head_of(r.grad_qkv, stacked, at, head));
+            float *to = grad_of(at, head);
             const float *cos = r.cos + at * half, *sin = r.sin + at * half;
-            if (!turned) {
-                std::memcpy(to, from, sizeof(float) * d);
-                continue;
-            }
             for (int64_t j = 0; j < half; ++j) {
                 to[j] = (from[j] * cos[j] + from[j + half] * sin[j]) * factor;
                 to[j + half] = (from[j + half] * cos[j] - from[j] * sin[j]) * factor;
             }
+            if (!gain) continue;
+            const float *x = head_of(r.qkv, stacked, at, head);
+            const float inverse = 1.0f / std::sqrt(dot(x, x, static_cast<int>(d)) / d + r.epsilon);
+            float along = 0.0f;
+            for (int64_t j = 0; j < d; ++j) along += (to[j] *= gain[j]) * x[j];
+            const float mean = along * inverse * inverse / d;
+            for (int64_t j = 0; j < d; ++j) to[j] = (to[j] - x[j] * mean) * inverse;
         }
+    }
+
+    float *grad_of(int64_t token, int64_t head) const {
+        return const_cast<float *>(head_of(r.grad_qkv, stacked, token, head));
     }
 
     // [T, deep] by panels of WIDE rows, exchanged.
@@ -201,15 +224,15 @@ struct CausalRows {
         for (int64_t kv_head = 0; kv_head < r.kv_heads; ++kv_head) {
             bring_keys(kv_head);
             for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-                bring(r.qkv, stacked, head, queries, true, scale);
+                bring_turned(head, r.q_norm, scale, queries);
                 for (int64_t first = asking; first < length; first += QUERIES) attend(head, first);
             }
         }
     }
 
     void bring_keys(int64_t kv_head) {
-        bring(r.qkv, stacked, r.heads + kv_head, keys, true);
-        bring(r.qkv, stacked, r.heads + r.kv_heads + kv_head, values, false);
+        bring_turned(r.heads + kv_head, r.k_norm, 1.0f, keys);
+        bring(r.qkv, stacked, r.heads + r.kv_heads + kv_head, values);
         exchange(keys, keys_by_panels);
     }
 
@@ -241,12 +264,12 @@ struct CausalRows {
             std::memset(of_keys, 0, sizeof(float) * t * deep);
             std::memset(of_values, 0, sizeof(float) * t * deep);
             for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-                bring(r.qkv, stacked, head, queries, true, scale);
-                bring(r.grad_out, r.heads * d, head, grads, false);
+                bring_turned(head, r.q_norm, scale, queries);
+                bring(r.grad_out, r.heads * d, head, grads);
                 for (int64_t first = asking; first < length; first += QUERIES) attend_back(head, first);
             }
-            give(of_keys, 0, length, r.heads + kv_head, true);
-            give(of_values, 0, length, r.heads + r.kv_heads + kv_head, false);
+            give_turned(of_keys, 0, length, r.heads + kv_head, r.k_norm, 1.0f);
+            give(of_values, r.heads + r.kv_heads + kv_head);
         }
     }
 
@@ -265,7 +288,7 @@ struct CausalRows {
                 write(slope + key, read(row + key) * (read(slope + key) - drift));
         }
         add_up(slopes, keys, first, real);
-        give(sums, first, real, head, true, scale);
+        give_turned(sums, first, real, head, r.q_norm, scale);
         add_to_keys(slopes, queries, first, real, of_keys);
         add_to_keys(weights, grads, first, real, of_values);
     }

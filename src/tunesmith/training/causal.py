@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.decoder.panels import Floats, Size
-from tunesmith.training.kernels import Heads, RowGroup, Turn
+from tunesmith.training.kernels import HeadNorms, Heads, RowGroup, Turn
 
 
 class _Causal(ctypes.Structure):
@@ -23,7 +23,9 @@ class _Causal(ctypes.Structure):
         *((name, Size) for name in ("rows", "tokens")),
         *((name, Floats) for name in ("start", "length", "asking")),
         *((name, Size) for name in ("heads", "kv_heads", "width")),
-        *((name, Floats) for name in ("cos", "sin", "qkv", "out", "log_total", "grad_out", "grad_qkv")),
+        *((name, Floats) for name in ("cos", "sin", "q_norm", "k_norm")),
+        ("epsilon", ctypes.c_float),
+        *((name, Floats) for name in ("qkv", "out", "log_total", "grad_out", "grad_qkv")),
     ]
 
 
@@ -41,7 +43,14 @@ class CausalRows:
     library: ctypes.CDLL
 
     def attend(
-        self, qkv: Tensor, rows: RowGroup, turn: Turn, heads: Heads, into: Tensor, asking_B: Tensor | None = None
+        self,
+        qkv: Tensor,
+        rows: RowGroup,
+        turn: Turn,
+        heads: Heads,
+        into: Tensor,
+        norms: HeadNorms | None = None,
+        asking_B: Tensor | None = None,
     ) -> _Attended:
         """The output of each token of `rows`, which attends to itself and those before it, into `into` [N, H d].
 
@@ -49,7 +58,7 @@ class CausalRows:
         that place are of no use, and may be missing.
         """
         log_total = qkv.new_empty(heads.queries, len(qkv))
-        attended = _Attended(self.library, qkv, rows, asking_B, turn, heads, into, log_total)
+        attended = _Attended(self.library, qkv, rows, asking_B, turn, heads, norms, into, log_total)
         self.library.tunesmith_attend_rows(attended.native())
         return attended
 
@@ -64,22 +73,32 @@ class _Attended:
     asking_B: Tensor | None
     turn: Turn
     heads: Heads
+    norms: HeadNorms | None
     out: Tensor
     log_total: Tensor
     """[H, N], of what each softmax was added up to."""
 
     def native(self, grad_N: Tensor | None = None, into: Tensor | None = None) -> _Causal:
         """What compiled code is given."""
-        tensors = (self.turn.cos, self.turn.sin, self.qkv, self.out, self.log_total, grad_N, into)
-        assert all(each is None or (each.is_contiguous() and each.dtype == torch.float32) for each in tensors)
+        norms = self.norms
+        before = (self.turn.cos, self.turn.sin, *((None, None) if norms is None else (norms.q_d, norms.k_d)))
+        tensors = (self.qkv, self.out, self.log_total, grad_N, into)
+        for each in (*before, *tensors):
+            assert each is None or (each.is_contiguous() and each.dtype == torch.float32)
         return _Causal(
             len(self.rows.start_B),
             len(self.qkv),
-            *(None if each is None else each.data_ptr() for each in (*self.rows.places, self.asking_B)),
+            *map(_address, (*self.rows.places, self.asking_B)),
             *(self.heads.queries, self.heads.keys, self.heads.width),
-            *(None if each is None else each.data_ptr() for each in tensors),
+            *map(_address, before),
+            0.0 if norms is None else norms.epsilon,
+            *map(_address, tensors),
         )
 
     def backward(self, grad_N: Tensor, into: Tensor) -> None:
         """See `Attended`."""
         self.library.tunesmith_attend_rows_back(self.native(grad_N, into))
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -25,7 +25,7 @@ from tunesmith.decoder.llama import Llama, rotation
 from tunesmith.training.attention import Attended, attend
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.frozen import FrozenWeights, Sites
-from tunesmith.training.kernels import Heads, Kernels, RowGroup, Turn
+from tunesmith.training.kernels import HeadNorms, Heads, Kernels, RowGroup, Turn
 from tunesmith.training.loss import Scores
 from tunesmith.training.passes import Pass, Piece
 from tunesmith.training.sites import Part
@@ -49,8 +49,11 @@ def multiplies_bf16() -> bool:
 
 
 def covers(model: Decoder) -> TypeGuard[Llama]:
-    """Whether a step of `model` can be done here: a Llama without norms on queries and keys."""
-    return isinstance(model, Llama) and not model.config.qk_norm
+    """Whether a step of `model` can be done here: a Llama.
+
+    One with norms on queries and keys by attention that has them: on a device, and with `PanelWeights`.
+    """
+    return isinstance(model, Llama)
 
 
 SITES: tuple[SiteName, ...] = ("qkv", "o", "gate_up", "down")
@@ -240,11 +243,14 @@ class FoldedLlama:
         kernels, heads, parts = self._kernels, self._heads, _parts(walk.work, walk.work.spans, index, "qkv")
         normed_ND, inverse_N = kernels.norm(x_ND, added_ND, self._model.config.norm_epsilon, self._weights.dtype)
         qkv, kept = layer["qkv"].forward(normed_ND, parts)
-        bias = self._model.layers[index].qkv_bias
-        if bias is not None:
-            qkv.add_(bias)
+        weights = self._model.layers[index]
+        if weights.qkv_bias is not None:
+            qkv.add_(weights.qkv_bias)
         attention_N = qkv.new_zeros(len(qkv), heads.queries * heads.width)
-        call = (walk.turn, heads, attention_N)
+        norms = None
+        if weights.q_norm_d is not None and weights.k_norm_d is not None:
+            norms = HeadNorms(weights.q_norm_d, weights.k_norm_d, self._model.config.norm_epsilon)
+        call = (walk.turn, heads, attention_N, norms)
         if self._weights.attention is None:
             attended: list[Attended] = [attend(kernels, qkv, group, *call) for group in walk.groups]
         else:

@@ -31,6 +31,15 @@ class Heads:
     width: int
 
 
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Norms of the heads of queries and keys, before they are turned."""
+
+    q_d: Tensor
+    k_d: Tensor
+    epsilon: float
+
+
 @dataclass(frozen=True)
 class RowGroup:
     """Rows whose attention is computed at once, each padded on the right to `cells`."""
@@ -165,7 +174,7 @@ class Eager:
         """See `Kernels`."""
         cells = qkv[rows.token_BT].unflatten(2, (-1, heads.width)).mul_(rows.real_BT[..., None, None])
         q, k, v = cells.split([heads.queries, heads.keys, heads.keys], 2)
-        q, k = (_turned(x, turn, rows.cells, 1.0) for x in (q, k))
+        q, k = (turned(x, turn, rows.cells, 1.0) for x in (q, k))
         return Spread(_stacked(q * heads.width**-0.5, heads.keys), _stacked(k, heads.keys), _stacked(v, heads.keys))
 
     def gather(self, spread: Spread, rows: RowGroup, turn: Turn, heads: Heads, into: Tensor) -> None:
@@ -173,7 +182,7 @@ class Eager:
         n_rows = len(rows.start_B)
         q = _unstacked(spread.q, n_rows, heads.queries) * heads.width**-0.5
         k, v = (_unstacked(x, n_rows, heads.keys) for x in (spread.k, spread.v))
-        cells = torch.cat([_turned(q, turn, rows.cells, -1.0), _turned(k, turn, rows.cells, -1.0), v], 2)
+        cells = torch.cat([turned(q, turn, rows.cells, -1.0), turned(k, turn, rows.cells, -1.0), v], 2)
         into[rows.token_n] = cells.flatten(2).flatten(0, 1)[rows.cell_n]
 
     def merge(self, out: Tensor, rows: RowGroup, heads: Heads, into: Tensor) -> None:
@@ -209,7 +218,7 @@ class Eager:
         return (log_total_M1 - wanted_M1).squeeze(1), (wanted_M1 == most_M1).squeeze(1)
 
 
-def _turned(x_BTHd: Tensor, turn: Turn, cells: int, way: float) -> Tensor:
+def turned(x_BTHd: Tensor, turn: Turn, cells: int, way: float) -> Tensor:
     """Each pair (first, second) of the halves turned by the angle of its position, forth (1) or back (-1)."""
     cos, sin = (x[:cells, None].to(x_BTHd.dtype) for x in (turn.cos, turn.sin * way))
     first, second = x_BTHd.chunk(2, -1)
