@@ -205,9 +205,13 @@ struct CausalRows {
         return highest;
     }
 
-    // e^(x - by) of n numbers, whole vectors.
+    // e^(x - by) of n numbers, whole vectors; nothing where it is less than e^-60, for what is made of that may be too small
+    // to be a normal number, which some processors take their time for.
     static void exponentials_from(float *x, float by, int64_t n) {
-        for (int64_t i = 0; i < n; i += LANES) write(x + i, exponential(read(x + i) - by));
+        for (int64_t i = 0; i < n; i += LANES) {
+            const Lanes power = read(x + i) - by;
+            write(x + i, power < -60.0f ? Lanes{} : exponential(power));
+        }
     }
 
     static float total(const float *x, int64_t n) {

@@ -187,8 +187,12 @@ class FoldedLlama:
             return False
         config = self._model.config
         inner, stacked = 2 * config.feed_forward_width, config.query_width + 2 * config.key_width
-        numbers = 2 * config.width + stacked + 2 * config.query_width + inner  # for a token of a layer
-        return n_tokens * config.layers * numbers * self._weights.dtype.itemsize > KEPT_SHARE * self._free_bytes()
+        size = self._weights.dtype.itemsize
+        # For a token of a layer: norms, what attention keeps (`attention._Differentiated`), gate and up.
+        numbers = 2 * config.width + stacked + 5 * config.query_width + inner
+        if config.qk_norm and size < torch.float32.itemsize:
+            numbers += 2 * (config.query_width + config.key_width)  # in fp32
+        return n_tokens * config.layers * numbers * size > KEPT_SHARE * self._free_bytes()
 
     def _forward(
         self, layer: Sites, index: int, x_ND: Tensor, added_ND: Tensor | None, walk: _Walk

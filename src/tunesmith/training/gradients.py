@@ -88,9 +88,10 @@ class Learner:
         self._device = device = model.head_VD.device
         self._by_hand: CompiledLlama | FoldedLlama | None = None
         rows_alone = isinstance(model, Llama) and model.config.qk_norm and device.type == "cpu"
-        if rows_alone:  # norms of heads: for attention row by row, so in fixed point where bf16 was asked for
+        by_rows = rows_alone and kernels is None and panels.library() is not None
+        if by_rows:  # norms of heads: for attention row by row, so in fixed point where bf16 was asked for
             dtype = torch.int16 if dtype == torch.bfloat16 else dtype
-        if covers(model) and not (rows_alone and (kernels is not None or panels.library() is None)):
+        if covers(model) and (by_rows or not rows_alone):
             if device.type != "cpu":
                 chosen = kernels or of_device.kernels(device)
                 free_bytes = partial(of_device.free_bytes, device) if device.type == "cuda" else None

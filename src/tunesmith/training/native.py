@@ -20,7 +20,7 @@ SOURCE, *INCLUDED = (
 )
 """Whole steps (`training.step`), and what they are made of."""
 
-STEP = "2026-11-30"
+STEP = "2026-11-30, second"
 """When the arithmetic of a step last changed, so that it gives other last digits."""
 
 _SIZE, _FLOAT, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -57,7 +57,7 @@ def confirm(record: Path, device: str | None = None) -> None:
     """
     found = library() if device is None else None
     kind = device or ("eager" if found is None else "tiles" if packed.library(SOURCE, *INCLUDED) else "fixed")
-    kind = f"{kind}, {STEP}"
+    kind = f"{kind}, {torch.backends.cpu.get_cpu_capability()}, {STEP}"
     if not record.exists():
         write_bytes(record, kind.encode())
     elif (known := record.read_text()) != kind:
