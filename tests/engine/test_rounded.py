@@ -63,6 +63,14 @@ def _prompts(lengths: Sequence[int], seed: int = 5) -> list[tuple[int, ...]]:
     return [tuple(chance.choices(range(VOCABULARY_SIZE), k=length)) for length in lengths]
 
 
+def _overflowing(adapter: Path | None, folder: Path) -> None:
+    """Writes the adapter with factors so large that what they give is no number."""
+    assert adapter is not None
+    (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    state = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: factor * 1e30 for name, factor in state.items()}, folder / "adapter_model.safetensors")
+
+
 def _runner(
     base: Path,
     models: Sequence[Path | None],
@@ -219,10 +227,7 @@ def test_an_adapter_that_is_no_numbers_is_refused(
 def test_what_overflowed_is_forgotten_by_whoever_gets_the_room(
     base: Path, models: list[Path | None], tmp_path: Path, precision: Precision
 ) -> None:
-    assert models[1] is not None
-    (tmp_path / "adapter_config.json").write_bytes((models[1] / "adapter_config.json").read_bytes())
-    state = load_file(models[1] / "adapter_model.safetensors")
-    save_file({name: factor * 1e30 for name, factor in state.items()}, tmp_path / "adapter_model.safetensors")
+    _overflowing(models[1], tmp_path)
     spoilt, prompt = _prompts([30, 5])
     runner = _runner(base, [tmp_path, None], precision)
 
@@ -237,10 +242,7 @@ def test_what_overflows_stays_no_number(
     base: Path, models: list[Path | None], tmp_path: Path, precision: Precision
 ) -> None:
     """Whole numbers have no NaN: rounding a state that is none must not make a number of it."""
-    assert models[1] is not None
-    (tmp_path / "adapter_config.json").write_bytes((models[1] / "adapter_config.json").read_bytes())
-    state = load_file(models[1] / "adapter_model.safetensors")
-    save_file({name: factor * 1e30 for name, factor in state.items()}, tmp_path / "adapter_model.safetensors")
+    _overflowing(models[1], tmp_path)
     asked = [(index % 2, prompt) for index, prompt in enumerate(_prompts([40, 40, 1, 2, 3]))]
 
     found = _run(_runner(base, [tmp_path, None], precision), asked, 1, scored=True)

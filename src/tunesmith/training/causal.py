@@ -54,8 +54,8 @@ class CausalRows:
     ) -> _Attended:
         """The output of each token of `rows`, which attends to itself and those before it, into `into` [N, H d].
 
-        `qkv` [N, (H + 2K) d], fp32, holds queries and keys without positions. With `asking_B` a row's outputs before
-        that place are of no use, and may be missing.
+        `qkv` [N, (H + 2K) d], fp32, holds queries and keys without positions and norms. With `asking_B` [B] a row's
+        outputs before that place are of no use, and may be missing.
         """
         log_total = qkv.new_empty(heads.queries, len(qkv))
         attended = _Attended(self.library, qkv, rows, asking_B, turn, heads, norms, into, log_total)
@@ -88,7 +88,7 @@ class _Attended:
         return _Causal(
             len(self.rows.start_B),
             len(self.qkv),
-            *map(_address, (*self.rows.places, self.asking_B)),
+            *map(_address, (self.rows.start_B, self.rows.length_B, self.asking_B)),
             *(self.heads.queries, self.heads.keys, self.heads.width),
             *map(_address, before),
             0.0 if norms is None else norms.epsilon,

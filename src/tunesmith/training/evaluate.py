@@ -93,8 +93,8 @@ class Evaluator:
             return measured
 
         def all_shares(max_tokens: int) -> list[tuple[list[int], MicroBatch, T]]:
-            threads = self.workers.threads if self.model.head_VD.device.type == "cpu" else 1  # a device has its own
-            shares = deal([len(row.token_ids) for row in rows], min(threads, len(rows)))
+            at_once = self.workers.at_once(self.model.head_VD.device)
+            shares = deal([len(row.token_ids) for row in rows], min(at_once, len(rows)))
             parts = self.workers.each(partial(share, max_tokens), shares)
             return [entry for entries in parts for entry in entries]
 

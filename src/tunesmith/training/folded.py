@@ -258,8 +258,9 @@ class FoldedLlama:
         if self._weights.attention is None:
             attended: list[Attended] = [attend(kernels, qkv, group, *call) for group in walk.groups]
         else:
-            asking_B = walk.work.asking() if self._narrows(index) else None
-            attended = [self._weights.attention.attend(qkv, group, *call, asking_B) for group in walk.groups]
+            (rows,) = walk.groups
+            asking_B = walk.work.asking(rows) if self._narrows(index) else None
+            attended = [self._weights.attention.attend(qkv, rows, *call, asking_B)]
         return attention_N, _AttentionSaved(parts, normed_ND, inverse_N, attended, kept)
 
     def _feed(

@@ -87,11 +87,12 @@ class Learner:
         self._model = model
         self._device = device = model.head_VD.device
         self._by_hand: CompiledLlama | FoldedLlama | None = None
-        rows_alone = isinstance(model, Llama) and model.config.qk_norm and device.type == "cpu"
-        by_rows = rows_alone and kernels is None and panels.library() is not None
-        if by_rows:  # norms of heads: for attention row by row, so in fixed point where bf16 was asked for
-            dtype = torch.int16 if dtype == torch.bfloat16 else dtype
-        if covers(model) and (by_rows or not rows_alone):
+        # On a processor norms of heads are for attention row by row, so in fixed point where bf16 was asked for.
+        normed = isinstance(model, Llama) and model.config.qk_norm and device.type == "cpu"
+        by_rows = normed and kernels is None and panels.library() is not None
+        if by_rows and dtype == torch.bfloat16:
+            dtype = torch.int16
+        if covers(model) and (by_rows or not normed):
             if device.type != "cpu":
                 chosen = kernels or of_device.kernels(device)
                 free_bytes = partial(of_device.free_bytes, device) if device.type == "cuda" else None
@@ -131,8 +132,7 @@ class Learner:
 
     def _shares(self, index: int, lesson: Lesson) -> list[_Share]:
         rows = lesson.rows
-        threads = self._workers.threads if self._device.type == "cpu" else 1  # a device has its own
-        dealt = deal([len(row.token_ids) for row in rows], min(threads, len(rows)))
+        dealt = deal([len(row.token_ids) for row in rows], min(self._workers.at_once(self._device), len(rows)))
         cut = [
             micro_batches(
                 [rows[index] for index in indices],

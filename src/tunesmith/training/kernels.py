@@ -33,11 +33,12 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """Norms of the heads of queries and keys, before they are turned."""
+    """RMS norms of each head of queries and of keys, before they are turned: their gains [d]."""
 
     q_d: Tensor
     k_d: Tensor
     epsilon: float
+    """Added to the mean of squares."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,6 @@ class RowGroup:
     def to(self, device: torch.device) -> RowGroup:
         """The same group there."""
         return RowGroup(self.start_B.to(device), self.length_B.to(device), self.cells)
-
-    @property
-    def places(self) -> tuple[Tensor, Tensor]:
-        """Start and length of each."""
-        return self.start_B, self.length_B
 
     @cached_property
     def real_BT(self) -> Tensor:

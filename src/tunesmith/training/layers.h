@@ -247,11 +247,7 @@ struct Layers {
     void leave_others(Panels all) {
         for (int64_t at = 0; at < late; ++at) {
             const int64_t token = token_of[at];  // at `at` or behind it
-            float *row = x + at * m.width;
-            if (token < 0)
-                std::memset(row, 0, sizeof(float) * m.width);
-            else
-                std::memmove(row, x + token * m.width, sizeof(float) * m.width);
+            move_row(x, token, at);
             move_row(all, token, attended, at, mixed);
         }
     }
@@ -260,16 +256,19 @@ struct Layers {
     void join_others() {
         for (int64_t token = n; token-- > 0;) {
             const int64_t at = late_of[token];
-            float *row = grad + token * m.width;
-            if (at < 0)
-                std::memset(row, 0, sizeof(float) * m.width);
-            else
-                std::memmove(row, grad + at * m.width, sizeof(float) * m.width);
+            move_row(grad, at, token);
             move_row(grad_mixed, at, grad_mixed, token, mixed);
         }
     }
 
     // Zeros from where `row` is none.
+    void move_row(float *of, int64_t row, int64_t to_row) const {
+        if (row < 0)
+            std::memset(of + to_row * m.width, 0, sizeof(float) * m.width);
+        else
+            std::memmove(of + to_row * m.width, of + row * m.width, sizeof(float) * m.width);
+    }
+
     static void move_row(Panels from, int64_t row, Panels to, int64_t to_row, int64_t columns) {
         for (int64_t panel = 0; panel < columns / SIDE; ++panel)
             _mm512_storeu_si512(to.block(panel, to_row),

@@ -95,9 +95,11 @@ class Pass:
         ]
         return RowGroup(torch.tensor(starts), torch.tensor(lengths), max(lengths))
 
-    def asking(self) -> Tensor:
-        """Of each of `rows`, the place of the first token that predicts something weighed; its length without one."""
-        rows = self.rows()
+    def asking(self, rows: RowGroup) -> Tensor:
+        """Of each of `rows`, all of them, the place of the first token that predicts something weighed [B].
+
+        Its length without one.
+        """
         end = torch.tensor([len(self.token_ids_N)])
         predicting_M1 = torch.cat([self.predicting_M, end])
         first_B = predicting_M1[torch.searchsorted(self.predicting_M, rows.start_B)] - rows.start_B

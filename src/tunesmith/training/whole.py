@@ -114,8 +114,7 @@ class WholeLearner:
     def learn(self, rows: Sequence[Row], *, prompt_loss_weight: float, max_tokens: int) -> Tally:
         """Leaves the gradient of the weighted mean loss over `rows` in `flat_gradient` of the weights."""
         device = self._weights.flat.device
-        threads = self._workers.threads if device.type == "cpu" else 1  # a device has its own
-        dealt = deal([len(row.token_ids) for row in rows], min(threads, len(rows)))
+        dealt = deal([len(row.token_ids) for row in rows], min(self._workers.at_once(device), len(rows)))
         cut = [
             micro_batches(
                 [rows[index] for index in part],

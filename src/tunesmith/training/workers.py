@@ -35,6 +35,10 @@ class Workers:
         """Ends the threads."""
         self._pool.shutdown(cancel_futures=True)
 
+    def at_once(self, device: torch.device) -> int:
+        """How many loads go side by side, at most: a device other than the processor has threads of its own."""
+        return self.threads if device.type == "cpu" else 1
+
     def each(self, work: Callable[[S], T], loads: Sequence[S], *, sharing: bool = True) -> list[T]:
         """`work` of each load, on a thread of its own as far as there are.
 
