@@ -18,10 +18,11 @@ from tokenizers import Tokenizer
 
 from pretraining.corpus import read_documents
 from pretraining.kernels import CausalRows
-from tunesmith.decoder.llama import Llama, load
+from tunesmith.decoder import loading
+from tunesmith.decoder.base import Decoder
 
 
-def bits_per_byte(model: Llama, tokenizer: Tokenizer, documents: list[str]) -> float:
+def bits_per_byte(model: Decoder, tokenizer: Tokenizer, documents: list[str]) -> float:
     """Total negative log2-likelihood of the documents over their UTF-8 size."""
     nats = 0.0
     for document in documents:
@@ -33,7 +34,7 @@ def bits_per_byte(model: Llama, tokenizer: Tokenizer, documents: list[str]) -> f
 
 
 @torch.inference_mode()
-def _negative_log_likelihood(model: Llama, window: torch.Tensor) -> float:
+def _negative_log_likelihood(model: Decoder, window: torch.Tensor) -> float:
     hidden_ND = model.hidden(window[:-1], torch.arange(len(window) - 1), CausalRows(1))
     losses = [
         torch.nn.functional.cross_entropy(model.logits(h).float(), target, reduction="sum")
@@ -52,7 +53,7 @@ def main() -> None:
     documents = read_documents(arguments.corpus)[: arguments.documents]
     for folder in arguments.models:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        print(f"{folder}: {bits_per_byte(load(folder), tokenizer, documents):.4f} bits per byte")
+        print(f"{folder}: {bits_per_byte(loading.load(folder), tokenizer, documents):.4f} bits per byte")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.tiny import TOKENIZER, VOCABULARY_SIZE
 
@@ -64,8 +64,28 @@ FOREIGN: dict[str, dict[str, Any]] = {
 """What runs through transformers. Name -> config."""
 
 
-def make_base(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
-    """Writes a checkpoint folder whose every weight, norms and biases included, is random; returns the folder."""
+Bits = Literal[32, 16, 4]
+
+
+def fourbit_network(plain: Path, *, nested: bool = False, kind: str = "nf4") -> Any:
+    """The checkpoint in `plain` as transformers has it in the 4 bits of bitsandbytes. Its products are fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    asked = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return AutoModelForCausalLM.from_pretrained(plain, quantization_config=asked, dtype=torch.float32)
+
+
+def make_base(folder: Path, config: dict[str, Any], *, seed: int = 0, bits: Bits = 32) -> Path:
+    """Writes a checkpoint folder whose every weight, norms and biases included, is random; returns the folder.
+
+    With 16 `bits` they are bf16; with 4 the matrices are packed as bitsandbytes does, by transformers.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -76,6 +96,12 @@ def make_base(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
         for weight in network.parameters():
             noise = torch.randn(weight.shape, generator=chance)
             weight.copy_(noise * weight.shape[-1] ** -0.5 if weight.ndim > 1 else weight + 0.1 * noise)
+    if bits == 4:
+        network.save_pretrained(folder / "plain")
+        network = fourbit_network(folder / "plain")
+        shutil.rmtree(folder / "plain")
+    elif bits == 16:
+        network = network.to(torch.bfloat16)
     network.save_pretrained(folder)
     shutil.copy(TOKENIZER, folder / "tokenizer.json")
     return folder

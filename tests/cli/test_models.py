@@ -146,3 +146,58 @@ def test_a_log_hears_where_a_large_file_is(
     remote.cut_after = []
     assert main(["models", "pull", "someone/tiny"]) == 0
     assert "model.safetensors: going on after 500,000 of 2," in capsys.readouterr().out
+
+
+def test_quantize_makes_a_base_of_its_own(tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = f'[mine]\nfolder = "{tiny_base}"\nlearning_rate = 0.001\ncontext_tokens = 512\n'
+    (tmp_path / "bases.toml").write_text(entry + "price_per_1k_training_tokens = 2\n")
+    home = ["--home", str(tmp_path)]
+    assert main(["models", "quantize", "mine", *home]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^model\.safetensors: [\d,]+ bytes -> [\d,]+$", told, re.MULTILINE)
+    assert f"mine-4bit is mine in 4 bits, in {tmp_path / 'bases' / 'mine-4bit'}." in told
+    made = read_catalogue(tmp_path)["mine-4bit"]
+    assert (made.learning_rate, made.context_tokens, made.price_per_1k_training_tokens) == (0.001, 512, 2)
+    assert set(made.sha256) == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert main(["models", "check", "mine", "mine-4bit", *home]) == 0
+    lines = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[2] for line in lines[1:]] == ["0.5 M F32", "0.5 M F32,NF4"]  # most of it is the embedding
+
+    assert main(["models", "quantize", "mine", "--as", "other", "--json", *home]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == {
+        "name": "other",
+        "base": "mine",
+        "folder": str(tmp_path / "bases" / "other"),
+        "sha256": made.sha256,
+    }
+    files = [tmp_path / "bases" / name / "model.safetensors" for name in ("mine-4bit", "other")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (["nobody"], "nobody is no base of "),
+        (["away"], "It is not on this machine yet: tunesmith models pull org/away"),
+        (["gone"], "/nowhere is not there."),
+        (["mine", "--as", "UPPER"], "'UPPER' cannot name a base"),
+        (["mine", "--as", "curie"], "curie is a base of "),
+        (["mine", "--as", "gone"], "gone is a base of "),
+        (["mine", "--as", "taken"], "taken is there already"),
+        (["odd"], "odd cannot be brought to 4 bits: model_type 'gpt2' is not one of"),
+    ],
+)
+def test_what_is_not_quantized_is_said_and_nothing_left(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], asked: list[str], reason: str
+) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "bases" / "taken").mkdir(parents=True)
+    entries = f'[mine]\nfolder = "{tiny_base}"\n[odd]\nfolder = "odd"\n[gone]\nfolder = "/nowhere"\n'
+    entries += f'[away]\nhub = "org/away"\nrevision = "{COMMIT}"\n'
+    (tmp_path / "bases.toml").write_text(entries)
+    assert main(["models", "quantize", *asked, "--home", str(tmp_path)]) == 2
+    assert reason in capsys.readouterr().err
+    assert (tmp_path / "bases.toml").read_text() == entries
+    assert [path.name for path in (tmp_path / "bases").iterdir()] == ["taken"]

@@ -181,7 +181,7 @@ def test_keys_of_the_entry_count(home: Path) -> None:
 
 
 def test_a_hub_model_that_is_not_here_and_one_with_links(home: Path, tiny_base: Path) -> None:
-    put(home, "far", "org/name", COMMIT, {})
+    put(home, "far", {"hub": "org/name", "revision": COMMIT}, {})
     assert f"error: not pulled to this machine; to get it: tunesmith models pull org/name --revision {COMMIT}" in told(
         check_base(home, "far")
     )

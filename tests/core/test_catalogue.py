@@ -134,7 +134,7 @@ folder = "/models/x"
 
 def test_a_new_entry_goes_to_the_end(tmp_path: Path) -> None:
     written(tmp_path, BEFORE)
-    put(tmp_path, "tiny", "org/name", COMMIT, {"config.json": DIGEST})
+    put(tmp_path, "tiny", {"hub": "org/name", "revision": COMMIT}, {"config.json": DIGEST})
     text = (tmp_path / "bases.toml").read_text()
     assert text == f'{BEFORE}\n[tiny]\n{HUB}\n[tiny.sha256]\n"config.json" = "{DIGEST}"\n'
     assert read_catalogue(tmp_path)["tiny"].sha256 == {"config.json": DIGEST}
@@ -142,18 +142,18 @@ def test_a_new_entry_goes_to_the_end(tmp_path: Path) -> None:
 
 def test_an_entry_is_changed_in_its_place_and_all_else_stays(tmp_path: Path) -> None:
     written(tmp_path, BEFORE)
-    put(tmp_path, "curie", "org/name", COMMIT, {"config.json": DIGEST})
+    put(tmp_path, "curie", {"hub": "org/name", "revision": COMMIT}, {"config.json": DIGEST})
     changed = f'{HUB}learning_rate = 0.002  # found out in May\n\n[curie.sha256]\n"config.json" = "{DIGEST}"\n'
     text = (tmp_path / "bases.toml").read_text()
     assert text == BEFORE.replace('folder = "/models/old"\nlearning_rate = 0.002  # found out in May\n', changed)
-    put(tmp_path, "curie", "org/name", COMMIT, {"config.json": DIGEST})
+    put(tmp_path, "curie", {"hub": "org/name", "revision": COMMIT}, {"config.json": DIGEST})
     assert (tmp_path / "bases.toml").read_text() == text
 
 
 def test_digests_and_revision_follow_a_new_pull(tmp_path: Path) -> None:
-    put(tmp_path, "a.b", "org/name", COMMIT, {"config.json": DIGEST, "old.safetensors": DIGEST})
-    put(tmp_path, "c", "org/name", COMMIT, {})
-    put(tmp_path, "a.b", "org/name", "f" * 40, {"config.json": DIGEST})
+    put(tmp_path, "a.b", {"hub": "org/name", "revision": COMMIT}, {"config.json": DIGEST, "old.safetensors": DIGEST})
+    put(tmp_path, "c", {"hub": "org/name", "revision": COMMIT}, {})
+    put(tmp_path, "a.b", {"hub": "org/name", "revision": "f" * 40}, {"config.json": DIGEST})
     entries = read_catalogue(tmp_path)
     assert (entries["a.b"].revision, entries["a.b"].sha256) == ("f" * 40, {"config.json": DIGEST})
     assert list(entries) == ["a.b", "c"]
@@ -171,7 +171,7 @@ def test_digests_and_revision_follow_a_new_pull(tmp_path: Path) -> None:
 def test_what_cannot_be_edited_is_left_alone_with_lines_to_paste(tmp_path: Path, text: str) -> None:
     (tmp_path / "bases.toml").write_text(text)
     with pytest.raises(ValueError, match=r'(?s)not edited here.*\[mine\]\nhub = "org/name"'):
-        put(tmp_path, "mine", "org/name", COMMIT, {})
+        put(tmp_path, "mine", {"hub": "org/name", "revision": COMMIT}, {})
     assert (tmp_path / "bases.toml").read_text() == text
     assert tomllib.loads(text)
 
@@ -182,6 +182,6 @@ def test_a_link_to_the_catalogue_stays_a_link(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "bases.toml").symlink_to(kept)
-    put(home, "tiny", "org/name", COMMIT, {})
+    put(home, "tiny", {"hub": "org/name", "revision": COMMIT}, {})
     assert (home / "bases.toml").is_symlink()
     assert "[tiny]" in kept.read_text()

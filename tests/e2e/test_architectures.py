@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.architectures import FOREIGN, OWN, make_base
+from tests.architectures import FOREIGN, OWN, Bits, make_base
 from tests.e2e.drill import run_dir_of
 from tests.e2e.harness import Server, messages, put_base, reviews, upload, wait_for
 from tests.training.rows import CLASSIFY, examples, make_run
@@ -34,11 +34,19 @@ PRODUCTS = (
 )
 
 
-@pytest.fixture(scope="module", params=[*OWN, *FOREIGN])
+BASES: dict[str, tuple[dict[str, Any], Bits]] = {
+    **{name: (config, 32) for name, config in (OWN | FOREIGN).items()},
+    "qwen2 in bf16": (OWN["qwen2"], 16),
+    "llama in 4 bits": (OWN["llama"], 4),
+}
+
+
+@pytest.fixture(scope="module", params=BASES)
 def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[RunDir]]:
     """A base and two runs that tuned it on different rows."""
     folder = tmp_path_factory.mktemp("tuned")
-    base = make_base(folder / "base", (OWN | FOREIGN)[request.param])
+    config, bits = BASES[request.param]
+    base = make_base(folder / "base", config, bits=bits)
     runs = [_run(folder / str(first), base, first) for first in (0, 9)]
     for run_dir in runs:
         outcome = train(run_dir)

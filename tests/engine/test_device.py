@@ -12,6 +12,7 @@ import torch
 from tests.devices import DEVICE, pretended
 from tests.engine.models import make_adapter
 from tests.tiny import VOCABULARY_SIZE
+from tunesmith.decoder.quantizing import quantize
 from tunesmith.engine.base import GenerateRequest, Precision, PromptScored, SamplingParams, TokenScore
 from tunesmith.engine.messages import Produced
 from tunesmith.engine.process import EngineProcess
@@ -51,14 +52,21 @@ def _answers(device: str, precision: Precision, base: Path, adapters: list[Path 
     return found
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_answers_are_those_of_the_processor(
-    tiny_base: Path, tmp_path: Path, pretend: None, precision: Precision
-) -> None:
-    adapters = [None, *(make_adapter(tiny_base, tmp_path / str(seed), seed=seed) for seed in (1, 2))]
+@pytest.fixture
+def base(tiny_base: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    if request.param == 4:
+        quantize(tiny_base, tmp_path / "fourbit", lambda *told: None)
+        return tmp_path / "fourbit"
+    return tiny_base
 
-    here = _answers("cpu", "float32", tiny_base, adapters)
-    there = _answers(DEVICE, precision, tiny_base, adapters)
+
+@pytest.mark.parametrize("base", [32, 4], indirect=True)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_answers_are_those_of_the_processor(base: Path, tmp_path: Path, pretend: None, precision: Precision) -> None:
+    adapters = [None, *(make_adapter(base, tmp_path / str(seed), seed=seed) for seed in (1, 2))]
+
+    here = _answers("cpu", "float32", base, adapters)
+    there = _answers(DEVICE, precision, base, adapters)
 
     compared = 0
     for ours, theirs in zip(there, here, strict=True):

@@ -59,11 +59,12 @@ def random_model(
         for layer in model.layers:
             layer.q_norm_d, layer.k_norm_d = (1 + 0.3 * torch.randn(head_width, generator=chance) for _ in "qk")
     if bias:
+        model = replace(model, config=replace(model.config, qkv_bias=True))
         for layer in model.layers:
             layer.qkv_bias = torch.randn(len(layer.qkv), generator=chance) * 0.1
     if not tied:
         head_VD = model.head_VD + 0.1 * torch.randn(model.head_VD.shape, generator=chance)
-        model = replace(model, config=replace(shape, tied=False), head_VD=head_VD)
+        model = replace(model, config=replace(model.config, tied=False), head_VD=head_VD)
     return model
 
 

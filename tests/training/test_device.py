@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.architectures import OWN, make_base
+from tests.architectures import OWN, Bits, make_base
 from tests.devices import DEVICE, pretended
 from tests.training.rows import CLASSIFY, examples, make_run, random_lora, random_model, random_rows
+from tunesmith.decoder import loading
+from tunesmith.decoder.llama import Llama
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import RunDir
 from tunesmith.training import device, host, memory, native
@@ -46,9 +48,26 @@ def _run(folder: Path, base: Path, *, on: str, **changes: Any) -> RunDir:
     return run_dir
 
 
-@pytest.mark.parametrize(("method", "kind"), [("lora", "llama"), ("lora", "qwen3"), ("full", "llama")])
-def test_a_run_on_a_device_is_the_same_but_for_rounding(tmp_path: Path, pretend: None, method: str, kind: str) -> None:
-    base = make_base(tmp_path / "base", OWN[kind])
+@pytest.fixture
+def base(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Of a kind and so many bits. Made before there is a device: transformers has uses of its own for the name."""
+    kind, bits = request.param
+    return make_base(tmp_path / "base", OWN[kind], bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("method", "base"),
+    [
+        ("lora", ("llama", 32)),
+        ("lora", ("qwen3", 16)),
+        ("lora", ("qwen2", 4)),
+        ("full", ("llama", 32)),
+        ("full", ("qwen3", 4)),
+    ],
+    indirect=["base"],
+    ids=str,
+)
+def test_a_run_on_a_device_is_the_same_but_for_rounding(tmp_path: Path, base: Path, pretend: None, method: str) -> None:
     changes: dict[str, Any] = {"method": method}
     if method == "full":
         changes |= {"learning_rate_multiplier": 0.001}
@@ -89,6 +108,31 @@ def test_a_run_does_not_go_on_elsewhere(tiny_base: Path, tmp_path: Path, pretend
 def test_a_device_that_is_not_there_is_said(name: str) -> None:
     with pytest.raises(InvalidRequest, match=f"trained on {name}, .* it finds 0 .* TUNESMITH_TRAINER_DEVICE"):
         device.prepare(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_weights_made_for_each_product_give_the_same_to_the_bit(tmp_path: Path, bits: Bits, dtype: torch.dtype) -> None:
+    model = loading.load(make_base(tmp_path / "base", OWN["qwen2"], bits=bits), lean=True)
+    assert isinstance(model, Llama)
+    rows, found = random_rows([(40, 3), (9, 1), (100, 20)]), []
+    for held in (True, False):
+        factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0, seed=3))
+        with Workers(1) as workers:
+            learner = Learner(model, factors.site_outputs, workers, beat=lambda: None, dtype=dtype, kernels=Eager())
+            weights = PlainWeights(model, factors.site_outputs, dtype, Eager(), held=held)
+            learner._by_hand = FoldedLlama(model, weights, Eager())
+            (tally,) = learner.learn([Lesson(factors, rows, prompt_loss_weight=0.1)])
+        found.append((tally, factors.flat_gradient.clone()))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_what_is_held_of_weights_leaves_most_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(device, "free_bytes", lambda at: 1000 if at == cuda else 0)
+    assert [device.has_room(cuda, n_bytes) for n_bytes in (250, 251)] == [True, False]
+    assert device.has_room(torch.device("cpu"), 1 << 60)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,6 +17,7 @@ OWN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 TRIED_TYPES = ("gpt2", "gpt_neox", "opt", "gemma", "gemma3_text", "phi")
 """Types that tests tune and serve through transformers. Any other is tried when it is loaded, and may be refused."""
 INSTALL = "pip install 'tunesmith[transformers]'"
+INSTALL_FOURBIT = "pip install 'tunesmith[bitsandbytes]'"
 
 
 class ForwardPass(StrEnum):
@@ -45,14 +46,20 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     kind = kind if isinstance(kind, str) and kind else None
     code = _own_code(config)
     forward, reason = ForwardPass.NONE, None
+    own = kind is not None and _is_own(kind, config)
     capped = next((key for key, value in text_config(config).items() if "softcap" in key and value is not None), None)
-    if config.get("quantization_config"):
-        reason = "the weights are quantised (quantization_config in config.json), which nothing here computes"
+    if config.get("quantization_config") and not (own and is_fourbit(config)):
+        reason = (
+            "the weights are quantised (quantization_config in config.json), and only those of the Llama family in the "
+            "4 bits of bitsandbytes are computed here"
+        )
+    elif config.get("quantization_config") and find_spec("bitsandbytes") is None:
+        reason = f"weights in 4 bits need bitsandbytes, which is not installed here. To add it: {INSTALL_FOURBIT}"
     elif capped is not None:
         reason = f"its scores are soft-capped ({capped} in config.json), which nothing here computes"
     elif kind is None:
         reason = "config.json names no model_type, so what kind of model it is cannot be told"
-    elif _is_own(kind, config):
+    elif own:
         forward = ForwardPass.OWN
     elif _transformers_has(kind):
         forward = ForwardPass.TRANSFORMERS
@@ -64,6 +71,12 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     else:
         reason = f"no forward pass for model_type {kind!r} is known here{_more_with_transformers()}"
     return Architecture(kind, forward, reason, code)
+
+
+def is_fourbit(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that the matrices are in the 4 bits of bitsandbytes; see `decoder/fourbit.py`."""
+    found = config.get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == "bitsandbytes" and bool(found.get("load_in_4bit"))
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

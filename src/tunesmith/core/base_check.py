@@ -30,6 +30,8 @@ from tunesmith.tokenizer import Tokenizer
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
 """What the token embedding is called in the families of transformers."""
+FOURBIT = re.compile(r"(.+\.weight)\.quant_state\.bitsandbytes__(nf4|fp4)")
+"""What says that a weight is in 4 bits; see `decoder/fourbit.py`."""
 SPARE_ROWS = 1_024
 """Matrices are padded to round numbers of rows, by some hundreds at most; more means another tokenizer's model."""
 COMPUTED_BYTES = 4
@@ -127,7 +129,7 @@ def _check_folder(report: Report, entry: Entry | None) -> None:
         _context(report, config, entry)
     if config is not None and tensors:
         _check_names(report, config, tensors)
-        _memory(report, config, tensors)
+        _memory(report, config)
     if tensors and vocabulary_size is not None:
         _check_rows(report, config or {}, tensors, vocabulary_size)
 
@@ -192,12 +194,17 @@ def _tensors(report: Report) -> dict[str, Tensor]:
     if not whole:
         return {}
     elements = Counter[str]()
-    for tensor in tensors.values():
-        elements[tensor.dtype] += tensor.elements
+    packed = {match[1]: match[2] for name in tensors if (match := FOURBIT.fullmatch(name))}
+    for name, tensor in tensors.items():
+        if name in packed:
+            elements[packed[name].upper()] += 2 * tensor.elements  # a byte holds two
+        elif name.rpartition(".weight.")[0] + ".weight" not in packed:
+            elements[tensor.dtype] += tensor.elements
     report.dtypes = tuple(dtype for dtype, _ in elements.most_common())
     report.parameters = elements.total()
     # Old checkpoints also hold attention masks, as U8 or BOOL; those are no weights, and nobody reads them.
-    if odd := [name for name, tensor in tensors.items() if name.endswith("weight") and tensor.dtype not in FLOATS]:
+    weights = {name: tensor for name, tensor in tensors.items() if name.endswith("weight") and name not in packed}
+    if odd := [name for name, tensor in weights.items() if tensor.dtype not in FLOATS]:
         report.error(f"{_some(odd)} is stored as {tensors[odd[0]].dtype}: quantised weights are not computed here")
     return tensors
 
@@ -281,9 +288,9 @@ def _check_rows(report: Report, config: Mapping[str, Any], tensors: Mapping[str,
         report.note(f"the model has {rows:,} rows and the tokenizer {vocabulary_size:,} tokens: is it this model's?")
 
 
-def _memory(report: Report, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _memory(report: Report, config: Mapping[str, Any]) -> None:
     """About what the processes take, within a third or so; how it is reckoned: docs/bases.md."""
-    weights = COMPUTED_BYTES * sum(tensor.elements for tensor in tensors.values())
+    weights = COMPUTED_BYTES * (report.parameters or 0)
     context = max(report.context_tokens or 0, MICRO_BATCH_TOKENS)
     layers = _number(config, "num_hidden_layers", "n_layer") or 0
     width = _number(config, "hidden_size", "n_embd", "d_model") or 0

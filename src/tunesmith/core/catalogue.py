@@ -1,4 +1,5 @@
-"""`<home>/bases.toml`: the bases a user adds, read, and written by `tunesmith models pull`. Opens no checkpoint.
+"""`<home>/bases.toml`: the bases a user adds, read, and written by `tunesmith models pull` and `quantize`. Opens no
+checkpoint.
 
     [curie]
     hub = "HuggingFaceTB/SmolLM2-135M"                      # or: folder = "/models/smollm2-135m"
@@ -29,7 +30,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REWRITTEN = ("folder", "hub", "revision")
-"""Keys that `put` decides; all others of an entry stay as the user wrote them."""
+"""Keys that `put` decides, whatever it is given; others of an entry stay as the user wrote them."""
 
 T = TypeVar("T")
 
@@ -76,23 +77,23 @@ def read_catalogue(home: Path) -> dict[str, Entry]:
     return {name: _entry(home, name, fields) for name, fields in tables.items()}
 
 
-def put(home: Path, name: str, repository: str, commit: str, sha256: Mapping[str, str]) -> None:
-    """Makes `name` a hub model, in place of what it was; other entries, other keys and comments stay as they are.
+def put(home: Path, name: str, keys: Mapping[str, str | int | float], sha256: Mapping[str, str]) -> None:
+    """Makes `name` what `keys` say, in place of what it was; other entries, other keys and comments stay as they are.
 
     Atomic. Raises ValueError with the lines to paste if the file is written in a way that this cannot edit.
     """
     path = (home / FILE).resolve()  # a link to a file kept elsewhere stays a link
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    after = _edited(before, name, _lines(name, repository, commit), _digest_lines(name, sha256))
+    after = _edited(before, name, keys, sha256)
     expected = tomllib.loads(before)
-    kept = {key: value for key, value in expected.get(name, {}).items() if key not in (*_REWRITTEN, "sha256")}
-    expected[name] = {"hub": repository, "revision": commit, "sha256": dict(sha256)} | kept
+    kept = {key: value for key, value in expected.get(name, {}).items() if key not in (*_REWRITTEN, *keys, "sha256")}
+    expected[name] = {**keys, "sha256": dict(sha256)} | kept
     try:
         understood = tomllib.loads(after) == expected
     except tomllib.TOMLDecodeError:
         understood = False
     if not understood:
-        lines = "\n".join(["", *_lines(name, repository, commit), *_digest_lines(name, sha256)])
+        lines = "\n".join(["", *_lines(name, keys), *_digest_lines(name, sha256)])
         raise ValueError(f"{path} writes [{name}] in a way that is not edited here. Put this in its place:\n{lines}")
     write_bytes(path, after.encode())
 
@@ -162,8 +163,9 @@ def _digests(where: str, given: Any) -> dict[str, str]:
     return given
 
 
-def _lines(name: str, repository: str, commit: str) -> list[str]:
-    return [_header(name), f'hub = "{repository}"', f'revision = "{commit}"']
+def _lines(name: str, keys: Mapping[str, str | int | float]) -> list[str]:
+    # A string of JSON is one of TOML, and so are its numbers.
+    return [_header(name), *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in keys.items())]
 
 
 def _digest_lines(name: str, sha256: Mapping[str, str]) -> list[str]:
@@ -175,16 +177,17 @@ def _header(*keys: str) -> str:
     return f"[{'.'.join(key if re.fullmatch('[A-Za-z0-9_-]+', key) else json.dumps(key) for key in keys)}]"
 
 
-def _edited(text: str, name: str, entry: list[str], digests: list[str]) -> str:
+def _edited(text: str, name: str, keys: Mapping[str, str | int | float], sha256: Mapping[str, str]) -> str:
     """The file with both tables of `name` in place. Line by line; whether it came out right, the caller finds out."""
-    lines = text.splitlines()
+    lines, entry, digests = text.splitlines(), _lines(name, keys), _digest_lines(name, sha256)
     start, end = _table(lines, name, "sha256")
     if start is not None:
         lines[start:end] = []
     start, end = _table(lines, name)
     if start is None:
         return "\n".join([*lines, *([""] if lines and lines[-1].strip() else []), *entry, "", *digests, ""])
-    kept = [line for line in lines[start + 1 : end] if not re.match(rf"\s*({'|'.join(_REWRITTEN)}|sha256)\s*=", line)]
+    replaced = "|".join({*_REWRITTEN, *keys, "sha256"})
+    kept = [line for line in lines[start + 1 : end] if not re.match(rf"\s*({replaced})\s*=", line)]
     while kept and not kept[-1].strip():
         kept.pop()
     rest = lines[end:]

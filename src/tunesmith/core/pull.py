@@ -114,7 +114,7 @@ def pull(home: Path, hub: Hub, name: str, revision: str | None, alias: str | Non
         sync_folder(folder.parent)
     was = _entry_source(home, base)
     try:
-        put(home, base, repository.name, repository.commit, fetched.sha256)
+        put(home, base, {"hub": repository.name, "revision": repository.commit}, fetched.sha256)
     except ValueError as error:
         raise PullFailed(f"{repository.name} is in {folder}. {error}") from error
     return Pulled(

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, overload
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +125,12 @@ class LlamaConfig:
         return self.kv_heads * self.head_width
 
     @property
+    def matrix_numbers(self) -> int:
+        """Of all matrices of a model, embedding and head included."""
+        outside = self.vocabulary_size * self.width * (1 if self.tied else 2)
+        return outside + sum(linear.outputs * linear.inputs for _, linear in self.layout.linears())
+
+    @property
     def layout(self) -> Layout:
         """The linear layers as `Layer` stacks them."""
         heads, keys, width, inner = self.query_width, self.key_width, self.width, self.feed_forward_width
@@ -164,13 +170,54 @@ class Layer:
         return self.qkv_parts[0]
 
 
+class Kept(Protocol):
+    """Rows of a matrix in a form of their own, a tensor of bf16 say: what is computed with is made of them."""
+
+    def to(self, dtype: torch.dtype, /) -> Tensor:
+        """[O, I]"""
+
+
+class KeptLayers(Sequence[Layer]):
+    """Layers whose matrices are made each time that they are asked for, and not held on to."""
+
+    def __init__(
+        self, layers: Sequence[Layer], matrices: Sequence[Mapping[Site, Sequence[Kept]]], dtype: torch.dtype
+    ) -> None:
+        """`layers` are without matrices; those of each site are kept in parts, one below the other."""
+        self._layers, self._matrices, self._dtype = layers, matrices, dtype
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Layer]: ...
+    def __getitem__(self, index: int | slice) -> Layer | Sequence[Layer]:
+        if isinstance(index, slice):
+            return KeptLayers(self._layers[index], self._matrices[index], self._dtype)
+        dense = {site: self.matrix(index, site, self._dtype) for site in self._matrices[index]}
+        qkv = dense.pop("qkv")
+        return replace(self._layers[index], qkv_parts=[qkv], **dense)
+
+    def bare(self, index: int) -> Layer:
+        """See `Llama.bare`."""
+        return self._layers[index]
+
+    def matrix(self, index: int, site: Site, dtype: torch.dtype) -> Tensor:
+        """See `Llama.matrix`."""
+        parts = [part.to(dtype) for part in self._matrices[index][site]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 @dataclass(slots=True)
 class Llama:
-    """The weights of a model and its forward pass."""
+    """The weights of a model and its forward pass, in the dtype of `norm_D`."""
 
     config: LlamaConfig
     embedding_VD: Tensor
-    layers: list[Layer]
+    """It and the head may be of another dtype: what is taken from them is not."""
+    layers: Sequence[Layer]
     norm_D: Tensor
     head_VD: Tensor
 
@@ -178,9 +225,9 @@ class Llama:
         self, token_ids_N: Tensor, positions_N: Tensor, attend: Attend, adapters: Adapters | None = None
     ) -> Tensor:
         """The normed output of the last layer, [N, D]: `logits` of a row is the prediction of the token after it."""
-        config = self.config
-        cos_Nd, sin_Nd = rotation(positions_N, config, self.embedding_VD.dtype)
-        x_ND = F.embedding(token_ids_N, self.embedding_VD)
+        config, dtype = self.config, self.norm_D.dtype
+        cos_Nd, sin_Nd = rotation(positions_N, config, dtype)
+        x_ND = F.embedding(token_ids_N, self.embedding_VD).to(dtype)
         delta_ND = None if adapters is None else adapters.embedding_delta(token_ids_N)
         x_ND = x_ND if delta_ND is None else x_ND + delta_ND
         for index, layer in enumerate(self.layers):
@@ -205,32 +252,45 @@ class Llama:
 
     def logits(self, hidden_ND: Tensor, token_ids: Sequence[int] | None = None) -> Tensor:
         """See `Decoder`."""
-        return F.linear(hidden_ND, self.head_VD if token_ids is None else self.head_VD[list(token_ids)])
+        head_VD = self.head_VD if token_ids is None else self.head_VD[list(token_ids)]
+        return F.linear(hidden_ND, head_VD.to(hidden_ND.dtype))
+
+    def bare(self, index: int) -> Layer:
+        """A layer, of which its matrices will not be asked: they may not be there."""
+        return self.layers.bare(index) if isinstance(self.layers, KeptLayers) else self.layers[index]
+
+    def matrix(self, index: int, site: Site, dtype: torch.dtype) -> Tensor:
+        """The weights of a site of a layer [O, I]."""
+        if isinstance(self.layers, KeptLayers):
+            return self.layers.matrix(index, site, dtype)
+        layer = self.layers[index]
+        weight_OI: Tensor = getattr(layer, site)
+        return weight_OI.to(dtype)
 
     def parameters(self) -> Iterator[Tensor]:
-        """Every weight once, in a fixed order."""
+        """Every weight once, in a fixed order, in the dtype of the model."""
         yield from (tensor for _, tensor in self._stacked())
 
     def over(self, parameters: Sequence[Tensor]) -> Llama:
         """The same model with other weights, in the order of `parameters`."""
-        supply = iter(parameters)
+        supply, config = iter(parameters), self.config
         embedding_VD = next(supply)
         layers = [
             Layer(
                 attention_norm_D=next(supply),
                 qkv_parts=[next(supply)],
-                qkv_bias=None if layer.qkv_bias is None else next(supply),
-                q_norm_d=None if layer.q_norm_d is None else next(supply),
-                k_norm_d=None if layer.k_norm_d is None else next(supply),
+                qkv_bias=next(supply) if config.qkv_bias else None,
+                q_norm_d=next(supply) if config.qk_norm else None,
+                k_norm_d=next(supply) if config.qk_norm else None,
                 o=next(supply),
                 feed_norm_D=next(supply),
                 gate_up=next(supply),
                 down=next(supply),
             )
-            for layer in self.layers
+            for _ in range(config.layers)
         ]
         norm_D = next(supply)
-        return Llama(self.config, embedding_VD, layers, norm_D, embedding_VD if self.config.tied else next(supply))
+        return Llama(config, embedding_VD, layers, norm_D, embedding_VD if config.tied else next(supply))
 
     def state(self) -> dict[str, Tensor]:
         """The weights under the names of an ordinary checkpoint, unstacked."""
@@ -250,7 +310,8 @@ class Llama:
         return named
 
     def _stacked(self) -> Iterator[tuple[str, Tensor]]:
-        yield "model.embed_tokens.weight", self.embedding_VD
+        dtype = self.norm_D.dtype
+        yield "model.embed_tokens.weight", self.embedding_VD.to(dtype)
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}"
             yield f"{prefix}.input_layernorm.weight", layer.attention_norm_D
@@ -266,7 +327,7 @@ class Llama:
             yield f"{prefix}.mlp.down_proj.weight", layer.down
         yield "model.norm.weight", self.norm_D
         if not self.config.tied:
-            yield "lm_head.weight", self.head_VD
+            yield "lm_head.weight", self.head_VD.to(dtype)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_epsilon)
@@ -276,42 +337,66 @@ def from_state(config: LlamaConfig, state: dict[str, Tensor]) -> Llama:
     """A model from weights under checkpoint names. Raises KeyError naming a weight that is missing."""
     layers = []
     for index in range(config.layers):
-        prefix = f"model.layers.{index}."
-        attention = [state[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkv"]
-        biases = [state[f"{prefix}self_attn.{part}_proj.bias"] for part in "qkv"] if config.qkv_bias else None
-        layers.append(
-            Layer(
-                attention_norm_D=state[f"{prefix}input_layernorm.weight"],
-                qkv_parts=attention,
-                qkv_bias=torch.cat(biases) if biases else None,
-                q_norm_d=state[f"{prefix}self_attn.q_norm.weight"] if config.qk_norm else None,
-                k_norm_d=state[f"{prefix}self_attn.k_norm.weight"] if config.qk_norm else None,
-                o=state[f"{prefix}self_attn.o_proj.weight"],
-                feed_norm_D=state[f"{prefix}post_attention_layernorm.weight"],
-                gate_up=stacked([state[f"{prefix}mlp.{part}_proj.weight"] for part in ("gate", "up")]),
-                down=state[f"{prefix}mlp.down_proj.weight"],
-            )
-        )
-    embedding = state["model.embed_tokens.weight"]
-    head = embedding if config.tied else state["lm_head.weight"]
-    return Llama(config, embedding, layers, state["model.norm.weight"], head)
+        matrices = {site: [state[name] for name in names] for site, names in matrix_names(config, index).items()}
+        (o,), (down,) = matrices["o"], matrices["down"]
+        layer = without_matrices(config, state, index)
+        gate_up = stacked(matrices["gate_up"])
+        layers.append(replace(layer, qkv_parts=matrices["qkv"], o=o, gate_up=gate_up, down=down))
+    return around(config, layers, state)
+
+
+def matrix_names(config: LlamaConfig, index: int) -> dict[Site, list[str]]:
+    """What a checkpoint calls the matrices of a layer, those of each site one below the other."""
+    sites = config.layout.layers[index]
+    return {site: [f"model.layers.{index}.{linear.name}.weight" for linear in sites[site]] for site in sites}
+
+
+def without_matrices(config: LlamaConfig, state: Mapping[str, Tensor], index: int) -> Layer:
+    """A layer that has all else. Raises KeyError as `from_state`."""
+    prefix, nothing = f"model.layers.{index}.", torch.empty(0)
+    biases = [state[f"{prefix}self_attn.{part}_proj.bias"] for part in "qkv"] if config.qkv_bias else None
+    return Layer(
+        attention_norm_D=state[f"{prefix}input_layernorm.weight"],
+        qkv_parts=[],
+        qkv_bias=torch.cat(biases) if biases else None,
+        q_norm_d=state[f"{prefix}self_attn.q_norm.weight"] if config.qk_norm else None,
+        k_norm_d=state[f"{prefix}self_attn.k_norm.weight"] if config.qk_norm else None,
+        o=nothing,
+        feed_norm_D=state[f"{prefix}post_attention_layernorm.weight"],
+        gate_up=nothing,
+        down=nothing,
+    )
+
+
+def around(config: LlamaConfig, layers: Sequence[Layer], state: Mapping[str, Tensor]) -> Llama:
+    """The model of these layers. Raises KeyError as `from_state`."""
+    embedding_VD = state["model.embed_tokens.weight"]
+    head_VD = embedding_VD if config.tied else state["lm_head.weight"]
+    return Llama(config, embedding_VD, layers, state["model.norm.weight"], head_VD)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Llama:
-    """A model from a checkpoint folder: `config.json` and one or more safetensors files.
+    """A model from a checkpoint folder: `config.json` and one or more safetensors files, of plain numbers.
 
     Raises ValueError if the checkpoint is of another architecture, FileNotFoundError if it has no safetensors.
     """
-    config = LlamaConfig.from_json(json.loads((folder / "config.json").read_text()))
+    described = json.loads((folder / "config.json").read_text())
+    if described.get("quantization_config"):
+        raise ValueError("the weights are quantised: those are for decoder.loading")
+    config = LlamaConfig.from_json(described)
+    return from_state(config, {name: tensor.to(device, dtype) for name, tensor in tensors_of(folder)})
+
+
+def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a checkpoint folder, by name, as its files have them. Raises FileNotFoundError as `load`."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no *.safetensors in {folder}; pickled weights are never read")
-    state: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as tensors:
             names = tensors.keys()  # no mapping
-            state |= {name: tensors.get_tensor(name).to(device, dtype) for name in names}
-    return from_state(config, state)
+            for name in names:
+                yield name, tensors.get_tensor(name)
 
 
 def _adapted(

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 MICRO_BATCH_TOKENS = 16_384
 """Of one forward pass: enough to fill a large device. Where memory runs out, half as many are tried (`memory.Room`)."""
+HELD_SHARE = 0.25
+"""Of free memory, what weights laid out for products may take. Where it is not enough they are made for each product
+anew, of those that the model has: the numbers are the same, and a step of few tokens takes longer."""
 _IN_ONE_ORDER: dict[str, Any] = {"deterministic": True, "split_reductions": False, "dynamic_scale_rblock": False}
 """Of the compiler: how a row is added up depends neither on a clock nor on how many there are."""
 _COMPILED = ("norm", "norm_backward", "swiglu", "loss")
@@ -58,6 +61,11 @@ def free_bytes(device: torch.device) -> int:
     """Memory that can still be had: of the device, and what torch holds and does not use."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def has_room(device: torch.device, n_bytes: int) -> bool:
+    """Whether a second copy of weights in so many bytes leaves most of the memory to steps."""
+    return device.type != "cuda" or n_bytes <= HELD_SHARE * free_bytes(device)
 
 
 @cache

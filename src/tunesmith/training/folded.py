@@ -212,7 +212,7 @@ class FoldedLlama:
 
     def _embed(self, work: Pass) -> tuple[Tensor, list[Tensor | None]]:
         """And the low-rank inputs of each piece."""
-        x_ND = F.embedding(work.token_ids_N, self._model.embedding_VD)
+        x_ND = F.embedding(work.token_ids_N, self._model.embedding_VD).float()
         kept: list[Tensor | None] = []
         for piece, span in zip(work.pieces, work.spans, strict=True):
             embedding = piece.view.embedding
@@ -247,7 +247,7 @@ class FoldedLlama:
         kernels, heads, parts = self._kernels, self._heads, _parts(walk.work, walk.work.spans, index, "qkv")
         normed_ND, inverse_N = kernels.norm(x_ND, added_ND, self._model.config.norm_epsilon, self._weights.dtype)
         qkv, kept = layer["qkv"].forward(normed_ND, parts)
-        weights = self._model.layers[index]
+        weights = self._model.bare(index)
         if weights.qkv_bias is not None:
             qkv.add_(weights.qkv_bias)
         attention_N = qkv.new_zeros(len(qkv), heads.queries * heads.width)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ from tunesmith.training.causal import CausalRows
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.kernels import Kernels
 from tunesmith.training.loss import PlainHead, Scores, Weighed, score, score_frozen
-from tunesmith.training.sites import SharedSite, SingleSite, Site
+from tunesmith.training.sites import Base, SharedSite, SingleSite, Site
 
 Sites = dict[SiteName, Site]
 """Of a layer."""
@@ -54,24 +55,34 @@ class PlainWeights:
     grid: int | None = None
     attention: CausalRows | None = None
 
-    def __init__(self, model: Llama, site_outputs: Sequence[list[int]], dtype: torch.dtype, kernels: Kernels) -> None:
-        """`site_outputs` are the outputs of each linear layer of each site (`TrainableLora.site_outputs`)."""
+    def __init__(
+        self,
+        model: Llama,
+        site_outputs: Sequence[list[int]],
+        dtype: torch.dtype,
+        kernels: Kernels,
+        *,
+        held: bool = True,
+    ) -> None:
+        """`site_outputs` are the outputs of each linear layer of each site (`TrainableLora.site_outputs`).
+
+        `held`: see `sites.Base`.
+        """
         self.dtype = dtype
         on_processor = model.embedding_VD.device.type == "cpu"
-        self.shares = on_processor and sum(weight.numel() for weight in model.parameters()) <= MOST_SHARED_WEIGHTS
+        self.shares = on_processor and model.config.matrix_numbers <= MOST_SHARED_WEIGHTS
         self._model, self._kernels = model, kernels
         self._head = PlainHead(model.head_VD.to(dtype))
         outputs = iter(site_outputs)
         self._shared: list[dict[SiteName, SharedSite]] = []
-        for layer in model.layers:
-            gains = {"qkv": layer.attention_norm_D, "gate_up": layer.feed_norm_D}
-            weights = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
-            self._shared.append(
-                {
-                    site: SharedSite.over(weight, gains.get(site), next(outputs), dtype)
-                    for site, weight in weights.items()
-                }
-            )
+        for index, layout in enumerate(model.config.layout.layers):
+            bare = model.bare(index)
+            gains = {"qkv": bare.attention_norm_D, "gate_up": bare.feed_norm_D}
+            sites: dict[SiteName, SharedSite] = {}
+            for site in layout:
+                weight = partial(model.matrix, index, site, torch.float32)
+                sites[site] = SharedSite(Base(weight, gains.get(site), dtype, held=held), next(outputs))
+            self._shared.append(sites)
         self._single: list[dict[SiteName, SingleSite]] = [
             {name: SingleSite(site) for name, site in layer.items()} for layer in self._shared
         ]

@@ -96,7 +96,9 @@ class Learner:
             if device.type != "cpu":
                 chosen = kernels or of_device.kernels(device)
                 free_bytes = partial(of_device.free_bytes, device) if device.type == "cuda" else None
-                plain = PlainWeights(model, site_outputs, torch.float32 if dtype == torch.int16 else dtype, chosen)
+                dtype = torch.float32 if dtype == torch.int16 else dtype
+                held = of_device.has_room(device, model.config.matrix_numbers * dtype.itemsize)
+                plain = PlainWeights(model, site_outputs, dtype, chosen, held=held)
                 self._by_hand = FoldedLlama(model, plain, chosen, free_bytes)
             elif kernels is None and dtype == torch.bfloat16 and step.covers(model):
                 self._by_hand = CompiledLlama(model)

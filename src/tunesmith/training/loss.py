@@ -76,21 +76,25 @@ def score(
     """
     scores, device = Scores.of(hidden_MD), hidden_MD.device
     size = max(1, _chunk_logits(device) // model.config.vocabulary_size // _ROUNDING) * _ROUNDING
+    kinds: list[tuple[Tensor, Tensor | None]]
     if prompt_head_VD is None:
-        kinds = [(torch.arange(len(hidden_MD), device=device), model.head_VD)]
+        kinds = [(torch.arange(len(hidden_MD), device=device), None)]
     else:
         is_prompt_M = torch.ones(len(hidden_MD), dtype=torch.bool, device=device)
         is_prompt_M.index_fill_(0, batch.completion_C, False)
-        kinds = [(batch.completion_C, model.head_VD), (is_prompt_M.nonzero().squeeze(1), prompt_head_VD)]
-    for positions, head_VD in kinds:
+        kinds = [(batch.completion_C, None), (is_prompt_M.nonzero().squeeze(1), prompt_head_VD)]
+    for positions, coarse_VD in kinds:
         for chunk_m in positions.split(size):
-            coarse = head_VD is prompt_head_VD
             states_mD = hidden_MD[chunk_m]
-            rounded_mD = _rounded(states_mD).to(head_VD.dtype)
-            logits_mV = (rounded_mD @ head_VD.T if coarse else model.logits(rounded_mD)).float()[: len(chunk_m)]
+            rounded_mD = _rounded(states_mD)
+            if coarse_VD is None:
+                logits_mV = model.logits(rounded_mD)[: len(chunk_m)]
+            else:
+                logits_mV = (rounded_mD.to(coarse_VD.dtype) @ coarse_VD.T).float()[: len(chunk_m)]
             target_m, weight_m1 = batch.target_M[chunk_m], batch.weight_M[chunk_m, None]
             total_m1 = _score_chunk(logits_mV, target_m, chunk_m, scores)
             if gradient_MD is not None:
+                head_VD = model.head_VD if coarse_VD is None else coarse_VD
                 expected_mD = product(_rounded(logits_mV).to(head_VD.dtype), head_VD)[: len(chunk_m)].div_(total_m1)
                 gradient_MD[chunk_m] = expected_mD.sub_(head_VD[target_m]).mul_(weight_m1)
             if head_gradient_VD is not None:

@@ -10,7 +10,7 @@ product adds up over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,24 +54,35 @@ class Site(Protocol):
         """Adds to the gradients of the factors; that of the inputs, [N, I]."""
 
 
+class Base:
+    """The frozen weights of a site, times the gain of the norm before it, which leaves that to the site."""
+
+    def __init__(
+        self, weight: Callable[[], Tensor], gain_I: Tensor | None, dtype: torch.dtype, *, held: bool = True
+    ) -> None:
+        """`weight` gives them [O, I] in fp32. `held`: they are made once, in `dtype`, not each time they are needed."""
+        self._weight, self.gain_I, self.dtype = weight, gain_I, dtype
+        self._made = self._make() if held else None
+
+    def __call__(self) -> Tensor:
+        """[O, I], in the dtype of the products."""
+        return self._make() if self._made is None else self._made
+
+    def _make(self) -> Tensor:
+        weight_OI = self._weight()
+        return (weight_OI if self.gain_I is None else weight_OI * self.gain_I).to(self.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class SharedSite:
     """One copy of the weights for all pieces. What is done piece by piece stays in the caches of a processor."""
 
-    base_OI: Tensor
-    """Times the gain, in the dtype of the products."""
-    gain_I: Tensor | None
-    """Of the norm before the site, which leaves it to the site."""
+    base: Base
     outputs: list[int]
-
-    @classmethod
-    def over(cls, weight_OI: Tensor, gain_I: Tensor | None, outputs: list[int], dtype: torch.dtype) -> SharedSite:
-        """Of the weights of a site in fp32."""
-        return cls((weight_OI if gain_I is None else weight_OI * gain_I).to(dtype), gain_I, outputs)
 
     def forward(self, x_NI: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
         """See `Site`; what is kept are the inputs of B, times the scale."""
-        y_NO, saved = _product(x_NI, self.base_OI.T), []
+        y_NO, saved = _product(x_NI, self.base().T), []
         for part in parts:
             a, b_OR = part.factors
             x = self._input(x_NI[part.span])
@@ -85,7 +96,7 @@ class SharedSite:
 
     def backward(self, grad_NO: Tensor, x_NI: Tensor, saved: list[Tensor], parts: Sequence[Part]) -> Tensor:
         """See `Site`."""
-        grad_NI = _product(grad_NO.to(self.base_OI.dtype), self.base_OI)
+        grad_NI = _product(grad_NO.to(self.base.dtype), self.base())
         for part, h in zip(parts, saved, strict=True):
             (a, b_OR), (of_a, of_b), view = part.factors, part.gradients, part.view
             x, grad, grad_h = self._input(x_NI[part.span]), grad_NO[part.span].float(), torch.empty_like(h)
@@ -95,12 +106,14 @@ class SharedSite:
                 of_h.addmm_(grad_part, b, beta=0, alpha=view.scale)
             of_a.addmm_(grad_h.T, x)
             own = grad_h @ a
-            _add(grad_NI[part.span], own if self.gain_I is None else own.mul_(self.gain_I))
+            gain_I = self.base.gain_I
+            _add(grad_NI[part.span], own if gain_I is None else own.mul_(gain_I))
         return grad_NI
 
     def _input(self, x_NI: Tensor) -> Tensor:
         """In fp32, times the gain: what the factors multiply."""
-        return x_NI.float() if self.gain_I is None else x_NI.float().mul(self.gain_I)
+        gain_I = self.base.gain_I
+        return x_NI.float() if gain_I is None else x_NI.float().mul(gain_I)
 
     def _linears(self, y_NO: Tensor, b_OR: Tensor, h: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Outputs, B and its inputs of each linear layer."""
@@ -117,36 +130,39 @@ class SingleSite:
 
     def __init__(self, shared: SharedSite) -> None:
         self.shared = shared
-        self._a = shared.base_OI.new_empty(0, shared.base_OI.shape[1])
+        self._a: Tensor | None = None
         """[P R, I], times the gain."""
-        self._b = shared.base_OI.new_empty(len(shared.base_OI), 0)
+        self._b: Tensor | None = None
         """[O, P R], times the scale: each linear layer's B in its own rows and columns, zeros elsewhere."""
 
     def take(self, factors: Pair, scale: float) -> None:
         """The factors as they are now."""
-        (a, b_OR), gain_I = factors, self.shared.gain_I
-        if len(self._a) != len(a):
-            self._a, self._b = self._a.new_empty(a.shape), self._b.new_zeros(len(b_OR), len(a))
-        torch.mul(a, 1.0 if gain_I is None else gain_I, out=self._a)
+        (a, b_OR), base = factors, self.shared.base
+        if self._a is None or self._b is None or len(self._a) != len(a):
+            self._a = a.new_empty(a.shape, dtype=base.dtype)
+            self._b = a.new_zeros(len(b_OR), len(a), dtype=base.dtype)
+        torch.mul(a, 1.0 if base.gain_I is None else base.gain_I, out=self._a)
         for block, b in zip(self._blocks(self._b, b_OR.shape[1]), b_OR.split(self.shared.outputs), strict=True):
             torch.mul(b, scale, out=block)
 
     def forward(self, x_NI: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
         """See `Site`; what is kept are the inputs of B."""
-        y_NO, h = x_NI @ self.shared.base_OI.T, x_NI @ self._a.T
+        assert self._a is not None and self._b is not None
+        y_NO, h = x_NI @ self.shared.base().T, x_NI @ self._a.T
         return y_NO.addmm_(h, self._b.T), [h]
 
     def backward(self, grad_NO: Tensor, x_NI: Tensor, saved: list[Tensor], parts: Sequence[Part]) -> Tensor:
         """See `Site`; there is one part."""
+        assert self._a is not None and self._b is not None
         (part,), (h,) = parts, saved
-        (of_a, of_b), scale, gain_I = part.gradients, part.view.scale, self.shared.gain_I
+        (of_a, of_b), scale, base = part.gradients, part.view.scale, self.shared.base
         grad_h, grad_b = grad_NO @ self._b, grad_NO.T @ h
         rank = of_b.shape[1]
         for block, of_b_part in zip(self._blocks(grad_b, rank), of_b.split(self.shared.outputs), strict=True):
             of_b_part.add_(block, alpha=scale)
         grad_a = grad_h.T @ x_NI
-        of_a.add_(grad_a if gain_I is None else grad_a * gain_I)
-        return (grad_NO @ self.shared.base_OI).addmm_(grad_h, self._a)
+        of_a.add_(grad_a if base.gain_I is None else grad_a * base.gain_I)
+        return (grad_NO @ base()).addmm_(grad_h, self._a)
 
     def _blocks(self, b: Tensor, rank: int) -> list[Tensor]:
         rows = b.split(self.shared.outputs)

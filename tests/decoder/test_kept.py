@@ -1,0 +1,232 @@
+"""Weights that stay in bf16 or in 4 bits: the numbers of transformers and bitsandbytes, and nothing taken on trust."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.architectures import FOREIGN, OWN, fourbit_network, make_base
+from tunesmith.decoder import loading
+from tunesmith.decoder.llama import KeptLayers, Llama
+from tunesmith.decoder.quantizing import INDEX, quantize
+from tunesmith.decoder.saving import save_checkpoint
+from tunesmith.tokenizer import Tokenizer
+
+IDS = torch.arange(100, 140)
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
+def loaded(folder: Path, *, lean: bool = False) -> Llama:
+    model = loading.load(folder, lean=lean)
+    assert isinstance(model, Llama)
+    return model
+
+
+@torch.inference_mode()
+def logits(model: Llama) -> Tensor:
+    return model.logits(model.hidden(IDS, torch.arange(len(IDS)), attend))
+
+
+@pytest.fixture
+def fourbit(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "fourbit", OWN["llama"], bits=4)
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize(("code", "nested"), [("nf4", False), ("nf4", True), ("fp4", False)])
+def test_checkpoints_of_transformers_give_its_numbers(tmp_path: Path, kind: str, code: str, nested: bool) -> None:
+    network = fourbit_network(make_base(tmp_path / "plain", OWN[kind]), nested=nested, kind=code)
+    network.save_pretrained(tmp_path / "packed")
+    with torch.no_grad():
+        expected = network(IDS[None]).logits[0]
+    for lean in (False, True):
+        model = loaded(tmp_path / "packed", lean=lean)
+        assert isinstance(model.layers, KeptLayers) == lean
+        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_lean_weights_are_the_same_to_the_bit(tmp_path: Path, bits: Any) -> None:
+    base = make_base(tmp_path / "base", OWN["qwen3"], bits=bits)
+    model, lean = loaded(base), loaded(base, lean=True)
+    assert isinstance(lean.layers, KeptLayers) == (bits != 32)
+    assert torch.equal(logits(model), logits(lean))
+    for one, other in ((model.state(), lean.state()), (model.over([*model.parameters()]).state(), model.state())):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) and one[name].dtype == torch.float32 for name in one)
+    assert torch.equal(lean.layers[1:][0].down, model.layers[1].down)
+    # A copy that is for computing is gone with whoever asked.
+    if bits != 32:
+        assert lean.layers[0].down.data_ptr() != lean.layers[0].o.data_ptr()
+        assert lean.layers[0] is not lean.layers[0]
+
+
+def test_quantizing_packs_what_transformers_packs(tmp_path: Path) -> None:
+    plain = make_base(tmp_path / "plain", OWN["mistral"])
+    theirs = fourbit_network(plain)
+    theirs.save_pretrained(tmp_path / "theirs")
+    heard: list[tuple[str, int, int]] = []
+    quantize(plain, tmp_path / "ours", lambda *told: heard.append(told))
+
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        if "quant_state" in name:  # a JSON object
+            states = [json.loads(bytes(each.tolist())) for each in (one[name], tensor)]
+            assert states[0] == states[1]
+        else:
+            assert torch.equal(one[name], tensor), name
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "ours")]
+    assert heard == [("model.safetensors", *sizes)]
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert Tokenizer.from_folder(tmp_path / "ours").vocabulary_size == Tokenizer.from_folder(plain).vocabulary_size
+    with pytest.raises(ValueError, match="in 4 bits already"):
+        quantize(tmp_path / "ours", tmp_path / "again", lambda *told: None)
+
+
+def test_shards_and_bf16_are_quantized_one_by_one(tmp_path: Path) -> None:
+    whole = make_base(tmp_path / "whole", OWN["llama"], bits=16)
+    state = load_file(whole / "model.safetensors")
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    names = sorted(state)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: state[name] for name in part}, sharded / f"model-{number}.safetensors", {"format": "pt"})
+    (sharded / "config.json").write_bytes((whole / "config.json").read_bytes())
+    for name in ("whole", "sharded"):
+        quantize(tmp_path / name, tmp_path / f"{name}-4bit", lambda *told: None)
+    models = [loaded(tmp_path / f"{name}-4bit") for name in ("whole", "sharded")]
+    assert torch.equal(logits(models[0]), logits(models[1]))
+    files = json.loads((tmp_path / "sharded-4bit" / INDEX).read_text())["weight_map"]
+    assert files[GATE] == files[f"{GATE}.absmax"] == f"model-{names.index(GATE) % 2}.safetensors"
+    rounded = models[0].layers[0].down
+    assert torch.equal(rounded, rounded.bfloat16().float())  # what was packed was bf16, and so is what comes out
+
+
+def test_what_cannot_be_quantized_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="4 bits are for the Llama family alone"):
+        quantize(make_base(tmp_path / "gpt2", FOREIGN["gpt2"]), tmp_path / "out", lambda *told: None)
+    base = make_base(tmp_path / "base", OWN["llama"])
+    state = load_file(base / "model.safetensors")
+    for broken, told in (
+        (state | {GATE: state[GATE].to(torch.int8)}, "gate_proj.weight is stored as torch.int8"),
+        ({name: weight for name, weight in state.items() if name != GATE}, f"lack {GATE}"),
+    ):
+        save_file(broken, base / "model.safetensors")
+        with pytest.raises(ValueError, match=told):
+            quantize(base, tmp_path / told, lambda *told: None)
+
+
+def test_written_whole_again_it_is_a_plain_checkpoint(tmp_path: Path, fourbit: Path) -> None:
+    model = loaded(fourbit, lean=True)
+    save_checkpoint(model, tmp_path / "whole", fourbit)
+    again = loaded(tmp_path / "whole", lean=True)
+    assert not isinstance(again.layers, KeptLayers)
+    assert torch.equal(logits(again), logits(model))
+
+
+State = dict[str, Tensor]
+
+
+def described(**changes: Any) -> Callable[[State], None]:
+    """A change of what the JSON of a matrix says of it."""
+
+    def change(state: State) -> None:
+        name = f"{GATE}.quant_state.bitsandbytes__nf4"
+        content = json.dumps(json.loads(bytes(state[name].tolist())) | changes).encode()
+        state[name] = torch.tensor(list(content), dtype=torch.uint8)
+
+    return change
+
+
+def changed(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], None]:
+    def apply(state: State) -> None:
+        state[GATE + part] = change(state[GATE + part])
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (changed("", lambda codes: codes[:-1].clone()), "it has 767 bytes"),
+        (changed(".absmax", lambda each: each[:-1].clone()), "absmax has 23 numbers of torch.float32"),
+        (changed(".absmax", lambda each: each.double()), "absmax has 24 numbers of torch.float64"),
+        (changed(".quant_map", lambda code: code[:8].clone()), "quant_map has 8 numbers"),
+        (changed(".quant_map", lambda code: code.flip(0)), "its quant_map is not that of nf4"),
+        (lambda state: state.pop(f"{GATE}.absmax"), "it comes with quant_map, quant_state"),
+        (lambda state: state.update({f"{GATE}.more": torch.ones(1)}), "it comes with absmax, more"),
+        (lambda state: state.pop(f"{GATE}.quant_state.bitsandbytes__nf4"), "it has no quant_state"),
+        (described(shape=[32, 48]), r"its quant_state has the shape \[32, 48\]"),
+        (described(blocksize=1), "its quant_state has the blocksize 1"),
+        (described(blocksize="64"), "its quant_state has the blocksize '64'"),
+        (described(dtype="load"), "its quant_state has the dtype 'load'"),
+        (described(quant_type="fp4"), "its quant_state is of 'fp4'"),
+        (described(padding=" " * 5000), "its quant_state is no JSON object"),
+        (
+            lambda state: state.update({f"{GATE}.nested_absmax": torch.ones(1)}),
+            "its quant_state has the nested_blocksize None",
+        ),
+    ],
+)
+def test_a_matrix_that_does_not_fit_together_is_refused(
+    fourbit: Path, change: Callable[[State], object], rule: str
+) -> None:
+    state = load_file(fourbit / "model.safetensors")
+    change(state)
+    save_file(state, fourbit / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"^{GATE} is no matrix of 4 bits and shape \[48, 32\]: {rule}"):
+        loading.load(fourbit)
+
+
+@pytest.mark.parametrize(
+    ("nested", "rule"),
+    [
+        ({"nested_dtype": "load"}, "has the nested_dtype 'load'"),
+        ({"nested_offset": "0"}, "has no nested_offset"),
+        ({"nested_blocksize": 3}, "has the nested_blocksize 3"),
+    ],
+)
+def test_nor_one_whose_largest_numbers_do_not(tmp_path: Path, nested: dict[str, Any], rule: str) -> None:
+    packed = tmp_path / "packed"
+    fourbit_network(make_base(tmp_path / "plain", OWN["llama"]), nested=True).save_pretrained(packed)
+    state = load_file(packed / "model.safetensors")
+    described(**nested)(state)
+    save_file(state, packed / "model.safetensors")
+    with pytest.raises(ValueError, match=rule):
+        loading.load(packed)
+
+
+@pytest.mark.parametrize(
+    "declaration", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "bitsandbytes", "load_in_8bit": True}, 4]
+)
+def test_other_quantisations_are_refused(fourbit: Path, declaration: Any) -> None:
+    config = json.loads((fourbit / "config.json").read_text())
+    (fourbit / "config.json").write_text(json.dumps(config | {"quantization_config": declaration}))
+    with pytest.raises(ValueError, match="only the 4 bits of bitsandbytes are computed here"):
+        loading.load(fourbit)
+    config["model_type"] = "gpt2"
+    (fourbit / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="4 bits are computed for the Llama family alone"):
+        loading.load(fourbit)
+
+
+def test_without_the_library_it_is_said_how_to_get_it(fourbit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"pip install 'tunesmith\[bitsandbytes\]'"):
+        loading.load(fourbit)
