@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
+import torch.nn.attention.varlen
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +21,54 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = "meta"
 CROSSING = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, _: Any, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What torch has for GPUs alone: causal attention of rows that lie one after another, [N, heads, d]."""
+    longest, _, causal, scale, window, *more = options
+    grouped = bool(more and more[0])  # what is as by default may be left out
+    assert (causal, scale, window, grouped) == (True, None, [-1, 0], q.shape[1] != k.shape[1])
+    assert q.dtype == torch.bfloat16 and all(x.stride(-1) == 1 for x in (q, k, v))
+    out = torch.empty_like(q)
+    for row, weights, (_, _, value) in _rows(q, k, v, edges, longest):
+        out[row] = (weights @ value).transpose(0, 1).to(q.dtype)
+    return out, torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+
+def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+    _, _, edges, _, longest = saved[:5]
+    of_q, of_k, of_v = (torch.empty_like(x) for x in (q, k, v))
+    for row, weights, (query, key, value) in _rows(q, k, v, edges, longest):
+        of_out = grad[row].float().transpose(0, 1)
+        of_weights = of_out @ value.mT
+        of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * q.shape[2] ** -0.5
+        for into, gradient in ((of_q, of_scores @ key), (of_k, of_scores.mT @ query), (of_v, weights.mT @ of_out)):
+            shared = gradient.unflatten(0, (into.shape[1], -1)).sum(1)  # a key head has several query heads
+            into[row] = shared.transpose(0, 1).to(into.dtype)
+    return of_q, of_k, of_v
+
+
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int
+) -> Iterator[tuple[slice, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    """Where each is, the weights of its attention [H, T, T], and its queries, keys and values [H, T, d], in fp32."""
+    ends = edges.tolist()
+    assert edges.dtype == torch.int32 and ends[-1] == len(q)
+    assert max(end - start for start, end in pairwise(ends)) == longest
+    for start, end in pairwise(ends):
+        row = slice(start, end)
+        group = q.shape[1] // k.shape[1]
+        query, key, value = (x[row].float().transpose(0, 1) for x in (q, k, v))
+        key, value = (x.repeat_interleave(group, 0) for x in (key, value))
+        scores = query @ key.mT * q.shape[2] ** -0.5
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        yield row, scores.masked_fill(future, -torch.inf).softmax(-1), (query, key, value)
+
+
+OF_DEVICES = {
+    torch.ops.torch_attn._varlen_attn.default: _flash,
+    torch.ops.torch_attn._varlen_attn_backward.default: _flash_backward,
+}
 
 
 class _There(Tensor):
@@ -93,7 +143,7 @@ def _compute(operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
             return leaf
         return known[id(leaf)] if id(leaf) in known else _There(leaf)
 
-    return tree_map(mark, operation(*args, **kwargs))
+    return tree_map(mark, OF_DEVICES.get(operation, operation)(*args, **kwargs))
 
 
 @contextmanager

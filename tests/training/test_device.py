@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import devices
 from tests.architectures import OWN, Bits, make_base
 from tests.devices import DEVICE, pretended
 from tests.training.rows import CLASSIFY, examples, make_run, random_lora, random_model, random_rows
@@ -19,11 +21,12 @@ from tunesmith.decoder.llama import Llama
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import RunDir
 from tunesmith.training import device, host, memory, native
+from tunesmith.training.attention import FlashRows
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.folded import FoldedLlama
 from tunesmith.training.frozen import PlainWeights
 from tunesmith.training.gradients import Learner, Lesson
-from tunesmith.training.kernels import Eager
+from tunesmith.training.kernels import Eager, Heads
 from tunesmith.training.loop import train
 from tunesmith.training.workers import Workers
 
@@ -86,8 +89,13 @@ def test_a_run_on_a_device_is_the_same_but_for_rounding(tmp_path: Path, base: Pa
         assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)
 
 
-def test_stopped_at_every_step_the_bytes_stay(tiny_base: Path, tmp_path: Path, pretend: None) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_stopped_at_every_step_the_bytes_stay(
+    tiny_base: Path, tmp_path: Path, pretend: None, precision: Literal["float32", "bfloat16"]
+) -> None:
     whole, halting = (_run(tmp_path / name, tiny_base, on=DEVICE, best_epoch=True) for name in ("whole", "halting"))
+    for run_dir in (whole, halting):
+        run_dir.write_spec(replace(run_dir.read_spec(), precision=precision))
     train(whole)
     while train(halting, stop_asked=lambda: True) is None:
         pass
@@ -108,6 +116,82 @@ def test_a_run_does_not_go_on_elsewhere(tiny_base: Path, tmp_path: Path, pretend
 def test_a_device_that_is_not_there_is_said(name: str) -> None:
     with pytest.raises(InvalidRequest, match=f"trained on {name}, .* it finds 0 .* TUNESMITH_TRAINER_DEVICE"):
         device.prepare(name)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the device was asked for attention over rows of any lengths, and for its gradient."""
+    found: Counter[str] = Counter()
+    for operation, compute in devices.OF_DEVICES.items():
+
+        def counted(*args: Any, compute: Callable[..., Any] = compute) -> Any:
+            found[compute.__name__.strip("_")] += 1
+            return compute(*args)
+
+        monkeypatch.setitem(devices.OF_DEVICES, operation, counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    "model",
+    [random_model(bias=True), random_model(heads=3, kv_heads=3), random_model(qk_norm=True, tied=False)],
+    ids=["grouped", "plain", "norms"],
+)
+def test_attention_over_rows_of_any_lengths_is_that_of_groups(
+    pretend: None, calls: Counter[str], model: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [(40, 3), (9, 1), (100, 20), (1, 1), (30, 2), (31, 1)]
+    there = model.over([weight.to(DEVICE) for weight in model.parameters()])
+    rows, found = random_rows(lengths), []
+    for by_groups in (True, False):
+        factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0, seed=3).to(torch.device(DEVICE)))
+        with Workers(1) as workers, monkeypatch.context() as patched:
+            if by_groups:
+                patched.setattr(device, "attention", lambda *_: None)
+            learner = Learner(there, factors.site_outputs, workers, beat=lambda: None, dtype=torch.bfloat16)
+            calls.clear()
+            (tally,) = learner.learn([Lesson(factors, rows, prompt_loss_weight=0.1, max_tokens=160)])
+        found.append((tally, factors.flat_gradient.to("cpu")))
+        passes = 2 * model.config.layers
+        assert calls == ({} if by_groups else {"flash": passes, "flash_backward": passes})
+    (one, gradient), (other, expected) = found
+    assert one.loss == pytest.approx(other.loss, abs=2e-3)
+    assert (gradient - expected).norm() < 0.02 * expected.norm()
+
+
+def _wrong(*args: Any) -> Any:
+    out, *rest = devices._flash(*args)
+    return (out * 1.1, *rest)
+
+
+def _by_chance(*args: Any) -> Any:
+    out, *rest = devices._flash(*args)
+    return (out + 1e-2 * torch.randn_like(out), *rest)
+
+
+def _missing(*args: Any) -> Any:
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (_wrong, "other numbers than attention by groups"),
+        (_by_chance, "other bits the second time"),
+        (_missing, "only supports Ampere"),
+    ],
+)
+def test_a_kernel_that_is_not_right_is_not_used(
+    pretend: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kernel: Any, reason: str
+) -> None:
+    asked = torch.device(DEVICE), torch.bfloat16, Heads(4, 2, 32)
+    device.attention.cache_clear()
+    assert isinstance(device.attention(*asked), FlashRows)
+    device.attention.cache_clear()
+    monkeypatch.setitem(devices.OF_DEVICES, torch.ops.torch_attn._varlen_attn.default, kernel)
+    assert device.attention(*asked) is None
+    assert reason in caplog.text
+    device.attention.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

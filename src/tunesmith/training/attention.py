@@ -34,6 +34,26 @@ class Attended(Protocol):
         """The gradient of `qkv`, from that of the output [N, H d], into the tokens of the group's rows."""
 
 
+class RowAttention(Protocol):
+    """Attention over rows of any lengths. Threads may share it."""
+
+    def attend(
+        self,
+        qkv: Tensor,
+        rows: RowGroup,
+        turn: Turn,
+        heads: Heads,
+        into: Tensor,
+        norms: HeadNorms | None = None,
+        asking_B: Tensor | None = None,
+    ) -> Attended:
+        """The output of each token of `rows`, which attends to itself and those before it, into `into` [N, H d].
+
+        `qkv` [N, (H + 2K) d] holds queries and keys without positions and norms. With `asking_B` [B] a row's outputs
+        before that place are of no use, and may be missing.
+        """
+
+
 def attend(
     kernels: Kernels,
     qkv: Tensor,
@@ -136,6 +156,61 @@ class _Fused:
         call.kernels.gather(spread, call.rows, call.turn, call.heads, into)
 
 
+def _ready(qkv_THd: Tensor, turn: Turn, heads: Heads, norms: HeadNorms | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys normed and turned, and values, of all heads side by side: [..., T, heads, d]."""
+    q, k, v = qkv_THd.split([heads.queries, heads.keys, heads.keys], -2)
+    if norms is not None:
+        q, k = (
+            F.rms_norm(x.float(), gain.shape, gain, norms.epsilon).to(x.dtype)
+            for x, gain in ((q, norms.q_d), (k, norms.k_d))
+        )
+    return turned(q, turn, 1.0), turned(k, turn, 1.0), v
+
+
+@dataclass(frozen=True, slots=True)
+class FlashRows:
+    """Implements `RowAttention` by torch's kernel for rows of any lengths, which needs 16 bits and a GPU.
+
+    One call for all of them, and no cell that is empty. `rows` follow one another without a gap.
+    """
+
+    def attend(
+        self,
+        qkv: Tensor,
+        rows: RowGroup,
+        turn: Turn,
+        heads: Heads,
+        into: Tensor,
+        norms: HeadNorms | None = None,
+        asking_B: Tensor | None = None,
+    ) -> Attended:
+        """See `RowAttention`."""
+        from torch.nn.attention.varlen import varlen_attn  # here: torch has had it since 2.10
+
+        given = qkv.detach().requires_grad_()
+        with torch.enable_grad():
+            q, k, v = _ready(given.unflatten(1, (-1, heads.width)), turn.at(rows.position_n), heads, norms)
+            lengths = (rows.edges, rows.edges, rows.cells, rows.cells)
+            grouped = heads.queries != heads.keys
+            out = varlen_attn(q, k, v.contiguous(), *lengths, window_size=(-1, 0), enable_gqa=grouped)
+        assert isinstance(out, Tensor)  # more only where more is asked for
+        into.copy_(out.detach().flatten(1))
+        return _Flash(given, out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flash:
+    given: Tensor
+    """[N, (H + 2K) d]"""
+    out: Tensor
+    """[N, H, d]"""
+
+    def backward(self, grad_N: Tensor, into: Tensor) -> None:
+        """See `Attended`."""
+        (of_given,) = torch.autograd.grad(self.out, self.given, grad_N.view(self.out.shape))
+        into.copy_(of_given)
+
+
 @dataclass(frozen=True, slots=True)
 class _Differentiated:
     """By torch's own choice of a kernel for the device, and its gradient by autograd."""
@@ -153,15 +228,8 @@ class _Differentiated:
         given = (qkv[rows.token_BT] * rows.real_BT[..., None]).requires_grad_()
         group = heads.queries // heads.keys
         with torch.enable_grad():
-            split = given.unflatten(2, (-1, heads.width)).split([heads.queries, heads.keys, heads.keys], 2)
-            q, k, v = split
-            if norms is not None:
-                q, k = (
-                    F.rms_norm(x.float(), gain.shape, gain, norms.epsilon).to(x.dtype)
-                    for x, gain in ((q, norms.q_d), (k, norms.k_d))
-                )
-            q, k = (turned(x, turn, rows.cells, 1.0) for x in (q, k))
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            cells = given.unflatten(2, (-1, heads.width))
+            q, k, v = (x.transpose(1, 2) for x in _ready(cells, turn.at(slice(rows.cells)), heads, norms))
             # Repeated by hand: in fp32 no kernel of CUDA but the one that has all scores in memory knows groups.
             k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)

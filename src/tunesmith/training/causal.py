@@ -38,7 +38,7 @@ def declare(library: ctypes.CDLL) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CausalRows:
-    """Attention over rows of any lengths. Threads may share it."""
+    """Implements `attention.RowAttention`."""
 
     library: ctypes.CDLL
 
@@ -52,11 +52,7 @@ class CausalRows:
         norms: HeadNorms | None = None,
         asking_B: Tensor | None = None,
     ) -> _Attended:
-        """The output of each token of `rows`, which attends to itself and those before it, into `into` [N, H d].
-
-        `qkv` [N, (H + 2K) d], fp32, holds queries and keys without positions and norms. With `asking_B` [B] a row's
-        outputs before that place are of no use, and may be missing.
-        """
+        """See `RowAttention`. All of it is fp32."""
         log_total = qkv.new_empty(heads.queries, len(qkv))
         attended = _Attended(self.library, qkv, rows, asking_B, turn, heads, norms, into, log_total)
         self.library.tunesmith_attend_rows(attended.native())

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import InvalidRequest
-from tunesmith.training.kernels import Eager, Kernels
+from tunesmith.training.attention import FlashRows, RowAttention, attend
+from tunesmith.training.kernels import Eager, Heads, Kernels, RowGroup, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ HELD_SHARE = 0.25
 anew, of those that the model has: the numbers are the same, and a step of few tokens takes longer."""
 _IN_ONE_ORDER: dict[str, Any] = {"deterministic": True, "split_reductions": False, "dynamic_scale_rblock": False}
 """Of the compiler: how a row is added up depends neither on a clock nor on how many there are."""
+LARGEST_DIFFERENCE = 0.02
+"""Between two ways to the same numbers in 16 bits, in shares of the largest."""
 _COMPILED = ("norm", "norm_backward", "swiglu", "loss")
 
 
@@ -54,7 +57,8 @@ def description(device: torch.device) -> str:
     """What decides last digits there, besides what is installed."""
     if device.type != "cuda":
         return device.type
-    return f"{device.type}: {torch.cuda.get_device_name(device)}, {type(kernels(device)).__name__.lower()}"
+    compiled = type(kernels(device)).__name__.lower()
+    return f"{device.type}: {torch.cuda.get_device_name(device)}, {compiled}, torch {torch.__version__}"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -80,6 +84,47 @@ def kernels(device: torch.device) -> Kernels:
     except Exception as error:  # its own compilers, a C compiler, Python's headers: much may be missing
         logger.warning("torch's compiler does not work here, and a step takes longer: %s", error)
         return Eager()
+
+
+@cache
+def attention(device: torch.device, dtype: torch.dtype, heads: Heads) -> RowAttention | None:
+    """All rows of a pass in one call, where torch has that for the device; None: in groups of similar ones."""
+    if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    try:
+        _hold_against_groups(FlashRows(), device, dtype, heads)
+        return FlashRows()
+    except Exception as error:  # an old GPU, an old torch, heads of a width that its kernel has not
+        logger.warning("attention over rows of any lengths does not work here, and a step takes longer: %s", error)
+        return None
+
+
+def _hold_against_groups(way: RowAttention, device: torch.device, dtype: torch.dtype, heads: Heads) -> None:
+    """Raises RuntimeError where it gives other numbers than attention by groups, or not the same bits twice."""
+    lengths = [1, 130, 17, 64]
+    end = sum(lengths)
+    starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))])
+    rows = RowGroup(starts, torch.tensor(lengths), max(lengths), end).to(device)
+    angle = torch.arange(max(lengths), device=device)[:, None] / torch.arange(1, heads.width // 2 + 1, device=device)
+    turn = Turn(angle.cos(), angle.sin())
+    chance = torch.Generator().manual_seed(0)
+    stacked, inner = (heads.queries + 2 * heads.keys) * heads.width, heads.queries * heads.width
+    qkv, grad_N = (torch.randn(end, width, generator=chance).to(device, dtype) for width in (stacked, inner))
+    found: list[tuple[Tensor, Tensor]] = []
+    for each in (way, way, None):
+        out_N, of_qkv = torch.zeros_like(grad_N), torch.zeros_like(qkv)
+        attended = (
+            attend(Eager(), qkv, rows, turn, heads, out_N)
+            if each is None
+            else each.attend(qkv, rows, turn, heads, out_N)
+        )
+        attended.backward(grad_N, of_qkv)
+        found.append((out_N, of_qkv))
+    for one, again, known in zip(*found, strict=True):
+        if not bool(torch.equal(one, again)):
+            raise RuntimeError("it gives other bits the second time")
+        if not bool((one.float() - known.float()).abs().max() <= LARGEST_DIFFERENCE * known.float().abs().max()):
+            raise RuntimeError("it gives other numbers than attention by groups")
 
 
 class Compiled(Eager):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunesmith.adapters.lora import Site as SiteName
 from tunesmith.decoder.llama import Llama
-from tunesmith.training.causal import CausalRows
+from tunesmith.training.attention import RowAttention
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.kernels import Kernels
 from tunesmith.training.loss import PlainHead, Scores, Weighed, score, score_frozen
@@ -36,7 +36,7 @@ class FrozenWeights(Protocol):
     """Whether a pass may hold pieces of several jobs."""
     grid: int | None
     """Tokens of a piece are rounded up to a multiple; None: as torch's products like it."""
-    attention: CausalRows | None
+    attention: RowAttention | None
     """For rows of any lengths; None: `training.attention`, for groups of similar ones."""
 
     def take(self, factors: TrainableLora, *, single: bool) -> None:
@@ -53,7 +53,6 @@ class PlainWeights:
     """Implements `FrozenWeights` by those of torch."""
 
     grid: int | None = None
-    attention: CausalRows | None = None
 
     def __init__(
         self,
@@ -63,12 +62,13 @@ class PlainWeights:
         kernels: Kernels,
         *,
         held: bool = True,
+        attention: RowAttention | None = None,
     ) -> None:
         """`site_outputs` are the outputs of each linear layer of each site (`TrainableLora.site_outputs`).
 
         `held`: see `sites.Base`.
         """
-        self.dtype = dtype
+        self.dtype, self.attention = dtype, attention
         on_processor = model.embedding_VD.device.type == "cpu"
         self.shares = on_processor and model.config.matrix_numbers <= MOST_SHARED_WEIGHTS
         self._model, self._kernels = model, kernels

@@ -22,7 +22,7 @@ from tunesmith.training.batches import Row
 from tunesmith.training.factors import FactorView, TrainableLora
 from tunesmith.training.folded import FoldedLlama, covers
 from tunesmith.training.frozen import FrozenWeights, PlainWeights
-from tunesmith.training.kernels import Kernels
+from tunesmith.training.kernels import Heads, Kernels
 from tunesmith.training.loss import Scores, score
 from tunesmith.training.metrics import Tally
 from tunesmith.training.native import available
@@ -98,7 +98,9 @@ class Learner:
                 free_bytes = partial(of_device.free_bytes, device) if device.type == "cuda" else None
                 dtype = torch.float32 if dtype == torch.int16 else dtype
                 held = of_device.has_room(device, model.config.matrix_numbers * dtype.itemsize)
-                plain = PlainWeights(model, site_outputs, dtype, chosen, held=held)
+                config = model.config
+                attention = of_device.attention(device, dtype, Heads(config.heads, config.kv_heads, config.head_width))
+                plain = PlainWeights(model, site_outputs, dtype, chosen, held=held, attention=attention)
                 self._by_hand = FoldedLlama(model, plain, chosen, free_bytes)
             elif kernels is None and dtype == torch.bfloat16 and step.covers(model):
                 self._by_hand = CompiledLlama(model)
@@ -140,14 +142,13 @@ class Learner:
                 [rows[index] for index in indices],
                 prompt_loss_weight=lesson.prompt_loss_weight,
                 max_tokens=lesson.max_tokens,
-                device=self._device,
             )
             for indices in dealt
         ]
         weight = sum(float(batch.weight_M.double().sum()) for batches in cut for batch in batches)
         views = lesson.factors.views(len(cut))
         return [
-            _Share(index, [Piece(batch, view, 1 / weight) for batch in batches], Tally())
+            _Share(index, [Piece(batch.to(self._device), view, 1 / weight) for batch in batches], Tally())
             for view, batches in zip(views, cut, strict=True)
         ]
 
@@ -162,9 +163,10 @@ class Learner:
 
     def _alone(self, share: _Share) -> None:
         share.pieces[0].view.begin()
-        for piece in share.pieces:
-            _, scores = self._scored([piece], single=True)
-            share.tally.add(piece.batch, scores)
+        # Counted last: to read what a device has computed is to wait for it.
+        scored = [(piece.batch, self._scored([piece], single=True)[1]) for piece in share.pieces]
+        for batch, scores in scored:
+            share.tally.add(batch, scores)
 
     def _scored(self, pieces: Sequence[Piece], *, single: bool) -> tuple[Pass, Scores]:
         assert self._by_hand is not None

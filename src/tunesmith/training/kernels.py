@@ -49,10 +49,12 @@ class RowGroup:
     """Which token each begins with."""
     length_B: Tensor
     cells: int
+    end: int | None = None
+    """Where the last one ends, if they begin with the first token and follow one another without a gap."""
 
     def to(self, device: torch.device) -> RowGroup:
         """The same group there."""
-        return RowGroup(self.start_B.to(device), self.length_B.to(device), self.cells)
+        return RowGroup(self.start_B.to(device), self.length_B.to(device), self.cells, self.end)
 
     @cached_property
     def real_BT(self) -> Tensor:
@@ -75,6 +77,18 @@ class RowGroup:
         """And which tokens they are."""
         return self.token_BT.flatten()[self.cell_n]
 
+    @cached_property
+    def edges(self) -> Tensor:
+        """Where each begins, and where the last ends, int32 [B + 1]: of rows without a gap."""
+        return torch.cat([self.start_B, self.start_B[-1:] + self.length_B[-1:]]).int()
+
+    @cached_property
+    def position_n(self) -> Tensor:
+        """How many tokens of its own row stand before each, one after another, of such rows."""
+        assert self.end is not None
+        first_n = self.start_B.repeat_interleave(self.length_B, output_size=self.end)
+        return torch.arange(self.end, device=self.start_B.device) - first_n
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -82,6 +96,10 @@ class Turn:
 
     cos: Tensor
     sin: Tensor
+
+    def at(self, positions: slice | Tensor) -> Turn:
+        """Those of some positions, which may be there more than once."""
+        return Turn(self.cos[positions], self.sin[positions])
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +188,7 @@ class Eager:
         """See `Kernels`."""
         cells = qkv[rows.token_BT].unflatten(2, (-1, heads.width)).mul_(rows.real_BT[..., None, None])
         q, k, v = cells.split([heads.queries, heads.keys, heads.keys], 2)
-        q, k = (turned(x, turn, rows.cells, 1.0) for x in (q, k))
+        q, k = (turned(x, turn.at(slice(rows.cells)), 1.0) for x in (q, k))
         return Spread(_stacked(q * heads.width**-0.5, heads.keys), _stacked(k, heads.keys), _stacked(v, heads.keys))
 
     def gather(self, spread: Spread, rows: RowGroup, turn: Turn, heads: Heads, into: Tensor) -> None:
@@ -178,7 +196,8 @@ class Eager:
         n_rows = len(rows.start_B)
         q = _unstacked(spread.q, n_rows, heads.queries) * heads.width**-0.5
         k, v = (_unstacked(x, n_rows, heads.keys) for x in (spread.k, spread.v))
-        cells = torch.cat([turned(q, turn, rows.cells, -1.0), turned(k, turn, rows.cells, -1.0), v], 2)
+        turn = turn.at(slice(rows.cells))
+        cells = torch.cat([turned(q, turn, -1.0), turned(k, turn, -1.0), v], 2)
         into[rows.token_n] = cells.flatten(2).flatten(0, 1)[rows.cell_n]
 
     def merge(self, out: Tensor, rows: RowGroup, heads: Heads, into: Tensor) -> None:
@@ -214,10 +233,10 @@ class Eager:
         return (log_total_M1 - wanted_M1).squeeze(1), (wanted_M1 == most_M1).squeeze(1)
 
 
-def turned(x_BTHd: Tensor, turn: Turn, cells: int, way: float) -> Tensor:
-    """Each pair (first, second) of the halves turned by the angle of its position, forth (1) or back (-1)."""
-    cos, sin = (x[:cells, None].to(x_BTHd.dtype) for x in (turn.cos, turn.sin * way))
-    first, second = x_BTHd.chunk(2, -1)
+def turned(x_THd: Tensor, turn: Turn, way: float) -> Tensor:
+    """Each pair (first, second) of the halves turned by its angle in `turn`, forth (1) or back (-1); [..., T, H, d]."""
+    cos, sin = (x[:, None].to(x_THd.dtype) for x in (turn.cos, turn.sin * way))
+    first, second = x_THd.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 

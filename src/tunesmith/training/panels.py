@@ -28,6 +28,7 @@ from tunesmith.decoder.llama import Llama
 from tunesmith.decoder.mapped import release
 from tunesmith.decoder.panels import HEADERS, Bits, Floats, Panels, Size, declare, sites
 from tunesmith.training import causal
+from tunesmith.training.attention import RowAttention
 from tunesmith.training.causal import CausalRows
 from tunesmith.training.factors import Pair, TrainableLora
 from tunesmith.training.frozen import Sites
@@ -170,7 +171,7 @@ class PanelWeights:
         The memory of weights in mapped files is given back as they are laid out.
         """
         self._kernels = kernels
-        self.attention: CausalRows | None = CausalRows(library)
+        self.attention: RowAttention | None = CausalRows(library)
         self._head = PanelHead(library, model.head_VD, bits)
         self._layers: list[dict[SiteName, PanelSite]] = []
         for layer, names, weights in zip(model.layers, model.config.layout.layers, sites(model), strict=True):

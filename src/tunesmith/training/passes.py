@@ -86,21 +86,25 @@ class Pass:
         return [group.to(device) for group in _row_groups(batches, [span.start for span in self.spans], squares)]
 
     def rows(self) -> RowGroup:
-        """All of them."""
+        """All of them. On a device without a gap: what is added behind a piece counts as more of its last row."""
         lengths = [length for piece in self.pieces for length in piece.batch.row_lengths]
         starts = [
             span.start + before
             for piece, span in zip(self.pieces, self.spans, strict=True)
             for before in accumulate(piece.batch.row_lengths[:-1], initial=0)
         ]
-        return RowGroup(torch.tensor(starts), torch.tensor(lengths), max(lengths))
+        device, end = self.token_ids_N.device, None
+        if device.type != "cpu":
+            end = len(self.token_ids_N)
+            lengths = [end - start for start, end in pairwise([*starts, end])]
+        return RowGroup(torch.tensor(starts), torch.tensor(lengths), max(lengths), end).to(device)
 
     def asking(self, rows: RowGroup) -> Tensor:
         """Of each of `rows`, all of them, the place of the first token that predicts something weighed [B].
 
         Its length without one.
         """
-        end = torch.tensor([len(self.token_ids_N)])
+        end = torch.tensor([len(self.token_ids_N)], device=self.predicting_M.device)
         predicting_M1 = torch.cat([self.predicting_M, end])
         first_B = predicting_M1[torch.searchsorted(self.predicting_M, rows.start_B)] - rows.start_B
         return first_B.minimum(rows.length_B)
