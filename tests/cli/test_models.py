@@ -14,6 +14,7 @@ import pytest
 from tests.core import hub as local
 from tunesmith.cli.main import main
 from tunesmith.core.catalogue import hub_folder, read_catalogue
+from tunesmith.core.pull import pulling
 
 COMMIT = local.COMMIT
 
@@ -194,10 +195,18 @@ def test_what_is_not_quantized_is_said_and_nothing_left(
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "bases" / "taken").mkdir(parents=True)
+    (tmp_path / "bases" / "mine-4bit.part").mkdir()  # the name of another base
     entries = f'[mine]\nfolder = "{tiny_base}"\n[odd]\nfolder = "odd"\n[gone]\nfolder = "/nowhere"\n'
     entries += f'[away]\nhub = "org/away"\nrevision = "{COMMIT}"\n'
     (tmp_path / "bases.toml").write_text(entries)
     assert main(["models", "quantize", *asked, "--home", str(tmp_path)]) == 2
     assert reason in capsys.readouterr().err
     assert (tmp_path / "bases.toml").read_text() == entries
-    assert [path.name for path in (tmp_path / "bases").iterdir()] == ["taken"]
+    assert {path.name for path in (tmp_path / "bases").iterdir()} - {".pull.lock"} == {"taken", "mine-4bit.part"}
+
+
+def test_one_base_is_added_at_a_time(tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bases.toml").write_text(f'[mine]\nfolder = "{tiny_base}"\n')
+    with pulling(tmp_path):
+        assert main(["models", "quantize", "mine", "--home", str(tmp_path)]) == 1
+    assert "Another base is being added" in capsys.readouterr().err

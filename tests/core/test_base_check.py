@@ -25,6 +25,15 @@ from tunesmith.decoder.llama import MODEL_TYPES, LlamaConfig
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+FOURBIT = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+DOWN, EMBEDDING = "model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"
+
+
+def packed(name: str) -> dict[str, Any]:
+    """What stands for a weight in 4 bits, as far as headers tell."""
+    return {name: np.zeros((1024, 1), np.uint8), f"{name}.quant_state.bitsandbytes__nf4": np.zeros(9, np.uint8)}
+
+
 @pytest.fixture
 def home(tmp_path: Path, tiny_base: Path) -> Path:
     """A home whose only entry, `mine`, is a copy of the tiny base."""
@@ -141,6 +150,18 @@ def forget_the_end(definition: dict[str, Any]) -> None:
             r"modeling_x\.py.*never run here",
         ),
         (configure(quantization_config={"bits": 4}), "error: the weights are quantised"),
+        (
+            weights(lambda t: t.update({DOWN: np.zeros((64, 32), np.float32)})),
+            r"error: model\.layers\.1\.mlp\.down_proj\.weight has the shape \[64, 32\], and config",
+        ),
+        (
+            weights(lambda t: t.update(packed(DOWN))),
+            r"error: model\.layers\.1\.mlp\.down_proj\.weight is stored as U8: quant",
+        ),
+        (
+            lambda folder: [configure(**FOURBIT)(folder), weights(lambda t: t.update(packed(EMBEDDING)))(folder)],
+            r"error: model\.embed_tokens\.weight is stored as U8: quant",
+        ),
         (
             configure(model_type="gemma2", attn_logit_softcapping=50.0),
             r"error: its scores are soft-capped \(attn_logit",

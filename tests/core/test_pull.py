@@ -354,7 +354,7 @@ def test_names(home: Path, remote: local.Hub) -> None:
 
 
 def test_two_pulls_at_once(home: Path, remote: local.Hub) -> None:
-    with pulling(home), pytest.raises(PullFailed, match="Another pull is under way"):
+    with pulling(home), pytest.raises(PullFailed, match="Another base is being added"):
         get(home, remote)
 
 

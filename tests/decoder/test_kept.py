@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from tests.architectures import FOREIGN, OWN, fourbit_network, make_base
 from tunesmith.decoder import loading
+from tunesmith.decoder.fourbit import pack
 from tunesmith.decoder.llama import KeptLayers, Llama
 from tunesmith.decoder.quantizing import INDEX, quantize
 from tunesmith.decoder.saving import save_checkpoint
@@ -23,6 +26,7 @@ from tunesmith.tokenizer import Tokenizer
 
 IDS = torch.arange(100, 140)
 GATE = "model.layers.1.mlp.gate_proj.weight"
+STATE = f"{GATE}.quant_state.bitsandbytes__nf4"
 
 
 def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None) -> Tensor:
@@ -69,10 +73,16 @@ def test_lean_weights_are_the_same_to_the_bit(tmp_path: Path, bits: Any) -> None
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) and one[name].dtype == torch.float32 for name in one)
     assert torch.equal(lean.layers[1:][0].down, model.layers[1].down)
-    # A copy that is for computing is gone with whoever asked.
-    if bits != 32:
-        assert lean.layers[0].down.data_ptr() != lean.layers[0].o.data_ptr()
-        assert lean.layers[0] is not lean.layers[0]
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_what_is_made_of_lean_weights_is_gone_with_whoever_asked(tmp_path: Path, bits: Any) -> None:
+    lean = loaded(make_base(tmp_path / "base", OWN["qwen3"], bits=bits), lean=True)
+    asked = [lean.layers[0].down, lean.matrix(1, "qkv", torch.float32)]
+    made = [weakref.ref(weight) for weight in asked]
+    assert all(weight() is not None for weight in made)
+    asked.clear()
+    assert all(weight() is None for weight in made)
 
 
 def test_quantizing_packs_what_transformers_packs(tmp_path: Path) -> None:
@@ -106,38 +116,57 @@ def test_shards_and_bf16_are_quantized_one_by_one(tmp_path: Path) -> None:
     sharded.mkdir()
     names = sorted(state)
     for number, part in enumerate((names[::2], names[1::2])):
-        save_file({name: state[name] for name in part}, sharded / f"model-{number}.safetensors", {"format": "pt"})
+        save_file({name: state[name] for name in part}, sharded / f"part ({number}).safetensors", {"format": "pt"})
     (sharded / "config.json").write_bytes((whole / "config.json").read_bytes())
     for name in ("whole", "sharded"):
         quantize(tmp_path / name, tmp_path / f"{name}-4bit", lambda *told: None)
     models = [loaded(tmp_path / f"{name}-4bit") for name in ("whole", "sharded")]
     assert torch.equal(logits(models[0]), logits(models[1]))
     files = json.loads((tmp_path / "sharded-4bit" / INDEX).read_text())["weight_map"]
-    assert files[GATE] == files[f"{GATE}.absmax"] == f"model-{names.index(GATE) % 2}.safetensors"
+    assert files[GATE] == files[f"{GATE}.absmax"] == f"model-0000{names.index(GATE) % 2 + 1}-of-00002.safetensors"
     rounded = models[0].layers[0].down
     assert torch.equal(rounded, rounded.bfloat16().float())  # what was packed was bf16, and so is what comes out
 
 
 def test_what_cannot_be_quantized_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="4 bits are for the Llama family alone"):
+    with pytest.raises(ValueError, match="model_type 'gpt2' is not one of llama, mistral"):
         quantize(make_base(tmp_path / "gpt2", FOREIGN["gpt2"]), tmp_path / "out", lambda *told: None)
     base = make_base(tmp_path / "base", OWN["llama"])
     state = load_file(base / "model.safetensors")
     for broken, told in (
         (state | {GATE: state[GATE].to(torch.int8)}, "gate_proj.weight is stored as torch.int8"),
         ({name: weight for name, weight in state.items() if name != GATE}, f"lack {GATE}"),
+        (state | {GATE: state[GATE].T.contiguous()}, f"{GATE} has the shape"),
+        (state | {GATE: state[GATE] / 0}, f"{GATE} has numbers that are not finite"),
     ):
         save_file(broken, base / "model.safetensors")
         with pytest.raises(ValueError, match=told):
             quantize(base, tmp_path / told, lambda *told: None)
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+        quantize(base, tmp_path / "torn", lambda *told: None)
+    for config, told in (("[]", "no JSON object"), ('{"model_type": "llama"}', "has no "), ("{", "Expecting")):
+        (base / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=told):
+            quantize(base, tmp_path / "odd", lambda *told: None)
+    (base / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        quantize(base, tmp_path / "odd", lambda *told: None)
+    assert not (tmp_path / "odd").exists()
 
 
-def test_written_whole_again_it_is_a_plain_checkpoint(tmp_path: Path, fourbit: Path) -> None:
-    model = loaded(fourbit, lean=True)
-    save_checkpoint(model, tmp_path / "whole", fourbit)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_written_whole_again_it_is_a_plain_checkpoint(tmp_path: Path, bits: Any) -> None:
+    base = make_base(tmp_path / "base", OWN["llama"], bits=bits)
+    model = loaded(base, lean=True)
+    save_checkpoint(model, tmp_path / "whole", base)
     again = loaded(tmp_path / "whole", lean=True)
     assert not isinstance(again.layers, KeptLayers)
     assert torch.equal(logits(again), logits(model))
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")  # of what dtype it is, the checkpoint says
+    assert network.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(network(IDS[None]).logits[0], logits(model), atol=1e-4, rtol=0)
 
 
 State = dict[str, Tensor]
@@ -147,9 +176,8 @@ def described(**changes: Any) -> Callable[[State], None]:
     """A change of what the JSON of a matrix says of it."""
 
     def change(state: State) -> None:
-        name = f"{GATE}.quant_state.bitsandbytes__nf4"
-        content = json.dumps(json.loads(bytes(state[name].tolist())) | changes).encode()
-        state[name] = torch.tensor(list(content), dtype=torch.uint8)
+        content = json.dumps(json.loads(bytes(state[STATE].tolist())) | changes).encode()
+        state[STATE] = torch.tensor(list(content), dtype=torch.uint8)
 
     return change
 
@@ -164,17 +192,25 @@ def changed(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], 
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        (changed("", lambda codes: codes[:-1].clone()), "it has 767 bytes"),
-        (changed(".absmax", lambda each: each[:-1].clone()), "absmax has 23 numbers of torch.float32"),
-        (changed(".absmax", lambda each: each.double()), "absmax has 24 numbers of torch.float64"),
-        (changed(".quant_map", lambda code: code[:8].clone()), "quant_map has 8 numbers"),
+        (changed("", lambda codes: codes[:-1].clone()), "its bytes are 767 numbers"),
+        (changed("", lambda codes: codes.view(torch.int8)), "its bytes are 768 numbers of torch.int8"),
+        (
+            changed("", lambda codes: codes.flatten().view(torch.bfloat16)),
+            "its bytes are 384 numbers of torch.bfloat16",
+        ),
+        (changed(".absmax", lambda each: each[:-1].clone()), "absmax are 23 numbers of torch.float32"),
+        (changed(".absmax", lambda each: each.double()), "absmax are 24 numbers of torch.float64"),
+        (changed(".quant_map", lambda code: code[:8].clone()), "quant_map are 8 numbers"),
         (changed(".quant_map", lambda code: code.flip(0)), "its quant_map is not that of nf4"),
-        (lambda state: state.pop(f"{GATE}.absmax"), "it comes with quant_map, quant_state"),
-        (lambda state: state.update({f"{GATE}.more": torch.ones(1)}), "it comes with absmax, more"),
-        (lambda state: state.pop(f"{GATE}.quant_state.bitsandbytes__nf4"), "it has no quant_state"),
+        (lambda state: state.pop(f"{GATE}.absmax"), "it comes with quant_map$"),
+        (lambda state: state.update({STATE.replace("nf4", "fp4"): state[STATE].clone()}), "it has two quant_states"),
+        (lambda state: state.update({STATE: torch.tensor(list(b"[" * 4000), dtype=torch.uint8)}), "is no JSON object"),
+        (lambda state: state.update({STATE: torch.ones(9)}), "its quant_state is no JSON object"),
         (described(shape=[32, 48]), r"its quant_state has the shape \[32, 48\]"),
         (described(blocksize=1), "its quant_state has the blocksize 1"),
         (described(blocksize="64"), "its quant_state has the blocksize '64'"),
+        (described(blocksize=64.0), "its quant_state has the blocksize 64.0"),
+        (described(dtype=[]), r"its quant_state has the dtype \[\]"),
         (described(dtype="load"), "its quant_state has the dtype 'load'"),
         (described(quant_type="fp4"), "its quant_state is of 'fp4'"),
         (described(padding=" " * 5000), "its quant_state is no JSON object"),
@@ -182,15 +218,70 @@ def changed(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[State], 
             lambda state: state.update({f"{GATE}.nested_absmax": torch.ones(1)}),
             "its quant_state has the nested_blocksize None",
         ),
+        (lambda state: state.pop(STATE), None),
     ],
 )
 def test_a_matrix_that_does_not_fit_together_is_refused(
-    fourbit: Path, change: Callable[[State], object], rule: str
+    fourbit: Path, change: Callable[[State], object], rule: str | None
 ) -> None:
     state = load_file(fourbit / "model.safetensors")
     change(state)
     save_file(state, fourbit / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"^{GATE} is no matrix of 4 bits and shape \[48, 32\]: {rule}"):
+    told = rf"{GATE} is no matrix of 4 bits and shape \[48, 32\]: .*{rule}"
+    if rule is None:
+        told = rf"{GATE} has the shape \[768, 1\] of uint8, and config.json says \[48, 32\]"
+    for lean in (False, True):
+        with pytest.raises(ValueError, match=f"^{told}"):
+            loading.load(fourbit, lean=lean)
+
+
+def test_what_the_description_says_besides_is_not_believed(fourbit: Path) -> None:
+    expected = logits(loaded(fourbit))
+    state = load_file(fourbit / "model.safetensors")
+    described(absmax=[0.0], quant_map=[1.0], more="x")(state)
+    save_file(state, fourbit / "model.safetensors")
+    assert torch.equal(logits(loaded(fourbit)), expected)
+
+
+def test_no_other_matrix_is_taken_for_one_in_4_bits(fourbit: Path) -> None:
+    state = load_file(fourbit / "model.safetensors")
+    packed = pack("lm_head.weight", state["lm_head.weight"])
+    save_file(state | packed, fourbit / "model.safetensors")
+    for lean in (False, True):
+        with pytest.raises(
+            ValueError, match=r"^lm_head.weight has the shape \[\d+, 1\] of uint8, and config.json says"
+        ):
+            loading.load(fourbit, lean=lean)
+
+
+def test_4_bits_that_the_config_does_not_declare_are_refused(fourbit: Path) -> None:
+    config = json.loads((fourbit / "config.json").read_text())
+    del config["quantization_config"]
+    (fourbit / "config.json").write_text(json.dumps(config))
+    for lean in (False, True):
+        with pytest.raises(ValueError, match=r"weight has the shape \[\d+, 1\] of uint8, and config.json says"):
+            loading.load(fourbit, lean=lean)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_no_weight_has_another_shape_than_the_config_says(tmp_path: Path, bits: Any) -> None:
+    """Compiled code goes by the config."""
+    base = make_base(tmp_path / "base", OWN["qwen3"], bits=bits)
+    state = load_file(base / "model.safetensors")
+    names = [name for name in state if ".weight." not in name and state[name].dtype != torch.uint8]
+    assert len(names) > 5
+    for name in names:
+        save_file(state | {name: state[name][:-1].clone()}, base / "model.safetensors")
+        for lean in (False, True):
+            with pytest.raises(ValueError, match=f"^{name} has the shape .*, and config.json says"):
+                loading.load(base, lean=lean)
+
+
+@pytest.mark.parametrize("layers", [0, 10**15, "2", 1.0])
+def test_a_number_of_layers_that_is_none_is_refused_at_once(fourbit: Path, layers: Any) -> None:
+    config = json.loads((fourbit / "config.json").read_text())
+    (fourbit / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    with pytest.raises(ValueError, match="is no number of layers"):
         loading.load(fourbit)
 
 
@@ -198,7 +289,9 @@ def test_a_matrix_that_does_not_fit_together_is_refused(
     ("nested", "rule"),
     [
         ({"nested_dtype": "load"}, "has the nested_dtype 'load'"),
-        ({"nested_offset": "0"}, "has no nested_offset"),
+        ({"nested_offset": "0"}, "has the nested_offset '0'"),
+        ({"nested_offset": float("nan")}, "has the nested_offset nan"),
+        ({"nested_blocksize": 256.0}, "has the nested_blocksize 256.0"),
         ({"nested_blocksize": 3}, "has the nested_blocksize 3"),
     ],
 )

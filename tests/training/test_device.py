@@ -26,8 +26,9 @@ from tunesmith.training.factors import TrainableLora
 from tunesmith.training.folded import FoldedLlama
 from tunesmith.training.frozen import PlainWeights
 from tunesmith.training.gradients import Learner, Lesson
-from tunesmith.training.kernels import Eager, Heads
+from tunesmith.training.kernels import Eager
 from tunesmith.training.loop import train
+from tunesmith.training.sites import SharedSite
 from tunesmith.training.workers import Workers
 
 ROUNDING = 5e-4
@@ -148,6 +149,7 @@ def test_attention_over_rows_of_any_lengths_is_that_of_groups(
         with Workers(1) as workers, monkeypatch.context() as patched:
             if by_groups:
                 patched.setattr(device, "attention", lambda *_: None)
+            device._attention.cache_clear()
             learner = Learner(there, factors.site_outputs, workers, beat=lambda: None, dtype=torch.bfloat16)
             calls.clear()
             (tally,) = learner.learn([Lesson(factors, rows, prompt_loss_weight=0.1, max_tokens=160)])
@@ -184,14 +186,50 @@ def _missing(*args: Any) -> Any:
 def test_a_kernel_that_is_not_right_is_not_used(
     pretend: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kernel: Any, reason: str
 ) -> None:
-    asked = torch.device(DEVICE), torch.bfloat16, Heads(4, 2, 32)
-    device.attention.cache_clear()
-    assert isinstance(device.attention(*asked), FlashRows)
-    device.attention.cache_clear()
-    monkeypatch.setitem(devices.OF_DEVICES, torch.ops.torch_attn._varlen_attn.default, kernel)
-    assert device.attention(*asked) is None
+    model = random_model()
+    there = model.over([weight.to(DEVICE) for weight in model.parameters()])
+    told = []
+    for op in (devices._flash, kernel):
+        monkeypatch.setitem(devices.OF_DEVICES, torch.ops.torch_attn._varlen_attn.default, op)
+        device._attention.cache_clear()
+        assert isinstance(device.attention(there, torch.bfloat16), FlashRows) == (op is devices._flash)
+        told.append(device.description(there, torch.bfloat16))
     assert reason in caplog.text
-    device.attention.cache_clear()
+    assert ["rows" in each for each in told] == [True, False]  # a run that began with one does not go on with the other
+    device._attention.cache_clear()
+
+
+def test_where_memory_ran_out_it_is_not_settled(pretend: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    there = model.over([weight.to(DEVICE) for weight in model.parameters()])
+
+    def short(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    device._attention.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setitem(devices.OF_DEVICES, torch.ops.torch_attn._varlen_attn.default, short)
+        with pytest.raises(torch.OutOfMemoryError):
+            device.attention(there, torch.bfloat16)
+    assert isinstance(device.attention(there, torch.bfloat16), FlashRows)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_learner_holds_weights_where_there_is_room(
+    pretend: None, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    model = random_model()
+    there = model.over([weight.to(DEVICE) for weight in model.parameters()])
+    factors = TrainableLora(random_lora(model.config.layout, rank=4, alpha=8.0, seed=3).to(torch.device(DEVICE)))
+    asked: list[int] = []
+    monkeypatch.setattr(device, "has_room", lambda _, n_bytes: asked.append(n_bytes) or room)
+    with Workers(1) as workers:
+        learner = Learner(there, factors.site_outputs, workers, beat=lambda: None, dtype=torch.bfloat16)
+    assert asked == [2 * sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)]
+    assert isinstance(learner._by_hand, FoldedLlama)
+    (site, *_) = learner._by_hand._weights.layers(single=False)[0].values()
+    assert isinstance(site, SharedSite)
+    assert (site.base() is site.base()) == room
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

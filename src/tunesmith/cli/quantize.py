@@ -13,6 +13,7 @@ from tunesmith.core import box
 from tunesmith.core.bases import BOX_NAMES
 from tunesmith.core.catalogue import FILE, NAME, put, read_catalogue
 from tunesmith.core.checkpoint_folder import sha256_of
+from tunesmith.core.pull import pulling
 from tunesmith.decoder.quantizing import quantize
 from tunesmith.rundir import sync_folder
 
@@ -24,25 +25,25 @@ def quantize_model(args: argparse.Namespace, output: Output) -> int:
     name = args.alias or f"{args.base}-4bit"
     _check_name(home, name)
     out = home / "bases" / name
-    beside = out.with_name(out.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)  # of one that was killed
-    try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        quantize(folder, beside, lambda file, before, after: output.say(f"{file}: {before:,} bytes -> {after:,}"))
-        sha256 = {path.name: sha256_of(path) for path in sorted(beside.iterdir())}
-        sync_folder(beside)
-        beside.rename(out)
-        sync_folder(out.parent)
-    except ValueError as error:
-        raise UsageError(f"{args.base} cannot be brought to 4 bits: {error}.") from error
-    except OSError as error:
-        raise UsageError(f"{error.filename or out} cannot be written: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    try:
-        put(home, name, {"folder": str(out.relative_to(home)), **keys}, sha256)
-    except ValueError as error:
-        raise UsageError(f"The weights are in {out}. {error}") from error
+    beside = out.with_name(f".quantizing-{name}")
+    with pulling(home):
+        try:
+            shutil.rmtree(beside, ignore_errors=True)  # of one that was killed
+            quantize(folder, beside, lambda file, before, after: output.say(f"{file}: {before:,} bytes -> {after:,}"))
+            sha256 = {path.name: sha256_of(path) for path in sorted(beside.iterdir())}
+            sync_folder(beside)
+            beside.rename(out)
+            sync_folder(out.parent)
+        except ValueError as error:
+            raise UsageError(f"{args.base} cannot be brought to 4 bits: {error}.") from error
+        except OSError as error:
+            raise UsageError(f"{error.filename or out} cannot be written: {error.strerror}.") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        try:
+            put(home, name, {"folder": str(out.relative_to(home)), **keys}, sha256)
+        except ValueError as error:
+            raise UsageError(f"The weights are in {out}. {error}") from error
     if output.machine:
         output.show({"name": name, "base": args.base, "folder": str(out), "sha256": sha256})
     where = "" if args.home is None else f" --home {shlex.quote(args.home)}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.core import box
-from tunesmith.core.architectures import TRIED_TYPES, Architecture, ForwardPass, architecture_of
+from tunesmith.core.architectures import TRIED_TYPES, Architecture, ForwardPass, architecture_of, is_fourbit
 from tunesmith.core.bases import BOX_NAMES, DEFAULT_LEARNING_RATE, LONGEST_EXAMPLE_TOKENS
 from tunesmith.core.catalogue import Entry, read_catalogue
 from tunesmith.core.checkpoint_folder import (
@@ -30,7 +30,7 @@ from tunesmith.tokenizer import Tokenizer
 FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
 """What the token embedding is called in the families of transformers."""
-FOURBIT = re.compile(r"(.+\.weight)\.quant_state\.bitsandbytes__(nf4|fp4)")
+FOURBIT = re.compile(r"(model\.layers\..+\.weight)\.quant_state\.bitsandbytes__(nf4|fp4)")
 """What says that a weight is in 4 bits; see `decoder/fourbit.py`."""
 SPARE_ROWS = 1_024
 """Matrices are padded to round numbers of rows, by some hundreds at most; more means another tokenizer's model."""
@@ -122,7 +122,7 @@ def _check_folder(report: Report, entry: Entry | None) -> None:
     if entry is not None and entry.hub is not None:
         _check_links(report)
     config = _config(report)
-    tensors = _tensors(report)
+    tensors = _tensors(report, config)
     vocabulary_size = _tokenizer(report)
     _digests(report, entry)
     if config is not None:
@@ -161,7 +161,7 @@ def _config(report: Report) -> dict[str, Any] | None:
     return config
 
 
-def _tensors(report: Report) -> dict[str, Tensor]:
+def _tensors(report: Report, config: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """All tensors of the folder by name; empty where that cannot be told."""
     files = sorted(report.folder.glob("*.safetensors"))
     try:
@@ -194,7 +194,7 @@ def _tensors(report: Report) -> dict[str, Tensor]:
     if not whole:
         return {}
     elements = Counter[str]()
-    packed = {match[1]: match[2] for name in tensors if (match := FOURBIT.fullmatch(name))}
+    packed = _packed(config, tensors)
     for name, tensor in tensors.items():
         if name in packed:
             elements[packed[name].upper()] += 2 * tensor.elements  # a byte holds two
@@ -207,6 +207,14 @@ def _tensors(report: Report) -> dict[str, Tensor]:
     if odd := [name for name, tensor in weights.items() if tensor.dtype not in FLOATS]:
         report.error(f"{_some(odd)} is stored as {tensors[odd[0]].dtype}: quantised weights are not computed here")
     return tensors
+
+
+def _packed(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The matrices of layers that are in 4 bits, and of which kind; no other is computed."""
+    if config is None or not is_fourbit(config):
+        return {}
+    kinds = {match[1]: match[2] for name in tensors if (match := FOURBIT.fullmatch(name))}
+    return {name: kind for name, kind in kinds.items() if name in tensors and tensors[name].dtype == "U8"}
 
 
 def _tokenizer(report: Report) -> int | None:
@@ -254,22 +262,41 @@ def _check_names(report: Report, config: Mapping[str, Any], tensors: Mapping[str
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
         report.error(f"{CONFIG} has num_hidden_layers {layers!r}, which is no number of layers")
-    elif missing := [name for name in _llama_names(config, layers) if name not in tensors]:
+        return
+    shapes = _llama_shapes(config, layers)
+    if missing := [name for name in shapes if name not in tensors]:
         report.error(f"the weights lack {_some(missing)}")
+    packed = _packed(config, tensors)
+    for name, shape in shapes.items():
+        if name in tensors and name not in packed and tensors[name].shape != shape and None not in shape:
+            has = list(tensors[name].shape)
+            report.error(f"{name} has the shape {has}, and {CONFIG} says {list(shape)}")
+            return  # the others are as wrong, and many
 
 
-def _llama_names(config: Mapping[str, Any], layers: int) -> Iterator[str]:
+def _llama_shapes(config: Mapping[str, Any], layers: int) -> dict[str, tuple[int | None, ...]]:
+    """Of every weight that our own forward pass needs; None where the config does not tell."""
     kind = config["model_type"]
-    parts = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    parts += [f"self_attn.{part}_proj.weight" for part in "qkvo"]
-    parts += [f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
-    parts += [f"self_attn.{part}_proj.bias" for part in "qkv"] if kind == "qwen2" else []
-    parts += [f"self_attn.{part}_norm.weight" for part in "qk"] if kind == "qwen3" else []
-    yield from ("model.embed_tokens.weight", "model.norm.weight")
-    if not config.get("tie_word_embeddings", False):
-        yield "lm_head.weight"
+    width, inner, heads = (_number(config, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    keys, vocabulary = _number(config, "num_key_value_heads") or heads, _number(config, "vocab_size")
+    head = _number(config, "head_dim") or (width // heads if width and heads else None)
+    counts = {"q": heads, "k": keys, "v": keys}
+    of_heads = {part: count * head if count and head else None for part, count in counts.items()}
+    parts: dict[str, tuple[int | None, ...]] = {"input_layernorm.weight": (width,)}
+    parts |= {"post_attention_layernorm.weight": (width,), "self_attn.o_proj.weight": (width, of_heads["q"])}
+    parts |= {f"self_attn.{part}_proj.weight": (size, width) for part, size in of_heads.items()}
+    parts |= {f"mlp.{part}_proj.weight": (inner, width) for part in ("gate", "up")}
+    parts["mlp.down_proj.weight"] = (width, inner)
+    if kind == "qwen2":
+        parts |= {f"self_attn.{part}_proj.bias": (size,) for part, size in of_heads.items()}
+    if kind == "qwen3":
+        parts |= {f"self_attn.{part}_norm.weight": (head,) for part in "qk"}
+    shapes: dict[str, tuple[int | None, ...]] = {"model.norm.weight": (width,)}
+    outside = ["model.embed_tokens.weight"] + ([] if config.get("tie_word_embeddings") else ["lm_head.weight"])
+    shapes |= dict.fromkeys(outside, (vocabulary, width))
     for layer in range(layers):
-        yield from (f"model.layers.{layer}.{part}" for part in parts)
+        shapes |= {f"model.layers.{layer}.{part}": shape for part, shape in parts.items()}
+    return shapes
 
 
 def _check_rows(report: Report, config: Mapping[str, Any], tensors: Mapping[str, Tensor], vocabulary_size: int) -> None:

@@ -92,7 +92,9 @@ def put(home: Path, name: str, keys: Mapping[str, str | int | float], sha256: Ma
         understood = tomllib.loads(after) == expected
     except tomllib.TOMLDecodeError:
         understood = False
-    if not understood:
+    if understood:  # what nobody could read afterwards is not written
+        _entry(home, name, expected[name])
+    else:
         lines = "\n".join(["", *_lines(name, keys), *_digest_lines(name, sha256)])
         raise ValueError(f"{path} writes [{name}] in a way that is not edited here. Put this in its place:\n{lines}")
     write_bytes(path, after.encode())

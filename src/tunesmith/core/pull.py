@@ -63,7 +63,7 @@ class Pulled:
 
 @contextmanager
 def pulling(home: Path) -> Iterator[None]:
-    """Holds the home for one pull: two would write the same files.
+    """Holds the home for one pull, or for another that adds a base: two would write the same files.
 
     Raises PullFailed where one is under way, and for what the disk refuses meanwhile.
     """
@@ -73,7 +73,7 @@ def pulling(home: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise PullFailed(f"Another pull is under way in {home}. Wait until it has ended.") from None
+                raise PullFailed(f"Another base is being added in {home}. Wait until that has ended.") from None
             yield
     except OSError as error:
         raise PullFailed(

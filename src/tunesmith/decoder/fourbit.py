@@ -17,19 +17,19 @@ Legend: O, I = outputs and inputs of a matrix.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunesmith.decoder.llama import LlamaConfig, matrix_names
-
 TYPE = "nf4"
 BLOCK = 64
 """Numbers that share a largest one, in what is packed here."""
 _STATES = {"bitsandbytes__nf4": "nf4", "bitsandbytes__fp4": "fp4"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MOST_STATE_BYTES = 4096
 
@@ -82,74 +82,87 @@ def pack(name: str, weight_OI: Tensor) -> dict[str, Tensor]:
     return {name: codes} | {f"{name}.{part}": tensor.clone() for part, tensor in parts.items()}  # some are shared
 
 
-def gather(config: LlamaConfig, tensors: Mapping[str, Tensor], device: str) -> dict[str, FourBit]:
-    """The matrices among the tensors of a checkpoint that are in 4 bits, by name, on `device`.
+def is_packed(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the matrix of this name is in 4 bits."""
+    return any(f"{name}.quant_state.{kind}" in tensors for kind in _STATES)
+
+
+def take(name: str, shape: tuple[int, int], tensors: dict[str, Tensor], device: str) -> FourBit:
+    """A matrix in 4 bits out of the tensors of a checkpoint, on `device`.
 
     The checkpoint may be a stranger's: nothing is handed on that does not fit together. Raises ValueError.
     """
-    found: dict[str, FourBit] = {}
-    for index in range(config.layers):
-        sites = config.layout.layers[index]
-        for site, names in matrix_names(config, index).items():
-            for name, linear in zip(names, sites[site], strict=True):
-                if name in tensors and tensors[name].dtype == torch.uint8:
-                    prefix = f"{name}."
-                    parts = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
-                    found[name] = _read(name, tensors[name], parts, (linear.outputs, linear.inputs), device)
-    return found
 
-
-def _read(name: str, codes: Tensor, parts: dict[str, Tensor], shape: tuple[int, int], device: str) -> FourBit:
     def hold(condition: bool, rule: str) -> None:
         if not condition:
             raise ValueError(f"{name} is no matrix of 4 bits and shape {list(shape)}: {rule}")
 
-    kinds = [key for key in parts if key.startswith("quant_state.")]
-    hold(len(kinds) == 1 and kinds[0].removeprefix("quant_state.") in _STATES, "it has no quant_state of nf4 or fp4")
-    kind = _STATES[kinds[0].removeprefix("quant_state.")]
-    state = _object(parts[kinds[0]])
-    hold(state is not None, "its quant_state is no JSON object")
-    assert state is not None
-    numbers, block = shape[0] * shape[1], state.get("blocksize")
-    hold(state.get("quant_type") == kind, f"its quant_state is of {state.get('quant_type')!r}")
-    hold(state.get("shape") == list(shape), f"its quant_state has the shape {state.get('shape')!r}")
-    hold(state.get("dtype") in _DTYPES, f"its quant_state has the dtype {state.get('dtype')!r}")
-    hold(block in _BLOCKS, f"its quant_state has the blocksize {block!r}")
-    assert isinstance(block, int)
-    hold(codes.numel() == -(-numbers // 2), f"it has {codes.numel()} bytes")
-    expected = {kinds[0]: (parts[kinds[0]].numel(), torch.uint8), "quant_map": (16, torch.float32)}
+    codes, kinds = tensors.pop(name), [kind for kind in _STATES if f"{name}.quant_state.{kind}" in tensors]
+    hold(len(kinds) == 1, "it has two quant_states")
+    described, kind = _object(tensors.pop(f"{name}.quant_state.{kinds[0]}")), _STATES[kinds[0]]
+    parts = {part: tensors.pop(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in tensors}
+
+    def whole(key: str) -> int:
+        value = described.get(key)
+        hold(type(value) is int and value in _BLOCKS, f"its quant_state has the {key} {value!r}")
+        return int(described[key])
+
+    hold(bool(described), "its quant_state is no JSON object")
+    hold(described.get("quant_type") == kind, f"its quant_state is of {described.get('quant_type')!r}")
+    hold(described.get("shape") == list(shape), f"its quant_state has the shape {described.get('shape')!r}")
+    dtype = _DTYPES.get(str(described.get("dtype")))
+    hold(dtype is not None, f"its quant_state has the dtype {described.get('dtype')!r}")
+    numbers, block, nested = shape[0] * shape[1], whole("blocksize"), "nested_absmax" in parts
     blocks = -(-numbers // block)
-    if "nested_absmax" in parts:
-        nested = state.get("nested_blocksize")
-        hold(nested in _BLOCKS, f"its quant_state has the nested_blocksize {nested!r}")
-        assert isinstance(nested, int)
-        made_of = state.get("nested_dtype")
-        hold(made_of == "float32", f"its quant_state has the nested_dtype {made_of!r}")
-        hold(isinstance(state.get("nested_offset"), float), "its quant_state has no nested_offset")
-        expected["absmax"] = (blocks, torch.uint8)
-        expected["nested_absmax"] = (-(-blocks // nested), torch.float32)
+    expected = {"absmax": (blocks, torch.uint8 if nested else torch.float32), "quant_map": (16, torch.float32)}
+    if nested:
+        expected["nested_absmax"] = (-(-blocks // whole("nested_blocksize")), torch.float32)
         expected["nested_quant_map"] = (256, torch.float32)
-    else:
-        expected["absmax"] = (blocks, torch.float32)
-    hold(parts.keys() == expected.keys(), f"it comes with {', '.join(sorted(parts))}")
-    for part, (elements, dtype) in expected.items():
-        has = parts[part]
-        hold(has.numel() == elements and has.dtype == dtype, f"{part} has {has.numel()} numbers of {has.dtype}")
-    code = parts["quant_map"]
-    known = _library().get_4bit_type(kind, device="cpu")
-    hold(torch.equal(code.flatten(), known.flatten()), f"its quant_map is not that of {kind}")
-    there = torch.device(device)
-    return FourBit(codes.reshape(-1, 1).to(there), _library().QuantState.from_dict(dict(parts), there))
+        made_of, offset = described.get("nested_dtype"), described.get("nested_offset")
+        hold(made_of == "float32", f"its quant_state has the nested_dtype {made_of!r}")
+        hold(
+            isinstance(offset, int | float) and math.isfinite(offset),
+            f"its quant_state has the nested_offset {offset!r}",
+        )
+    hold(parts.keys() == expected.keys(), f"it comes with {', '.join(sorted(parts)) or 'nothing'}")
+    for part, (elements, of) in ({"its bytes": (-(-numbers // 2), torch.uint8)} | expected).items():
+        has = codes if part == "its bytes" else parts[part]
+        hold(has.numel() == elements and has.dtype == of, f"{part} are {has.numel()} numbers of {has.dtype}")
+    library = _library()
+    known = library.get_4bit_type(kind, device="cpu")
+    hold(torch.equal(parts["quant_map"].flatten(), known.flatten()), f"its quant_map is not that of {kind}")
+
+    parts = {part: tensor.flatten().to(device) for part, tensor in parts.items()}
+    largest = None
+    if nested:
+        largest = library.QuantState(
+            absmax=parts["nested_absmax"],
+            code=parts["nested_quant_map"],
+            blocksize=described["nested_blocksize"],
+            dtype=torch.float32,
+        )
+    state = library.QuantState(
+        absmax=parts["absmax"],
+        shape=torch.Size(shape),
+        code=parts["quant_map"],
+        blocksize=block,
+        quant_type=kind,
+        dtype=dtype,
+        offset=torch.tensor(float(described["nested_offset"])).to(device) if nested else None,
+        state2=largest,
+    )
+    return FourBit(codes.reshape(-1, 1).to(device), state)
 
 
-def _object(content: Tensor) -> dict[str, Any] | None:
+def _object(content: Tensor) -> dict[str, Any]:
+    """Empty where there is none."""
     if content.dtype != torch.uint8 or content.numel() > _MOST_STATE_BYTES:
-        return None
+        return {}
     try:
         value = json.loads(bytes(content.flatten().tolist()))
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _library() -> Any:

@@ -6,7 +6,6 @@ Numbers are those of `llama.load`: bf16 becomes fp32 without loss, whenever that
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,44 +20,53 @@ from tunesmith.decoder.llama import (
     LlamaConfig,
     around,
     from_state,
+    held_to,
     matrix_names,
     tensors_of,
     without_matrices,
 )
 
+Named = tuple[str, tuple[int, int]]
+"""A matrix and its shape."""
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Llama:
-    """A model of the Llama family that computes in `dtype`. Raises ValueError, KeyError and FileNotFoundError as
-    `llama.load`, and ValueError for 4 bits that are none.
 
-    On a device embedding and head stay so too, unless they are wider; on a processor compiled code reads them in fp32.
-    Where the file has everything in `dtype` there is nothing to make, and the model is that of `llama.load`.
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", *, lean: bool = False) -> Llama:
+    """A model of the Llama family that computes in `dtype`. Raises what `llama.load` raises, and ValueError for 4 bits
+    that are none.
+
+    With `lean` all matrices stay as they are, embedding and head too unless they are wider; without it those alone that
+    are in 4 bits. Where there is nothing to make of a file, the model is that of `llama.load`.
     """
     described = json.loads((folder / "config.json").read_text())
     config = LlamaConfig.from_json(described)
     packed = fourbit.declared(described)
     tensors = dict(tensors_of(folder))
-    if all(tensor.dtype == dtype for tensor in tensors.values()):
+    if not packed and all(tensor.dtype == dtype for tensor in tensors.values()):
         return from_state(config, {name: tensor.to(device) for name, tensor in tensors.items()})
-    matrices: Mapping[str, Kept] = fourbit.gather(config, tensors, device) if packed else {}
+
+    def parts(names: list[Named]) -> list[Kept]:
+        """No tensor of them is held twice."""
+        if packed and any(fourbit.is_packed(name, tensors) for name, _ in names):
+            return [_part(name, shape, tensors, device, None if lean else dtype) for name, shape in names]
+        plain = [held_to(shape, name, tensors.pop(name)) for name, shape in names]
+        whole = plain[0] if len(plain) == 1 else torch.cat(plain)
+        return [whole.to(device) if lean else whole.to(device, dtype)]
+
     kept: list[dict[Site, list[Kept]]] = []
-    for index in range(config.layers):
-        names = matrix_names(config, index)
-        kept.append({site: _parts(names[site], tensors, matrices, device) for site in names})
-    on_processor = torch.device(device).type == "cpu"
+    for sites in matrix_names(config):
+        kept.append({site: parts(names) for site, names in sites.items()})
     rest: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if ".weight." not in name:  # else it belongs to 4 bits
-            stays = not on_processor and tensor.dim() > 1 and tensor.dtype.itemsize <= dtype.itemsize
-            rest[name] = tensor.to(device, tensor.dtype if stays else dtype)
+        stays = lean and tensor.dim() > 1 and tensor.dtype.itemsize <= dtype.itemsize
+        rest[name] = tensor.to(device, tensor.dtype if stays or not tensor.is_floating_point() else dtype)
     layers = [without_matrices(config, rest, index) for index in range(config.layers)]
     return around(config, KeptLayers(layers, kept, dtype), rest)
 
 
-def _parts(names: list[str], tensors: dict[str, Tensor], matrices: Mapping[str, Kept], device: str) -> list[Kept]:
-    """What is kept of a site; no tensor of it is held twice."""
-    if any(name in matrices for name in names):
-        return [matrices[name] if name in matrices else tensors.pop(name).to(device) for name in names]
-    parts = [tensors.pop(name) for name in names]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return [whole.to(device)]
+def _part(
+    name: str, shape: tuple[int, int], tensors: dict[str, Tensor], device: str, dtype: torch.dtype | None
+) -> Kept:
+    if fourbit.is_packed(name, tensors):
+        return fourbit.take(name, shape, tensors, device)
+    plain = held_to(shape, name, tensors.pop(name))
+    return plain.to(device, dtype or plain.dtype)

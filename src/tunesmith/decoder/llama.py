@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -26,6 +27,7 @@ from tunesmith.decoder.base import Attend
 from tunesmith.decoder.mapped import stacked
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,9 @@ class LlamaConfig:
         for option in ("attention_bias", "mlp_bias"):
             if config.get(option):  # biases of more products than qkv
                 raise ValueError(f"{option} is not supported")
+        layers = config["num_hidden_layers"]
+        if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers!r}, which is no number of layers")
         heads, width = config["num_attention_heads"], config["hidden_size"]
         context = config["max_position_embeddings"]
         if config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window"):
@@ -100,7 +105,7 @@ class LlamaConfig:
         return cls(
             vocabulary_size=config["vocab_size"],
             width=width,
-            layers=config["num_hidden_layers"],
+            layers=layers,
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_width=config.get("head_dim") or width // heads,
@@ -230,9 +235,10 @@ class Llama:
         x_ND = F.embedding(token_ids_N, self.embedding_VD).to(dtype)
         delta_ND = None if adapters is None else adapters.embedding_delta(token_ids_N)
         x_ND = x_ND if delta_ND is None else x_ND + delta_ND
-        for index, layer in enumerate(self.layers):
+        for index in range(len(self.layers)):
+            layer, matrix = self.bare(index), partial(self.matrix, index, dtype=dtype)
             y_ND = self._norm(x_ND, layer.attention_norm_D)
-            qkv = _adapted(y_ND, layer.qkv, layer.qkv_bias, adapters, index, "qkv")
+            qkv = _adapted(y_ND, matrix("qkv"), layer.qkv_bias, adapters, index, "qkv")
             q, k, v = qkv.split_with_sizes([config.query_width, config.key_width, config.key_width], dim=-1)
             q_NHd = q.unflatten(-1, (config.heads, config.head_width))
             k_NKd = k.unflatten(-1, (config.kv_heads, config.head_width))
@@ -241,13 +247,13 @@ class Llama:
             q_NHd, k_NKd = _rotate(q_NHd, cos_Nd, sin_Nd), _rotate(k_NKd, cos_Nd, sin_Nd)
             v_NKd = v.unflatten(-1, (config.kv_heads, config.head_width))
             a_ND = attend(index, q_NHd, k_NKd, v_NKd).flatten(-2)
-            x_ND = x_ND + _adapted(a_ND, layer.o, None, adapters, index, "o")
+            x_ND = x_ND + _adapted(a_ND, matrix("o"), None, adapters, index, "o")
 
             y_ND = self._norm(x_ND, layer.feed_norm_D)
-            gate_up = _adapted(y_ND, layer.gate_up, None, adapters, index, "gate_up")
+            gate_up = _adapted(y_ND, matrix("gate_up"), None, adapters, index, "gate_up")
             gate_NF, up_NF = gate_up.chunk(2, dim=-1)
             z_NF = F.silu(gate_NF) * up_NF
-            x_ND = x_ND + _adapted(z_NF, layer.down, None, adapters, index, "down")
+            x_ND = x_ND + _adapted(z_NF, matrix("down"), None, adapters, index, "down")
         return self._norm(x_ND, self.norm_D)
 
     def logits(self, hidden_ND: Tensor, token_ids: Sequence[int] | None = None) -> Tensor:
@@ -334,10 +340,13 @@ class Llama:
 
 
 def from_state(config: LlamaConfig, state: dict[str, Tensor]) -> Llama:
-    """A model from weights under checkpoint names. Raises KeyError naming a weight that is missing."""
+    """A model from weights under checkpoint names.
+
+    Raises KeyError naming a weight that is missing, ValueError for one that is not of the shape that the config says.
+    """
     layers = []
-    for index in range(config.layers):
-        matrices = {site: [state[name] for name in names] for site, names in matrix_names(config, index).items()}
+    for index, sites in enumerate(matrix_names(config)):
+        matrices = {site: [held_to(shape, name, state[name]) for name, shape in names] for site, names in sites.items()}
         (o,), (down,) = matrices["o"], matrices["down"]
         layer = without_matrices(config, state, index)
         gate_up = stacked(matrices["gate_up"])
@@ -345,34 +354,54 @@ def from_state(config: LlamaConfig, state: dict[str, Tensor]) -> Llama:
     return around(config, layers, state)
 
 
-def matrix_names(config: LlamaConfig, index: int) -> dict[Site, list[str]]:
-    """What a checkpoint calls the matrices of a layer, those of each site one below the other."""
-    sites = config.layout.layers[index]
-    return {site: [f"model.layers.{index}.{linear.name}.weight" for linear in sites[site]] for site in sites}
+def matrix_names(config: LlamaConfig) -> Iterator[dict[Site, list[tuple[str, tuple[int, int]]]]]:
+    """What a checkpoint calls the matrices of each layer, and their shapes; those of a site one below the other."""
+    for index, sites in enumerate(config.layout.layers):
+        prefix = f"model.layers.{index}."
+        yield {
+            site: [(f"{prefix}{linear.name}.weight", (linear.outputs, linear.inputs)) for linear in linears]
+            for site, linears in sites.items()
+        }
 
 
 def without_matrices(config: LlamaConfig, state: Mapping[str, Tensor], index: int) -> Layer:
-    """A layer that has all else. Raises KeyError as `from_state`."""
-    prefix, nothing = f"model.layers.{index}.", torch.empty(0)
-    biases = [state[f"{prefix}self_attn.{part}_proj.bias"] for part in "qkv"] if config.qkv_bias else None
+    """A layer that has all else. Raises as `from_state`."""
+    nothing = torch.empty(0)
+
+    def vector(name: str, size: int) -> Tensor:
+        whole = f"model.layers.{index}.{name}"
+        return held_to((size,), whole, state[whole])
+
+    heads = (("q", config.query_width), ("k", config.key_width), ("v", config.key_width))
+    biases = [vector(f"self_attn.{part}_proj.bias", size) for part, size in heads] if config.qkv_bias else None
     return Layer(
-        attention_norm_D=state[f"{prefix}input_layernorm.weight"],
+        attention_norm_D=vector("input_layernorm.weight", config.width),
         qkv_parts=[],
         qkv_bias=torch.cat(biases) if biases else None,
-        q_norm_d=state[f"{prefix}self_attn.q_norm.weight"] if config.qk_norm else None,
-        k_norm_d=state[f"{prefix}self_attn.k_norm.weight"] if config.qk_norm else None,
+        q_norm_d=vector("self_attn.q_norm.weight", config.head_width) if config.qk_norm else None,
+        k_norm_d=vector("self_attn.k_norm.weight", config.head_width) if config.qk_norm else None,
         o=nothing,
-        feed_norm_D=state[f"{prefix}post_attention_layernorm.weight"],
+        feed_norm_D=vector("post_attention_layernorm.weight", config.width),
         gate_up=nothing,
         down=nothing,
     )
 
 
 def around(config: LlamaConfig, layers: Sequence[Layer], state: Mapping[str, Tensor]) -> Llama:
-    """The model of these layers. Raises KeyError as `from_state`."""
-    embedding_VD = state["model.embed_tokens.weight"]
-    head_VD = embedding_VD if config.tied else state["lm_head.weight"]
-    return Llama(config, embedding_VD, layers, state["model.norm.weight"], head_VD)
+    """The model of these layers. Raises as `from_state`."""
+    shape = (config.vocabulary_size, config.width)
+    embedding_VD = held_to(shape, "model.embed_tokens.weight", state["model.embed_tokens.weight"])
+    head_VD = embedding_VD if config.tied else held_to(shape, "lm_head.weight", state["lm_head.weight"])
+    norm_D = held_to((config.width,), "model.norm.weight", state["model.norm.weight"])
+    return Llama(config, embedding_VD, layers, norm_D, head_VD)
+
+
+def held_to(shape: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
+    """The tensor. Compiled code goes by the config: another shape would have it read beside it. Raises ValueError."""
+    if tensor.shape != shape or not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} has the shape {list(tensor.shape)} of {kind}, and config.json says {list(shape)}")
+    return tensor
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Llama:
@@ -384,7 +413,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     if described.get("quantization_config"):
         raise ValueError("the weights are quantised: those are for decoder.loading")
     config = LlamaConfig.from_json(described)
-    return from_state(config, {name: tensor.to(device, dtype) for name, tensor in tensors_of(folder)})
+    state = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors_of(folder)
+    }
+    return from_state(config, state)
 
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     """A model from an ordinary checkpoint folder: `config.json` and safetensors.
 
     With `lean` the matrices of a Llama stay as the file has them and are made dense each time that they are asked for;
-    on a device those of 4 bits are in any case. The numbers are the same.
+    those in 4 bits do so on a device in any case. The numbers are the same.
 
     Raises ValueError with the reason for one that is not whole, that cannot be run right, or only with transformers
     where that is not installed. Users read the reason: the folder goes by its name, where it lies is not for them.
@@ -44,7 +44,7 @@ def _load(folder: Path, dtype: torch.dtype, device: str, lean: bool) -> Decoder:
         return _load_foreign(folder, dtype, device, reason=unknown)
     if not packed and not lean:
         return llama.load(folder, dtype, device)
-    model = kept.load(folder, dtype, device)
+    model = kept.load(folder, dtype, device, lean=lean)
     return model if lean or torch.device(device).type != "cpu" else model.over([*model.parameters()])
 
 

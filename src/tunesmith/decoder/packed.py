@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith import compiled
-from tunesmith.decoder.llama import Layer, Llama, rotation
+from tunesmith.decoder.llama import KeptLayers, Layer, Llama, rotation
 from tunesmith.decoder.mapped import release, stacked
 from tunesmith.decoder.panels import Room, plain_room
 
@@ -80,12 +80,12 @@ def library(source: Path, *included: Path) -> ctypes.CDLL | None:
 def covers(model: Llama) -> bool:
     """Whether the widths of `model` are whole blocks, and its weights fp32 in memory of the processor."""
     config = model.config
+    if config.qk_norm or isinstance(model.layers, KeptLayers):
+        return False
     widths = (config.width, config.head_width, config.feed_forward_width)
     weights = (model.embedding_VD, *(layer.down for layer in model.layers))  # the others are as they are
-    return (
-        not config.qk_norm
-        and all(width % GRID == 0 for width in widths)
-        and all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
+    return all(width % GRID == 0 for width in widths) and all(
+        weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights
     )
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from tunesmith.decoder import fourbit
-from tunesmith.decoder.llama import LlamaConfig, matrix_names
-from tunesmith.decoder.saving import TOKENIZER_FILES
+from tunesmith.decoder.llama import LlamaConfig, held_to, matrix_names
+from tunesmith.decoder.saving import TOKENIZER_FILES, WEIGHTS
 from tunesmith.rundir import CHECKPOINT_CONFIG, write_bytes, write_json
 
 INDEX = "model.safetensors.index.json"
@@ -25,42 +25,66 @@ PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 def quantize(base_dir: Path, out: Path, told: Callable[[str, int, int], None]) -> None:
     """Writes `out`, a new folder. `told` hears of each file of weights: its name, bytes before and after.
 
-    Embedding, head and norms stay as they are. Raises ValueError for a base that has no matrices to be packed, OSError.
+    Embedding, head and norms stay as they are. Raises ValueError for a base that cannot be read, or has no such
+    matrices; OSError where `out` cannot be written.
     """
-    described = json.loads((base_dir / CHECKPOINT_CONFIG).read_text())
-    if fourbit.declared(described):
-        raise ValueError("its weights are in 4 bits already")
-    try:
-        config = LlamaConfig.from_json(described)
-    except ValueError as error:
-        raise ValueError(f"{error}; 4 bits are for the Llama family alone") from error
-    layers = range(config.layers)
-    matrices = {name for index in layers for names in matrix_names(config, index).values() for name in names}
+    described, shapes = _described(base_dir)
     out.mkdir(parents=True)
-    file_of: dict[str, str] = {}
-    dtype = torch.float32
-    for path in sorted(base_dir.glob("*.safetensors")):
-        tensors: dict[str, Tensor] = {}
-        with safe_open(path, framework="pt") as opened:
-            names = opened.keys()  # no mapping
-            for name in names:
-                weight = opened.get_tensor(name)
-                if name not in matrices:
-                    tensors[name] = weight
-                    continue
-                if weight.dtype not in PLAIN:
-                    raise ValueError(f"{name} is stored as {weight.dtype}")
-                dtype = weight.dtype
-                tensors |= fourbit.pack(name, weight)
-        write_bytes(out / path.name, save(tensors, {"format": "pt"}))
-        told(path.name, path.stat().st_size, (out / path.name).stat().st_size)
-        file_of |= dict.fromkeys(tensors, path.name)
-    if missing := sorted(matrices - file_of.keys()):
+    files, file_of = sorted(base_dir.glob("*.safetensors")), dict[str, str]()
+    dtypes = set[torch.dtype]()
+    for number, path in enumerate(files, start=1):
+        name = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        tensors = _packed(path, shapes, dtypes)
+        write_bytes(out / name, save(tensors, {"format": "pt"}))
+        told(path.name, path.stat().st_size, (out / name).stat().st_size)
+        file_of |= dict.fromkeys(tensors, name)
+    if missing := sorted(shapes.keys() - file_of.keys()):
         raise ValueError(f"its weights lack {missing[0]}")
-    if len(set(file_of.values())) > 1:
+    if len(files) > 1:
         write_json(out / INDEX, {"metadata": {}, "weight_map": file_of})
     for name in COPIED:
         if (base_dir / name).is_file():
             shutil.copyfile(base_dir / name, out / name)
     # Last, as a folder with a config is taken for a checkpoint.
-    write_json(out / CHECKPOINT_CONFIG, described | {"quantization_config": fourbit.declaration(dtype)})
+    declaration = fourbit.declaration(torch.float32 if torch.float32 in dtypes else dtypes.pop())
+    write_json(out / CHECKPOINT_CONFIG, described | {"quantization_config": declaration})
+
+
+def _described(base_dir: Path) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
+    """The config, and the shapes of the matrices by name."""
+    try:
+        described = json.loads((base_dir / CHECKPOINT_CONFIG).read_text())
+        if not isinstance(described, dict):
+            raise ValueError(f"{CHECKPOINT_CONFIG} holds no JSON object")
+        if fourbit.declared(described):
+            raise ValueError("its weights are in 4 bits already")
+        config = LlamaConfig.from_json(described)
+    except KeyError as error:
+        raise ValueError(f"{CHECKPOINT_CONFIG} has no {error.args[0]}") from error
+    except OSError as error:
+        raise ValueError(f"{CHECKPOINT_CONFIG} cannot be read: {error.strerror}") from error
+    return described, {
+        name: shape for sites in matrix_names(config) for names in sites.values() for name, shape in names
+    }
+
+
+def _packed(path: Path, shapes: Mapping[str, tuple[int, int]], dtypes: set[torch.dtype]) -> dict[str, Tensor]:
+    """The tensors of a file of the new checkpoint, of those of one of the old; `dtypes` learns what was packed."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = opened.keys()  # no mapping
+            for name in names:
+                weight = opened.get_tensor(name)
+                if name not in shapes:
+                    tensors[name] = weight
+                    continue
+                if weight.dtype not in PLAIN:
+                    raise ValueError(f"{name} is stored as {weight.dtype}")
+                if not bool(torch.isfinite(held_to(shapes[name], name, weight)).all()):
+                    raise ValueError(f"{name} has numbers that are not finite, which 4 bits do not have")
+                dtypes.add(weight.dtype)
+                tensors |= fourbit.pack(name, weight)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
+    return tensors

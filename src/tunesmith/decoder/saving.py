@@ -30,5 +30,5 @@ def save_checkpoint(model: Llama, folder: Path, base_dir: Path) -> None:
             shutil.copyfile(base_dir / name, folder / name)
     # Last, as a folder with a config is taken for a checkpoint.
     config.pop("quantization_config", None)  # what is written is in fp32, whatever the base was
-    changed = {"tie_word_embeddings": model.config.tied, "torch_dtype": "float32"}
+    changed = {"tie_word_embeddings": model.config.tied, "torch_dtype": "float32", "dtype": "float32"}
     write_json(folder / CHECKPOINT_CONFIG, config | changed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,9 @@ class Attended(Protocol):
 
 class RowAttention(Protocol):
     """Attention over rows of any lengths. Threads may share it."""
+
+    asks: ClassVar[bool]
+    """Whether it makes use of `asking_B`."""
 
     def attend(
         self,
@@ -173,6 +176,8 @@ class FlashRows:
 
     One call for all of them, and no cell that is empty. `rows` follow one another without a gap.
     """
+
+    asks: ClassVar[bool] = False
 
     def attend(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class CausalRows:
     """Implements `attention.RowAttention`."""
 
     library: ctypes.CDLL
+    asks: ClassVar[bool] = True
 
     def attend(
         self,

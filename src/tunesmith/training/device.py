@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.decoder.base import Decoder
+from tunesmith.decoder.llama import Llama
 from tunesmith.errors import InvalidRequest
 from tunesmith.training.attention import FlashRows, RowAttention, attend
 from tunesmith.training.kernels import Eager, Heads, Kernels, RowGroup, Turn
+from tunesmith.training.memory import is_lost, is_shortage
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +56,13 @@ def prepare(name: str) -> torch.device:
     return device
 
 
-def description(device: torch.device) -> str:
-    """What decides last digits there, besides what is installed."""
-    if device.type != "cuda":
-        return device.type
-    compiled = type(kernels(device)).__name__.lower()
-    return f"{device.type}: {torch.cuda.get_device_name(device)}, {compiled}, torch {torch.__version__}"
+def description(model: Decoder, dtype: torch.dtype) -> str:
+    """What decides last digits of steps of a model on its device."""
+    device = model.head_VD.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    by_rows = isinstance(model, Llama) and attention(model, dtype) is not None
+    ways = type(kernels(device)).__name__.lower(), "rows" if by_rows else "groups"
+    return f"{device.type}: {name}, {', '.join(ways)}, torch {torch.__version__}"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -86,15 +90,22 @@ def kernels(device: torch.device) -> Kernels:
         return Eager()
 
 
-@cache
-def attention(device: torch.device, dtype: torch.dtype, heads: Heads) -> RowAttention | None:
+def attention(model: Llama, dtype: torch.dtype) -> RowAttention | None:
     """All rows of a pass in one call, where torch has that for the device; None: in groups of similar ones."""
+    config = model.config
+    return _attention(model.head_VD.device, dtype, Heads(config.heads, config.kv_heads, config.head_width))
+
+
+@cache
+def _attention(device: torch.device, dtype: torch.dtype, heads: Heads) -> RowAttention | None:
     if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return None
     try:
         _hold_against_groups(FlashRows(), device, dtype, heads)
         return FlashRows()
     except Exception as error:  # an old GPU, an old torch, heads of a width that its kernel has not
+        if is_shortage(error) or is_lost(error):
+            raise
         logger.warning("attention over rows of any lengths does not work here, and a step takes longer: %s", error)
         return None
 

@@ -255,12 +255,13 @@ class FoldedLlama:
         if weights.q_norm_d is not None and weights.k_norm_d is not None:
             norms = HeadNorms(weights.q_norm_d, weights.k_norm_d, self._model.config.norm_epsilon)
         call = (walk.turn, heads, attention_N, norms)
-        if self._weights.attention is None:
+        way = self._weights.attention
+        if way is None:
             attended: list[Attended] = [attend(kernels, qkv, group, *call) for group in walk.groups]
         else:
             (rows,) = walk.groups
-            asking_B = walk.work.asking(rows) if self._narrows(index) else None
-            attended = [self._weights.attention.attend(qkv, rows, *call, asking_B)]
+            asking_B = walk.work.asking(rows) if way.asks and self._narrows(index) else None
+            attended = [way.attend(qkv, rows, *call, asking_B)]
         return attention_N, _AttentionSaved(parts, normed_ND, inverse_N, attended, kept)
 
     def _feed(

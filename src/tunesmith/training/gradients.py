@@ -22,7 +22,7 @@ from tunesmith.training.batches import Row
 from tunesmith.training.factors import FactorView, TrainableLora
 from tunesmith.training.folded import FoldedLlama, covers
 from tunesmith.training.frozen import FrozenWeights, PlainWeights
-from tunesmith.training.kernels import Heads, Kernels
+from tunesmith.training.kernels import Kernels
 from tunesmith.training.loss import Scores, score
 from tunesmith.training.metrics import Tally
 from tunesmith.training.native import available
@@ -98,8 +98,7 @@ class Learner:
                 free_bytes = partial(of_device.free_bytes, device) if device.type == "cuda" else None
                 dtype = torch.float32 if dtype == torch.int16 else dtype
                 held = of_device.has_room(device, model.config.matrix_numbers * dtype.itemsize)
-                config = model.config
-                attention = of_device.attention(device, dtype, Heads(config.heads, config.kv_heads, config.head_width))
+                attention = of_device.attention(model, dtype)
                 plain = PlainWeights(model, site_outputs, dtype, chosen, held=held, attention=attention)
                 self._by_hand = FoldedLlama(model, plain, chosen, free_bytes)
             elif kernels is None and dtype == torch.bfloat16 and step.covers(model):

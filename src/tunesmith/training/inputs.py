@@ -116,7 +116,9 @@ def read_base(folder: Path, device: torch.device = PROCESSOR) -> ReadBase:
     trained here.
     """
     try:
-        return loading.load(folder, device=str(device), lean=True), Tokenizer.from_folder(folder)
+        # A processor has memory, and several threads that would each make weights of their own.
+        model = loading.load(folder, device=str(device), lean=device.type != "cpu")
+        return model, Tokenizer.from_folder(folder)
     except (FileNotFoundError, ValueError) as error:
         reason = str(error).replace(str(folder), folder.name)
         raise InvalidRequest(f"The base model cannot be trained here: {reason}.", param="model") from error

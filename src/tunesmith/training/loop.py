@@ -14,6 +14,7 @@ from tunesmith.training.checkpoint import Position
 from tunesmith.training.device import MICRO_BATCH_TOKENS, description, prepare
 from tunesmith.training.epochs import Epochs
 from tunesmith.training.evaluate import Evaluator
+from tunesmith.training.folded import product_dtype
 from tunesmith.training.inputs import read_inputs
 from tunesmith.training.memory import Room
 from tunesmith.training.metrics import Tally
@@ -72,10 +73,11 @@ def lessons(
     beat = shared.beat
     shared.watch(run_dir)
     device = prepare(spec.device)
-    confirm(run_dir.kernels, None if device.type == "cpu" else description(device))
 
     # What is trained, on what, how.
     inputs = read_inputs(run_dir, spec, beat, shared.base, shared.encoded)
+    dtype = product_dtype(spec.precision, device)
+    confirm(run_dir.kernels, None if device.type == "cpu" else description(inputs.model, dtype))
     rows, validation, classes = inputs.rows, inputs.validation, inputs.classes
     schedule = Schedule(len(rows), asked.n_epochs, asked.batch_size, spec.seed)
     trained = inputs.trained

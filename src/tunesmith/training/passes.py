@@ -104,7 +104,7 @@ class Pass:
 
         Its length without one.
         """
-        end = torch.tensor([len(self.token_ids_N)], device=self.predicting_M.device)
+        end = torch.tensor([len(self.token_ids_N)])
         predicting_M1 = torch.cat([self.predicting_M, end])
         first_B = predicting_M1[torch.searchsorted(self.predicting_M, rows.start_B)] - rows.start_B
         return first_B.minimum(rows.length_B)
