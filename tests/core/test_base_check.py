@@ -275,3 +275,15 @@ def test_without_transformers_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPa
     found = architecture_of({"model_type": "gpt2"})
     assert found.forward_pass is ForwardPass.NONE
     assert found.reason is not None and found.reason.endswith("pip install 'tunesmith[transformers]'")
+
+
+def test_4_bits_need_a_library_and_a_forward_pass_of_our_own(
+    home: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((tiny_base / "config.json").read_text()) | FOURBIT
+    assert architecture_of(config).forward_pass == ForwardPass.OWN
+    assert "only those of the Llama family" in str(architecture_of(config | {"model_type": "gpt2"}).reason)
+    eight = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    assert "4 bits of bitsandbytes" in str(architecture_of(config | eight).reason)
+    monkeypatch.setattr("tunesmith.core.architectures.find_spec", lambda name: None)
+    assert "pip install 'tunesmith[bitsandbytes]'" in str(architecture_of(config).reason)
