@@ -81,7 +81,7 @@ class PanelAdapter:
     """An adapter for steps of one base."""
 
     def __init__(self, library: ctypes.CDLL, shape: Shape, lora: Lora, bits: Bits, slots: memory.Slots) -> None:
-        """Its factors have the `bits` of the base's matrices, and lie in memory of `slots`.
+        """Its factors have so many `bits`, whatever the base's matrices have, and lie in memory of `slots`.
 
         Raises ValueError for numbers that are not finite, which fixed point does not have.
         """

@@ -80,8 +80,11 @@ class PaneledLlama:
         self._threads = ThreadPoolExecutor(max(1, torch.get_num_threads()), "products")
 
     def adapter(self, lora: Lora) -> PanelAdapter:
-        """An adapter for steps of this base. Raises ValueError."""
-        return PanelAdapter(self._library, self.shape, lora, self.bits, self._slots)
+        """An adapter for steps of this base. Raises ValueError.
+
+        Its factors are in fp32 or in 8 bits: with many adapters a step takes as long as what it reads of them.
+        """
+        return PanelAdapter(self._library, self.shape, lora, 32 if self.bits == 32 else 8, self._slots)
 
     def product(self, x: Tensor, weight: Panels, into: Tensor | None = None) -> Tensor:
         """See `Panels`."""
