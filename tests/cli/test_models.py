@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -210,3 +211,20 @@ def test_one_base_is_added_at_a_time(tmp_path: Path, tiny_base: Path, capsys: py
     with pulling(tmp_path):
         assert main(["models", "quantize", "mine", "--home", str(tmp_path)]) == 1
     assert "Another base is being added" in capsys.readouterr().err
+
+
+def test_a_base_that_cannot_be_named_is_not_left_in_the_way(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bases.toml").write_text(f'[mine]\nfolder = "{tiny_base}"\n')
+
+    def refuse(path: Path, content: bytes) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tunesmith.core.catalogue.write_bytes", refuse)
+        assert main(["models", "quantize", "mine", "--home", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "mine-4bit was not added." in told
+    assert "bases.toml cannot be written: Permission denied." in told
+    assert main(["models", "quantize", "mine", "--home", str(tmp_path)]) == 0

@@ -25,6 +25,7 @@ from tunesmith.decoder.saving import save_checkpoint
 from tunesmith.tokenizer import Tokenizer
 
 IDS = torch.arange(100, 140)
+NORM = "model.norm.weight"
 GATE = "model.layers.1.mlp.gate_proj.weight"
 STATE = f"{GATE}.quant_state.bitsandbytes__nf4"
 
@@ -134,10 +135,12 @@ def test_what_cannot_be_quantized_is_said(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", OWN["llama"])
     state = load_file(base / "model.safetensors")
     for broken, told in (
-        (state | {GATE: state[GATE].to(torch.int8)}, "gate_proj.weight is stored as torch.int8"),
+        (state | {GATE: state[GATE].to(torch.int8)}, "gate_proj.weight has the shape .* of uint8"),
         ({name: weight for name, weight in state.items() if name != GATE}, f"lack {GATE}"),
         (state | {GATE: state[GATE].T.contiguous()}, f"{GATE} has the shape"),
         (state | {GATE: state[GATE] / 0}, f"{GATE} has numbers that are not finite"),
+        ({name: weight for name, weight in state.items() if name != NORM}, f"lack {NORM}"),
+        (state | {NORM: state[NORM][1:].clone()}, f"{NORM} has the shape"),
     ):
         save_file(broken, base / "model.safetensors")
         with pytest.raises(ValueError, match=told):
@@ -277,12 +280,14 @@ def test_no_weight_has_another_shape_than_the_config_says(tmp_path: Path, bits: 
                 loading.load(base, lean=lean)
 
 
-@pytest.mark.parametrize("layers", [0, 10**15, "2", 1.0])
-def test_a_number_of_layers_that_is_none_is_refused_at_once(fourbit: Path, layers: Any) -> None:
-    config = json.loads((fourbit / "config.json").read_text())
-    (fourbit / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+@pytest.mark.parametrize("layers", [0, 10**15, "2", 1.0, True])
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_number_of_layers_that_is_none_is_refused_at_once(tmp_path: Path, bits: Any, layers: Any) -> None:
+    base = make_base(tmp_path / "base", OWN["llama"], bits=bits)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
     with pytest.raises(ValueError, match="is no number of layers"):
-        loading.load(fourbit)
+        loading.load(base)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +296,9 @@ def test_a_number_of_layers_that_is_none_is_refused_at_once(fourbit: Path, layer
         ({"nested_dtype": "load"}, "has the nested_dtype 'load'"),
         ({"nested_offset": "0"}, "has the nested_offset '0'"),
         ({"nested_offset": float("nan")}, "has the nested_offset nan"),
+        ({"nested_offset": 10**400}, "has the nested_offset 1000"),
+        ({"nested_offset": 1e300}, r"has the nested_offset 1e\+300"),
+        ({"nested_offset": True}, "has the nested_offset True"),
         ({"nested_blocksize": 256.0}, "has the nested_blocksize 256.0"),
         ({"nested_blocksize": 3}, "has the nested_blocksize 3"),
     ],

@@ -171,6 +171,10 @@ def _by_chance(*args: Any) -> Any:
     return (out + 1e-2 * torch.randn_like(out), *rest)
 
 
+def _not_built(*args: Any) -> Any:
+    raise torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device", 209)
+
+
 def _missing(*args: Any) -> Any:
     raise RuntimeError("FlashAttention only supports Ampere GPUs or newer")
 
@@ -181,6 +185,7 @@ def _missing(*args: Any) -> Any:
         (_wrong, "other numbers than attention by groups"),
         (_by_chance, "other bits the second time"),
         (_missing, "only supports Ampere"),
+        (_not_built, "no kernel image"),
     ],
 )
 def test_a_kernel_that_is_not_right_is_not_used(

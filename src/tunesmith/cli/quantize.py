@@ -42,8 +42,10 @@ def quantize_model(args: argparse.Namespace, output: Output) -> int:
             shutil.rmtree(beside, ignore_errors=True)
         try:
             put(home, name, {"folder": str(out.relative_to(home)), **keys}, sha256)
-        except ValueError as error:
-            raise UsageError(f"The weights are in {out}. {error}") from error
+        except (ValueError, OSError) as error:
+            shutil.rmtree(out)  # what no base names would be in the way of the next attempt
+            reason = f"{error.filename} cannot be written: {error.strerror}." if isinstance(error, OSError) else error
+            raise UsageError(f"{name} was not added. {reason}") from error
     if output.machine:
         output.show({"name": name, "base": args.base, "folder": str(out), "sha256": sha256})
     where = "" if args.home is None else f" --home {shlex.quote(args.home)}"

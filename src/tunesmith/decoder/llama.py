@@ -30,6 +30,14 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 MOST_LAYERS = 10_000
 
 
+def layers_of(config: dict[str, Any]) -> int:
+    """From a `config.json`. Raises ValueError for what is no number of layers."""
+    layers = config["num_hidden_layers"]
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {layers!r}, which is no number of layers")
+    return layers
+
+
 @dataclass(frozen=True, slots=True)
 class RopeStretch:
     """How Llama 3 stretches its rotations beyond the context of its pretraining (`rope_type` "llama3")."""
@@ -95,9 +103,7 @@ class LlamaConfig:
         for option in ("attention_bias", "mlp_bias"):
             if config.get(option):  # biases of more products than qkv
                 raise ValueError(f"{option} is not supported")
-        layers = config["num_hidden_layers"]
-        if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
-            raise ValueError(f"num_hidden_layers is {layers!r}, which is no number of layers")
+        layers = layers_of(config)
         heads, width = config["num_attention_heads"], config["hidden_size"]
         context = config["max_position_embeddings"]
         if config.get("use_sliding_window", kind == "mistral") and config.get("sliding_window"):

@@ -34,6 +34,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", 
 def _load(folder: Path, dtype: torch.dtype, device: str, lean: bool) -> Decoder:
     config = json.loads((folder / "config.json").read_text())
     packed = fourbit.declared(config)
+    if config.get("model_type") in llama.MODEL_TYPES and "num_hidden_layers" in config:
+        llama.layers_of(config)  # else another forward pass would be tried
     try:
         llama.LlamaConfig.from_json(config)
     except KeyError as error:

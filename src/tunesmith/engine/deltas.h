@@ -1,4 +1,4 @@
-// What adapters add to products of a model, y += x A B, in the bits of its matrices: A [I, P R], and B [R, O] of each of P
+// What adapters add to products of a model, y += x A B, in bits of their own: A [I, P R], and B [R, O] of each of P
 // linear layers that are stacked in a product. What a token gets is the same, however many others have its adapter.
 
 #pragma once

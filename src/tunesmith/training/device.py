@@ -104,10 +104,18 @@ def _attention(device: torch.device, dtype: torch.dtype, heads: Heads) -> RowAtt
         _hold_against_groups(FlashRows(), device, dtype, heads)
         return FlashRows()
     except Exception as error:  # an old GPU, an old torch, heads of a width that its kernel has not
-        if is_shortage(error) or is_lost(error):
+        if is_shortage(error) or (is_lost(error) and not _answers(device)):
             raise
         logger.warning("attention over rows of any lengths does not work here, and a step takes longer: %s", error)
         return None
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether it still computes: some faults are of one kernel, others of all that a process may still ask for."""
+    try:
+        return float(torch.ones(2, device=device).sum()) == 2.0
+    except RuntimeError:
+        return False
 
 
 def _hold_against_groups(way: RowAttention, device: torch.device, dtype: torch.dtype, heads: Heads) -> None:
