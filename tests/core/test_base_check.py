@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.architectures import OWN, make_base
 from tests.core.test_pull import configure, drop, shard
-from tunesmith.core.architectures import ForwardPass, architecture_of
+from tunesmith.core.architectures import ForwardPass, architecture_of, is_fourbit
 from tunesmith.core.base_check import Report, base_names, check_base
 from tunesmith.core.bases import DEFAULT_LEARNING_RATE
 from tunesmith.core.catalogue import hub_folder, put
+from tunesmith.decoder import fourbit, loading
 from tunesmith.decoder.llama import MODEL_TYPES, LlamaConfig
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -277,6 +279,20 @@ def test_without_transformers_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPa
     assert found.reason is not None and found.reason.endswith("pip install 'tunesmith[transformers]'")
 
 
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("tied", [True, False])
+def test_shapes_are_those_that_loading_holds_weights_to(tmp_path: Path, kind: str, tied: bool) -> None:
+    base = make_base(tmp_path / "base", OWN[kind] | {"tie_word_embeddings": tied})
+    (tmp_path / "bases.toml").write_text('[mine]\nfolder = "base"\n')
+    assert check_base(tmp_path, "mine").findings == []
+    state = load_file(base / "model.safetensors")
+    for name in state:
+        save_file(state | {name: np.zeros((3, *state[name].shape[1:]), np.float32)}, base / "model.safetensors")
+        assert f"error: {name} has the shape" in told(check_base(tmp_path, "mine"))
+        with pytest.raises(ValueError, match=f"^{name} has the shape"):
+            loading.load(base)
+
+
 def test_4_bits_need_a_library_and_a_forward_pass_of_our_own(
     home: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,5 +301,11 @@ def test_4_bits_need_a_library_and_a_forward_pass_of_our_own(
     assert "only those of the Llama family" in str(architecture_of(config | {"model_type": "gpt2"}).reason)
     eight = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
     assert "4 bits of bitsandbytes" in str(architecture_of(config | eight).reason)
+    for quantised in (FOURBIT, eight, {}, {"quantization_config": {"quant_method": "gptq", "load_in_4bit": True}}):
+        try:
+            known = fourbit.declared(quantised)
+        except ValueError:
+            known = False
+        assert is_fourbit(quantised) == known  # both say the same
     monkeypatch.setattr("tunesmith.core.architectures.find_spec", lambda name: None)
     assert "pip install 'tunesmith[bitsandbytes]'" in str(architecture_of(config).reason)

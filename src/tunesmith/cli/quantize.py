@@ -23,10 +23,10 @@ def quantize_model(args: argparse.Namespace, output: Output) -> int:
     home = home_settings(args).home
     folder, keys = _source(home, args.base)
     name = args.alias or f"{args.base}-4bit"
-    _check_name(home, name)
     out = home / "bases" / name
     beside = out.with_name(f".quantizing-{name}")
     with pulling(home):
+        _check_name(home, name)
         try:
             shutil.rmtree(beside, ignore_errors=True)  # of one that was killed
             quantize(folder, beside, lambda file, before, after: output.say(f"{file}: {before:,} bytes -> {after:,}"))

@@ -47,7 +47,7 @@ def quantize(base_dir: Path, out: Path, told: Callable[[str, int, int], None]) -
         if (base_dir / name).is_file():
             shutil.copyfile(base_dir / name, out / name)
     # Last, as a folder with a config is taken for a checkpoint.
-    declaration = fourbit.declaration(torch.float32 if torch.float32 in dtypes else dtypes.pop())
+    declaration = fourbit.declaration(max(dtypes, key=str))  # float32 where there are several
     write_json(out / CHECKPOINT_CONFIG, described | {"quantization_config": declaration})
 
 

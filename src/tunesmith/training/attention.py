@@ -190,7 +190,7 @@ class FlashRows:
         asking_B: Tensor | None = None,
     ) -> Attended:
         """See `RowAttention`."""
-        from torch.nn.attention.varlen import varlen_attn  # here: torch has had it since 2.10
+        from torch.nn.attention.varlen import varlen_attn  # here: not every torch has it
 
         given = qkv.detach().requires_grad_()
         with torch.enable_grad():

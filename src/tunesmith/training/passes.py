@@ -96,7 +96,7 @@ class Pass:
         device, end = self.token_ids_N.device, None
         if device.type != "cpu":
             end = len(self.token_ids_N)
-            lengths = [end - start for start, end in pairwise([*starts, end])]
+            lengths = [after - start for start, after in pairwise([*starts, end])]
         return RowGroup(torch.tensor(starts), torch.tensor(lengths), max(lengths), end).to(device)
 
     def asking(self, rows: RowGroup) -> Tensor:

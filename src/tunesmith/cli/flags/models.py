@@ -86,7 +86,7 @@ def add_models(commands: Commands) -> None:
     quantize = verbs.add_parser(
         "quantize",
         parents=[EVERYWHERE],
-        help="Make a base in 4 bits of one that is here: an eighth of the memory of fp32.",
+        help="Make a base in 4 bits a weight of one that is here (QLoRA's NF4).",
         description="Packs the matrices of a base of the Llama family as bitsandbytes does for QLoRA (NF4), and adds "
         "the result to <home>/bases.toml as a base of its own. What the 4 bits stand for is the new base, wherever it "
         "is computed; adapters of the old one are not for it. Needs: pip install 'tunesmith[bitsandbytes]'",
