@@ -18,11 +18,14 @@ from safetensors.torch import load_file, save_file
 from tests.architectures import OWN, make_base
 from tests.engine.models import make_adapter
 from tests.tiny import VOCABULARY_SIZE
+from tunesmith.adapters import checkpoint
+from tunesmith.decoder import loading
 from tunesmith.engine import prompts, tiled
 from tunesmith.engine.base import GenerateRequest, Precision, PromptScored, SamplingParams, TokenScore
 from tunesmith.engine.blocks import BLOCK_TOKENS
+from tunesmith.engine.deltas import PanelAdapter
 from tunesmith.engine.messages import Produced
-from tunesmith.engine.runner import Runner
+from tunesmith.engine.runner import LoadedBase, Runner
 from tunesmith.runs.parity import BOUNDS
 
 WIDE = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
@@ -295,3 +298,17 @@ def test_weights_that_were_rounded_to_8_bits_are_not_rounded_again(base: Path, t
         assert [score.logprob for score in scores[1:]] == pytest.approx(
             [score.logprob for score in others[1:]], abs=1e-3
         )
+
+
+@pytest.mark.parametrize("way", ["fixed point"], indirect=True)  # by tiles there is no other form of them
+def test_factors_of_adapters_have_8_bits_beside_any_rounded_weights(base: Path, tmp_path: Path) -> None:
+    if prompts.library() is None:
+        pytest.skip("there is no C++ compiler here")
+    lora, _ = checkpoint.load(make_adapter(base, tmp_path / "adapter", seed=1), loading.load(base).config.layout)
+    sizes: dict[Precision, int] = {}
+    for precision in BOUNDS:
+        loaded = LoadedBase.load(base, precision, "cpu", 1 << 20)
+        adapter = loaded.adapter(lora)
+        assert isinstance(adapter, PanelAdapter)
+        sizes[precision] = adapter._packed.nbytes
+    assert sizes["bfloat16"] == sizes["int8"] < sizes["float32"] / 2

@@ -17,7 +17,7 @@ from tunesmith.decoder.panels import Bits, Panels
 from tunesmith.training import panels
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.panels import PanelHead, PanelSite
-from tunesmith.training.sites import Base, Part, SharedSite
+from tunesmith.training.sites import BaseWeight, Part, SharedSite
 
 torch.set_num_threads(1)
 
@@ -64,7 +64,7 @@ def _site(library: ctypes.CDLL, jobs: Sequence[TrainableLora], bits: Bits) -> tu
     for job in jobs:
         (pair,), _ = job.pairs(job.flat)
         ours.take(job, pair, job.lora.scale)
-    return ours, SharedSite(Base(lambda: weight_OI, gain_I, torch.float32), list(OUTPUTS.values()))
+    return ours, SharedSite(BaseWeight(lambda: weight_OI, gain_I, torch.float32), list(OUTPUTS.values()))
 
 
 def _both_ways(

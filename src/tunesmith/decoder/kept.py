@@ -18,9 +18,9 @@ from tunesmith.decoder.llama import (
     KeptLayers,
     Llama,
     LlamaConfig,
-    around,
+    assembled,
+    checked_shape,
     from_state,
-    held_to,
     matrix_names,
     tensors_of,
     without_matrices,
@@ -48,7 +48,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", 
         """No tensor of them is held twice."""
         if packed and any(fourbit.is_packed(name, tensors) for name, _ in names):
             return [_part(name, shape, tensors, device, None if lean else dtype) for name, shape in names]
-        plain = [held_to(shape, name, tensors.pop(name)) for name, shape in names]
+        plain = [checked_shape(shape, name, tensors.pop(name)) for name, shape in names]
         whole = plain[0] if len(plain) == 1 else torch.cat(plain)
         return [whole.to(device) if lean else whole.to(device, dtype)]
 
@@ -60,7 +60,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", 
         stays = lean and tensor.dim() > 1 and tensor.dtype.itemsize <= dtype.itemsize
         rest[name] = tensor.to(device, tensor.dtype if stays or not tensor.is_floating_point() else dtype)
     layers = [without_matrices(config, rest, index) for index in range(config.layers)]
-    return around(config, KeptLayers(layers, kept, dtype), rest)
+    return assembled(config, KeptLayers(layers, kept, dtype), rest)
 
 
 def _part(
@@ -68,5 +68,5 @@ def _part(
 ) -> Kept:
     if fourbit.is_packed(name, tensors):
         return fourbit.take(name, shape, tensors, device)
-    plain = held_to(shape, name, tensors.pop(name))
+    plain = checked_shape(shape, name, tensors.pop(name))
     return plain.to(device, dtype or plain.dtype)

@@ -352,12 +352,14 @@ def from_state(config: LlamaConfig, state: dict[str, Tensor]) -> Llama:
     """
     layers = []
     for index, sites in enumerate(matrix_names(config)):
-        matrices = {site: [held_to(shape, name, state[name]) for name, shape in names] for site, names in sites.items()}
+        matrices = {
+            site: [checked_shape(shape, name, state[name]) for name, shape in names] for site, names in sites.items()
+        }
         (o,), (down,) = matrices["o"], matrices["down"]
         layer = without_matrices(config, state, index)
         gate_up = stacked(matrices["gate_up"])
         layers.append(replace(layer, qkv_parts=matrices["qkv"], o=o, gate_up=gate_up, down=down))
-    return around(config, layers, state)
+    return assembled(config, layers, state)
 
 
 def matrix_names(config: LlamaConfig) -> Iterator[dict[Site, list[tuple[str, tuple[int, int]]]]]:
@@ -376,7 +378,7 @@ def without_matrices(config: LlamaConfig, state: Mapping[str, Tensor], index: in
 
     def vector(name: str, size: int) -> Tensor:
         whole = f"model.layers.{index}.{name}"
-        return held_to((size,), whole, state[whole])
+        return checked_shape((size,), whole, state[whole])
 
     heads = (("q", config.query_width), ("k", config.key_width), ("v", config.key_width))
     biases = [vector(f"self_attn.{part}_proj.bias", size) for part, size in heads] if config.qkv_bias else None
@@ -393,16 +395,16 @@ def without_matrices(config: LlamaConfig, state: Mapping[str, Tensor], index: in
     )
 
 
-def around(config: LlamaConfig, layers: Sequence[Layer], state: Mapping[str, Tensor]) -> Llama:
+def assembled(config: LlamaConfig, layers: Sequence[Layer], state: Mapping[str, Tensor]) -> Llama:
     """The model of these layers. Raises as `from_state`."""
     shape = (config.vocabulary_size, config.width)
-    embedding_VD = held_to(shape, "model.embed_tokens.weight", state["model.embed_tokens.weight"])
-    head_VD = embedding_VD if config.tied else held_to(shape, "lm_head.weight", state["lm_head.weight"])
-    norm_D = held_to((config.width,), "model.norm.weight", state["model.norm.weight"])
+    embedding_VD = checked_shape(shape, "model.embed_tokens.weight", state["model.embed_tokens.weight"])
+    head_VD = embedding_VD if config.tied else checked_shape(shape, "lm_head.weight", state["lm_head.weight"])
+    norm_D = checked_shape((config.width,), "model.norm.weight", state["model.norm.weight"])
     return Llama(config, embedding_VD, layers, norm_D, head_VD)
 
 
-def held_to(shape: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
+def checked_shape(shape: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
     """The tensor. Compiled code goes by the config: another shape would have it read beside it. Raises ValueError."""
     if tensor.shape != shape or not tensor.is_floating_point():
         kind = str(tensor.dtype).removeprefix("torch.")

@@ -18,7 +18,7 @@ from tunesmith.training.attention import RowAttention
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.kernels import Kernels
 from tunesmith.training.loss import PlainHead, Scores, Weighed, score, score_frozen
-from tunesmith.training.sites import Base, SharedSite, SingleSite, Site
+from tunesmith.training.sites import BaseWeight, SharedSite, SingleSite, Site
 
 Sites = dict[SiteName, Site]
 """Of a layer."""
@@ -66,7 +66,7 @@ class PlainWeights:
     ) -> None:
         """`site_outputs` are the outputs of each linear layer of each site (`TrainableLora.site_outputs`).
 
-        `held`: see `sites.Base`.
+        `held`: see `sites.BaseWeight`.
         """
         self.dtype, self.attention = dtype, attention
         on_processor = model.embedding_VD.device.type == "cpu"
@@ -81,7 +81,7 @@ class PlainWeights:
             sites: dict[SiteName, SharedSite] = {}
             for site in layout:
                 weight = partial(model.matrix, index, site, torch.float32)
-                sites[site] = SharedSite(Base(weight, gains.get(site), dtype, held=held), next(outputs))
+                sites[site] = SharedSite(BaseWeight(weight, gains.get(site), dtype, held=held), next(outputs))
             self._shared.append(sites)
         self._single: list[dict[SiteName, SingleSite]] = [
             {name: SingleSite(site) for name, site in layer.items()} for layer in self._shared

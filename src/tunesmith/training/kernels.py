@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.training.packing import moved
+from tunesmith.training.packing import to_device
 
 CELL_ROUNDING = 16
 """Cells of a row are rounded up to a multiple: bf16 products are compiled for each shape that they meet."""
@@ -56,7 +56,7 @@ class RowGroup:
 
     def to(self, device: torch.device) -> RowGroup:
         """The same group there."""
-        return RowGroup(moved(self.start_B, device), moved(self.length_B, device), self.cells, self.end)
+        return RowGroup(to_device(self.start_B, device), to_device(self.length_B, device), self.cells, self.end)
 
     @cached_property
     def real_BT(self) -> Tensor:

@@ -28,7 +28,7 @@ MOST_PADDED = 4
 PROCESSOR = torch.device("cpu")
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The same there. A GPU is not waited for: from other memory than pinned it would be, until all it has is done."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -65,7 +65,9 @@ class MicroBatch:
         if device.type == "cpu":
             return self
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors: dict[str, Any] = {n: moved(value, device) for n, value in values.items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {
+            name: to_device(value, device) for name, value in values.items() if isinstance(value, Tensor)
+        }
         return replace(self, **tensors)
 
     def attend(self, layer: int, q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, *, window: int | None = None) -> Tensor:

@@ -54,7 +54,7 @@ class Site(Protocol):
         """Adds to the gradients of the factors; that of the inputs, [N, I]."""
 
 
-class Base:
+class BaseWeight:
     """The frozen weights of a site, times the gain of the norm before it, which leaves that to the site."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Base:
 class SharedSite:
     """One copy of the weights for all pieces. What is done piece by piece stays in the caches of a processor."""
 
-    base: Base
+    base: BaseWeight
     outputs: list[int]
 
     def forward(self, x_NI: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
