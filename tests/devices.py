@@ -7,7 +7,7 @@ numbers come to can be held against the processor's, and no device is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Self
@@ -21,6 +21,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = "meta"
 CROSSING = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
+WAITING = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.equal.default,
+)
+"""What a device has to be waited for."""
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, _: Any, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +62,7 @@ def _rows(
     """Where each is, the weights of its attention [H, T, T], and its queries, keys and values [H, T, d], in fp32."""
     ends = edges.tolist()
     assert edges.dtype == torch.int32 and ends[-1] == len(q)
-    assert max(end - start for start, end in pairwise(ends)) == longest
+    assert max(end - start for start, end in pairwise(ends)) <= longest
     for start, end in pairwise(ends):
         row = slice(start, end)
         group = q.shape[1] // k.shape[1]
@@ -112,11 +120,19 @@ class _Literals(TorchFunctionMode):
         if function is Tensor.__getitem__ and isinstance(args[0], _There) and isinstance(args[1], list):
             args = (args[0], torch.tensor(args[1]).to(DEVICE))
         if function is Tensor.tolist and isinstance(args[0], _There):
+            assert not _UNDER_WAY, "a list is asked for in the midst of a recording"
             args = (args[0].held,)
         return function(*args, **kwargs)
 
 
 def _compute(operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    results = _computed(operation, args, kwargs)
+    if _UNDER_WAY:
+        _UNDER_WAY[-1].take_down(operation, args, kwargs, results)
+    return results
+
+
+def _computed(operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = [tensor for tensor in tensors if isinstance(tensor, _There)]
     if there and operation not in CROSSING:
@@ -144,6 +160,61 @@ def _compute(operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         return known[id(leaf)] if id(leaf) in known else _There(leaf)
 
     return tree_map(mark, OF_DEVICES.get(operation, operation)(*args, **kwargs))
+
+
+class Tape:
+    """Implements `replays.Recorder` as strictly as CUDA: what is computed again are operations on the same memory.
+
+    What comes from beyond the device, and what has to be known before it goes on, cannot be recorded.
+    """
+
+    def __init__(self) -> None:
+        self.recorded, self.replayed = 0, 0
+        self._taken: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[_There]]] = []
+
+    def record(self, work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        """See `Recorder`."""
+        self._taken = taken = []
+        self.recorded += 1
+        _UNDER_WAY.append(self)
+        try:
+            results = work()
+        finally:
+            _UNDER_WAY.pop()
+        for *_, made in taken:  # a graph says where its results will be, and does not compute them
+            for leaf in made:
+                leaf.held.detach().fill_(torch.nan if leaf.dtype.is_floating_point else 0)
+
+        def replay() -> None:
+            self.replayed += 1
+            for operation, args, kwargs, made in taken:
+                again = _made(_computed(operation, args, kwargs), (args, kwargs))
+                for new, old in zip(again, made, strict=True):
+                    old.held.detach().copy_(new.held.detach())
+
+        return replay, results
+
+    def take_down(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> None:
+        """One more operation of what is recorded. Raises RuntimeError."""
+        sides = {isinstance(leaf, _There) for leaf in tree_leaves((args, results)) if isinstance(leaf, Tensor)}
+        masks = [leaf for leaf in tree_leaves(args[1:]) if isinstance(leaf, Tensor) and leaf.dtype == torch.bool]
+        if operation in WAITING or (operation in CROSSING and len(sides) > 1) or (operation in INDEXING and masks):
+            raise RuntimeError(f"{operation} is not permitted when stream is capturing")
+        if True in sides:
+            self._taken.append((operation, args, kwargs, _made(results, (args, kwargs))))
+
+
+_UNDER_WAY: list[Tape] = []
+
+
+def _made(results: Any, given: Any) -> list[_There]:
+    """The tensors among the results of an operation that lie in memory of their own."""
+    known = {_place(leaf) for leaf in tree_leaves(given) if isinstance(leaf, _There)}
+    return [leaf for leaf in tree_leaves(results) if isinstance(leaf, _There) and _place(leaf) not in known]
+
+
+def _place(tensor: _There) -> int:
+    return tensor.held.untyped_storage().data_ptr()
 
 
 @contextmanager

@@ -279,14 +279,15 @@ def test_without_transformers_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPa
     assert found.reason is not None and found.reason.endswith("pip install 'tunesmith[transformers]'")
 
 
-@pytest.mark.parametrize("kind", OWN)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("kind", "tied"), [*((kind, True) for kind in OWN), ("llama", False)])
 def test_shapes_are_those_that_loading_holds_weights_to(tmp_path: Path, kind: str, tied: bool) -> None:
     base = make_base(tmp_path / "base", OWN[kind] | {"tie_word_embeddings": tied})
     (tmp_path / "bases.toml").write_text('[mine]\nfolder = "base"\n')
     assert check_base(tmp_path, "mine").findings == []
     state = load_file(base / "model.safetensors")
     for name in state:
+        if name.startswith("model.layers.0."):  # the other layer stands for any
+            continue
         save_file(state | {name: np.zeros((3, *state[name].shape[1:]), np.float32)}, base / "model.safetensors")
         assert f"error: {name} has the shape" in told(check_base(tmp_path, "mine"))
         with pytest.raises(ValueError, match=f"^{name} has the shape"):

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.architectures import OWN, make_base
 from tests.engine.models import make_adapter
-from tests.tiny import VOCABULARY_SIZE
 from tunesmith.adapters import checkpoint
 from tunesmith.decoder import loading
 from tunesmith.engine import prompts, tiled
@@ -28,12 +27,20 @@ from tunesmith.engine.messages import Produced
 from tunesmith.engine.runner import LoadedBase, Runner
 from tunesmith.runs.parity import BOUNDS
 
-WIDE = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+VOCABULARY = 2_048
+WIDE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": OWN["llama"] | WIDE,
     "biases": OWN["qwen2"] | WIDE | {"hidden_size": 128},
     "wide heads": OWN["llama"] | WIDE | {"num_key_value_heads": 1, "head_dim": 64},
-    "odd vocabulary": OWN["mistral"] | WIDE | {"vocab_size": VOCABULARY_SIZE + 7},
+    "odd vocabulary": OWN["mistral"] | WIDE | {"vocab_size": VOCABULARY + 7},
 }
 RANKS = (4, 16, 33)
 precisions = pytest.mark.parametrize("precision", ["bfloat16", "int8"])
@@ -63,7 +70,7 @@ def models(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path | 
 
 def _prompts(lengths: Sequence[int], seed: int = 5) -> list[tuple[int, ...]]:
     chance = random.Random(seed)
-    return [tuple(chance.choices(range(VOCABULARY_SIZE), k=length)) for length in lengths]
+    return [tuple(chance.choices(range(VOCABULARY), k=length)) for length in lengths]
 
 
 def _overflowing(adapter: Path | None, folder: Path) -> None:

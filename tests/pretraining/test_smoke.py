@@ -44,9 +44,9 @@ def test_two_minutes_of_the_recipe(tmp_path: Path) -> None:
     batch = ("--data", data, "--batch-tokens", 2048, "--micro-batch-tokens", 2048, "--row-tokens", 128)
     # A grown model goes on where the small one was annealed to: a high rate would first undo that.
     slowly = ("--muon-learning-rate", 0.002, "--adam-learning-rate", 0.0006, "--decay-share", 1)
-    _run("pretraining.train", "tiny", *batch, "--tokens", 2.5e5, "--warmup-steps", 20, "--out", small)
+    _run("pretraining.train", "tiny", *batch, "--tokens", 1.5e5, "--warmup-steps", 15, "--out", small)
     _run("pretraining.grow", small, "ada", "--batch-tokens", 2048, "--out", large)
-    _run("pretraining.train", "ada", *batch, *slowly, "--tokens", 4e4, "--warmup-steps", 5, "--out", large)
+    _run("pretraining.train", "ada", *batch, *slowly, "--tokens", 2e4, "--warmup-steps", 3, "--out", large)
 
     scores = {}
     for folder in (small, large):

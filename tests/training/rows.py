@@ -16,6 +16,8 @@ from tunesmith.rundir import ResolvedHyperparameters, RunDir, RunSpec
 from tunesmith.training.batches import Row
 
 LABELS = (" positive", " negative")
+VOCABULARY = 4_096
+"""Of random models: a quarter of that in the box, for the head is most of what they compute."""
 
 
 def random_lora(layout: Layout, *, rank: int, alpha: float, seed: int = 3) -> Lora:
@@ -35,7 +37,7 @@ def random_model(
     heads: int = 4,
     kv_heads: int = 2,
     bias: bool = False,
-    vocabulary: int = 16_384,
+    vocabulary: int = VOCABULARY,
     tied: bool = True,
     qk_norm: bool = False,
 ) -> Llama:
@@ -70,7 +72,7 @@ def random_model(
 
 def extreme_attention() -> Llama:
     """A model whose tokens look away from themselves: their own scores are 140 below the largest."""
-    model = random_model(bias=True)
+    model = random_model(bias=True, vocabulary=16_384)
     for layer in model.layers:
         assert layer.qkv_bias is not None
         q, k, _ = layer.qkv_bias.split([4 * 32, 2 * 32, 2 * 32])
@@ -81,16 +83,16 @@ def extreme_attention() -> Llama:
 
 def extreme_head() -> Llama:
     """A model whose logits lie hundreds apart."""
-    model = random_model()
+    model = random_model(vocabulary=16_384)
     model.norm_D *= 300.0
     return model
 
 
-def random_rows(lengths: list[tuple[int, int]], *, seed: int = 7) -> list[Row]:
+def random_rows(lengths: list[tuple[int, int]], *, seed: int = 7, vocabulary: int = VOCABULARY) -> list[Row]:
     """Rows of (prompt, completion) tokens each."""
     chance = torch.Generator().manual_seed(seed)
     return [
-        Row(array("i", torch.randint(0, 16_384, (prompt + completion,), generator=chance).tolist()), prompt)
+        Row(array("i", torch.randint(0, vocabulary, (prompt + completion,), generator=chance).tolist()), prompt)
         for prompt, completion in lengths
     ]
 

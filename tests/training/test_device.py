@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from tests import devices
 from tests.architectures import OWN, Bits, make_base
-from tests.devices import DEVICE, pretended
+from tests.devices import DEVICE, Tape, pretended
 from tests.training.rows import CLASSIFY, examples, make_run, random_lora, random_model, random_rows
 from tunesmith.decoder import loading
 from tunesmith.decoder.llama import Llama
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import RunDir
-from tunesmith.training import device, host, memory, native
+from tunesmith.training import device, folded, host, memory, native
 from tunesmith.training.attention import FlashRows
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.folded import FoldedLlama
@@ -33,6 +33,10 @@ from tunesmith.training.workers import Workers
 
 ROUNDING = 5e-4
 """More than in `test_metamorphic`: every product is another, and what Adam makes of a gradient near 0 is its sign."""
+
+
+FEW = 512
+"""Tokens that a model knows: products of bf16 are slow where the processor has none."""
 
 
 @pytest.fixture
@@ -159,6 +163,74 @@ def test_attention_over_rows_of_any_lengths_is_that_of_groups(
     (one, gradient), (other, expected) = found
     assert one.loss == pytest.approx(other.loss, abs=2e-3)
     assert (gradient - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize(("room", "embedding"), [(True, False), (False, True)], ids=["held", "made, embedding"])
+def test_recorded_passes_are_those_that_were_recorded(
+    pretend: None, monkeypatch: pytest.MonkeyPatch, room: bool, embedding: bool
+) -> None:
+    model = random_model(bias=True, qk_norm=True, vocabulary=FEW)
+    there = model.over([weight.to(DEVICE) for weight in model.parameters()])
+    monkeypatch.setattr(device, "has_room", lambda *_: room)
+    steps = [[(10, 3), (9, 1), (18 + step, 7)] for step in range(3)] + [[(60, 20)]] * 2
+    tape, found = Tape(), []
+    for recorder in (None, tape):
+        monkeypatch.setattr(device, "recorder", lambda _, recorder=recorder: recorder)
+        lora = random_lora(model.config.layout, rank=4, alpha=8.0, seed=3)
+        lora = lora if embedding else replace(lora, embedding=None)
+        jobs = [TrainableLora(lora.to(torch.device(DEVICE))) for _ in range(2)]
+        tallies = []
+        with Workers(1) as workers:
+            learner = Learner(there, jobs[0].site_outputs, workers, beat=lambda: None, dtype=torch.bfloat16)
+            for index, lengths in enumerate(steps):
+                rows = [random_rows(lengths, seed=2 * index + job, vocabulary=FEW) for job in range(2)]
+                tallies += learner.learn(
+                    [Lesson(*each, prompt_loss_weight=0.1) for each in zip(jobs, rows, strict=True)]
+                )
+                for job in jobs:
+                    job.flat.add_(job.flat_gradient, alpha=-0.1)
+        found.append((tallies, [job.flat.to("cpu") for job in jobs]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(found[0][1], found[1][1], strict=True))
+    # Both jobs share a recording: the first to come is computed, the second recorded, all later ones are replayed.
+    assert (tape.recorded, tape.replayed) == (2, 2 * len(steps) - 2)
+
+
+def test_a_pass_in_a_frame_is_the_same_but_for_rounding(pretend: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(bias=True, vocabulary=FEW)
+    there = model.over([weight.to(DEVICE) for weight in model.parameters()])
+    for lengths in ([(40, 3), (9, 1)], [(1, 1)], [(63, 5)], [(64, 5), (30, 30), (1, 1), (2, 1)], [(270, 1)]):
+        found = []
+        for most in (2_048, 0):
+            monkeypatch.setattr(folded, "MOST_FRAMED_TOKENS", most)
+            factors = TrainableLora(
+                random_lora(model.config.layout, rank=4, alpha=8.0, seed=3).to(torch.device(DEVICE))
+            )
+            with Workers(1) as workers:
+                learner = Learner(there, factors.site_outputs, workers, beat=lambda: None, dtype=torch.bfloat16)
+                (tally,) = learner.learn(
+                    [Lesson(factors, random_rows(lengths, vocabulary=FEW), prompt_loss_weight=0.1)]
+                )
+            found.append((tally, factors.flat_gradient.to("cpu")))
+        (one, gradient), (other, expected) = found
+        assert (one.sequences, one.tokens, one.weight) == (other.sequences, other.tokens, other.weight)
+        assert one.loss == pytest.approx(other.loss, abs=2e-3)
+        assert (gradient - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_run_of_recorded_steps_has_the_same_bytes(
+    tiny_base: Path, tmp_path: Path, pretend: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tape = Tape()
+    runs = [_run(tmp_path / name, tiny_base, on=DEVICE) for name in ("plain", "recorded", "halting")]
+    for run_dir, recorder in zip(runs, (None, tape, Tape()), strict=True):
+        monkeypatch.setattr(device, "recorder", lambda _, recorder=recorder: recorder)
+        run_dir.write_spec(replace(run_dir.read_spec(), precision="bfloat16"))
+        while train(run_dir, stop_asked=lambda run_dir=run_dir: run_dir is runs[2]) is None:
+            pass
+    for name in ("results.csv", "progress.jsonl", "parity.json", "adapter/adapter_model.safetensors"):
+        assert len({(run_dir.path / name).read_bytes() for run_dir in runs}) == 1, name
+    assert tape.replayed > 2 * tape.recorded > 0
 
 
 def _wrong(*args: Any) -> Any:

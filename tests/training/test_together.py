@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pretraining.shapes import SHAPES, random_llama
-from tests.training.rows import random_lora, random_rows
+from tests.training.rows import VOCABULARY, random_lora, random_rows
 from tunesmith.training import frozen, gradients, native
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.gradients import Learner, Lesson
@@ -17,7 +18,7 @@ from tunesmith.training.kernels import Eager, Kernels
 from tunesmith.training.metrics import Tally
 from tunesmith.training.workers import Workers
 
-MODEL = random_llama(SHAPES["ada"], torch.Generator().manual_seed(0))
+MODEL = random_llama(replace(SHAPES["ada"], layers=3, vocabulary_size=VOCABULARY), torch.Generator().manual_seed(0))
 
 
 def _lessons(n_jobs: int, *, longest_prompt: int = 60) -> list[Lesson]:

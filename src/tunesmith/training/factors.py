@@ -9,6 +9,7 @@ D = model width.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ class TrainableLora:
     def adapters(self) -> Lora:
         """What the forward pass adds to the base."""
         return self.lora
+
+    @property
+    def likeness(self) -> Hashable:
+        """Equal for factors that differ in their numbers alone."""
+        return tuple(self._keys), tuple(self._shapes), self.lora.scale
 
     def save(self, folder: Path, base_dir: Path) -> None:
         """An adapter in PEFT's format. It names the base, but no path of this machine."""

@@ -11,8 +11,8 @@ d = head width, M = weighed positions, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 import torch
@@ -22,12 +22,13 @@ from torch import Tensor
 from tunesmith.adapters.lora import Site as SiteName
 from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama, rotation
+from tunesmith.decoder.replays import Replays
 from tunesmith.training.attention import Attended, attend
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.frozen import FrozenWeights, Sites
 from tunesmith.training.kernels import HeadNorms, Heads, Kernels, RowGroup, Turn
 from tunesmith.training.loss import Scores
-from tunesmith.training.passes import Pass, Piece
+from tunesmith.training.passes import MOST_FRAMED_TOKENS, Pass, Piece
 from tunesmith.training.sites import Part
 
 
@@ -120,13 +121,17 @@ class FoldedLlama:
         weights: FrozenWeights,
         kernels: Kernels,
         free_bytes: Callable[[], int] | None = None,
+        replays: Replays | None = None,
     ) -> None:
         """`covers(model)`, whose weights `weights` has; everything between products that adds up does so in fp32.
 
         `free_bytes`, where given, is asked before each pass: where that is too little for what the way back needs of
-        every layer, it computes them again, one after another.
+        every layer, it computes them again, one after another. `replays` is for weights that jobs do not share and that
+        have an attention for rows of any lengths: small passes are recorded.
         """
         self._model, self._weights, self._kernels, self._free_bytes = model, weights, kernels, free_bytes
+        self._replays = replays
+        self._stages: dict[Hashable, TrainableLora] = {}
         # Behind its attention the last layer is of use to tokens that predict alone. Products of torch, where they are
         # shared by jobs, take whole pieces: what they say of a token may depend on how many there are.
         self._of_predicting = weights.grid == 1 or not weights.shares
@@ -139,17 +144,56 @@ class FoldedLlama:
 
     def take(self, factors: TrainableLora, *, single: bool) -> None:
         """See `FrozenWeights`."""
-        self._weights.take(factors, single=single)
+        if self._replays is None:  # else each pass takes its own: that is part of what is recorded
+            self._weights.take(factors, single=single)
 
     @torch.no_grad()
     def learn(self, pieces: Sequence[Piece], *, single: bool) -> tuple[Pass, Scores]:
         """A pass over `pieces`: adds its gradient to their views. With `single` all are of the job taken last."""
+        if self._replays is not None:
+            (piece,) = pieces
+            if len(piece.batch.token_ids_N) <= MOST_FRAMED_TOKENS:
+                return self._learn_framed(piece, self._replays)
+            self._weights.take(piece.view.owner, single=single)
         work = Pass.of(pieces, grid=self._weights.grid)
+        groups = work.groups() if self._weights.attention is None else [work.rows()]
+        return work, self._learn(work, groups, single=single, again=self._computes_again(len(work.token_ids_N)))
+
+    def _learn_framed(self, piece: Piece, replays: Replays) -> tuple[Pass, Scores]:
+        """A pass that depends on nothing but shapes and the tensors that it is given."""
+        work, rows = Pass.framed(piece)
+        stage = self._stage(piece.view.owner)
+        (view,) = stage.views(1)
+        again = self._computes_again(len(work.token_ids_N))
+
+        def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+            flat, token_ids_N, predicting_M, target_M, weight_M, start_B, length_B = inputs
+            staged = Pass(
+                [replace(piece, view=view)], work.spans, token_ids_N, predicting_M, target_M, weight_M, predicting_M[:0]
+            )
+            group = RowGroup(start_B, length_B, rows.cells, rows.end)
+            stage.flat.copy_(flat)
+            view.begin()
+            self._weights.take(stage, single=True)
+            scores = self._learn(staged, [group], single=True, again=again)
+            return scores.nll_M, scores.right_M, view.flat_gradient
+
+        given = (work.token_ids_N, work.predicting_M, work.target_M, work.weight_M, rows.start_B, rows.length_B)
+        nll_M, right_M, gradient = replays.run((stage, rows.cells, again), (piece.view.owner.flat, *given), run)
+        piece.view.flat_gradient.add_(gradient)
+        known = slice(len(piece.batch.predicting_M))
+        return work, Scores(nll_M[known], right_M[known])
+
+    def _stage(self, factors: TrainableLora) -> TrainableLora:
+        """Factors of the same shapes and scale, which are written over in each pass: jobs that are alike share one."""
+        if factors.likeness not in self._stages:
+            self._stages[factors.likeness] = TrainableLora(factors.lora)
+        return self._stages[factors.likeness]
+
+    def _learn(self, work: Pass, groups: list[RowGroup], *, single: bool, again: bool) -> Scores:
         layers = self._weights.layers(single=single)
         kernels, of_predicting = self._kernels, self._of_predicting
-        groups = work.groups() if self._weights.attention is None else [work.rows()]
         walk = _Walk(work, groups, self._turn(max(group.cells for group in groups)))
-        again = self._computes_again(len(work.token_ids_N))
         x_ND, low = self._embed(work)
         added_ND: Tensor | None = None
         saved: list[_Start | _Saved] = []
@@ -180,7 +224,7 @@ class FoldedLlama:
                 grad_ND, grad_N = _spread(grad_ND, work), _spread(grad_N, work)
             rounded_ND = self._attend_backward(layer, before, grad_ND, grad_N)
         self._embed_backward(work, low, grad_ND)
-        return work, scores
+        return scores
 
     def _computes_again(self, n_tokens: int) -> bool:
         if self._free_bytes is None:

@@ -31,6 +31,11 @@ LARGEST_ROUNDING = 128
 """Tokens are rounded up to a multiple; a pass of up to so many tokens to the second number. Products of bf16 over a
 whole pass are compiled for each shape that they meet, about 1 ms a shape; with fewer than 16 rows the libraries use
 other kernels, which add up in another order."""
+MOST_FRAMED_TOKENS = 2_048
+"""More keep a GPU busy for longer than it takes to ask it for them."""
+LEAST_FRAMED_TOKENS = 64
+LEAST_FRAMED_CELLS = 256
+LEAST_FRAMED_POSITIONS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,32 @@ class Pass:
             weight_M=torch.cat([piece.batch.weight_M * piece.share for piece in pieces]),
             completion_C=torch.cat([batch.completion_C + at for batch, at in zip(batches, counts, strict=False)]),
         )
+
+    @classmethod
+    def framed(cls, piece: Piece) -> tuple[Pass, RowGroup]:
+        """A piece alone, and its rows without a gap, in few shapes that come again.
+
+        Behind its tokens others follow as one more row, and rows without tokens. Positions that are added, all of them
+        of the last of those, weigh nothing.
+        """
+        batch, lengths = piece.batch, piece.batch.row_lengths
+        n_tokens, n_positions = len(batch.token_ids_N), len(batch.predicting_M)
+        framed = _recurring(n_tokens + 1, LEAST_FRAMED_TOKENS)
+        more, positions = framed - n_tokens, _recurring(n_positions, LEAST_FRAMED_POSITIONS) - n_positions
+        empty = _power(len(lengths) + 1) - len(lengths) - 1
+        starts = [*accumulate(lengths, initial=0), *[framed] * empty]
+        cells = max(_power(max(*lengths, more)), LEAST_FRAMED_CELLS)
+        rows = RowGroup(torch.tensor(starts), torch.tensor([*lengths, more, *[0] * empty]), cells, framed)
+        work = cls(
+            [piece],
+            [slice(0, framed)],
+            F.pad(batch.token_ids_N, (0, more)),
+            predicting_M=F.pad(batch.predicting_M, (0, positions), value=framed - 1),
+            target_M=F.pad(batch.target_M, (0, positions)),
+            weight_M=F.pad(batch.weight_M * piece.share, (0, positions)),
+            completion_C=batch.completion_C,
+        )
+        return work, rows.to(batch.token_ids_N.device)
 
     def groups(self) -> list[RowGroup]:
         """Rows whose attention is computed at once."""
@@ -129,3 +160,15 @@ def _row_groups(batches: Sequence[MicroBatch], starts: Sequence[int], squares: f
             by_cells[key][1].extend(batch.row_lengths[first:end])
     groups = by_cells.values()
     return [RowGroup(torch.tensor(at), torch.tensor(n), max(n) + -max(n) % CELL_ROUNDING) for at, n in groups]
+
+
+def _power(number: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << (number - 1).bit_length()
+
+
+def _recurring(number: int, least: int) -> int:
+    """The least of 4, 5, 6 and 7 times a power of two that is no less, and so at most a quarter more."""
+    number = max(number, least)
+    step = _power(number + 1) // 8
+    return -(-number // step) * step

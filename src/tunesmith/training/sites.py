@@ -130,39 +130,42 @@ class SingleSite:
 
     def __init__(self, shared: SharedSite) -> None:
         self.shared = shared
-        self._a: Tensor | None = None
-        """[P R, I], times the gain."""
-        self._b: Tensor | None = None
-        """[O, P R], times the scale: each linear layer's B in its own rows and columns, zeros elsewhere."""
+        self._held: dict[int, Pair] = {}
+        """By rank, and always in the same place: a recorded step (`decoder.replays`) finds them there."""
+        self._taken: Pair | None = None
+        """A [P R, I], times the gain, and B [O, P R], times the scale: each linear layer's in its own rows and columns,
+        zeros elsewhere."""
 
     def take(self, factors: Pair, scale: float) -> None:
         """The factors as they are now."""
         (a, b_OR), base = factors, self.shared.base
-        if self._a is None or self._b is None or len(self._a) != len(a):
-            self._a = a.new_empty(a.shape, dtype=base.dtype)
-            self._b = a.new_zeros(len(b_OR), len(a), dtype=base.dtype)
-        torch.mul(a, 1.0 if base.gain_I is None else base.gain_I, out=self._a)
-        for block, b in zip(self._blocks(self._b, b_OR.shape[1]), b_OR.split(self.shared.outputs), strict=True):
+        if len(a) not in self._held:
+            own = a.new_empty(a.shape, dtype=base.dtype), a.new_zeros(len(b_OR), len(a), dtype=base.dtype)
+            self._held[len(a)] = own
+        self._taken = own_a, own_b = self._held[len(a)]
+        torch.mul(a, 1.0 if base.gain_I is None else base.gain_I, out=own_a)
+        for block, b in zip(self._blocks(own_b, b_OR.shape[1]), b_OR.split(self.shared.outputs), strict=True):
             torch.mul(b, scale, out=block)
 
     def forward(self, x_NI: Tensor, parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
         """See `Site`; what is kept are the inputs of B."""
-        assert self._a is not None and self._b is not None
-        y_NO, h = x_NI @ self.shared.base().T, x_NI @ self._a.T
-        return y_NO.addmm_(h, self._b.T), [h]
+        assert self._taken is not None
+        a, b = self._taken
+        y_NO, h = x_NI @ self.shared.base().T, x_NI @ a.T
+        return y_NO.addmm_(h, b.T), [h]
 
     def backward(self, grad_NO: Tensor, x_NI: Tensor, saved: list[Tensor], parts: Sequence[Part]) -> Tensor:
         """See `Site`; there is one part."""
-        assert self._a is not None and self._b is not None
-        (part,), (h,) = parts, saved
+        assert self._taken is not None
+        (part,), (h,), (a, b) = parts, saved, self._taken
         (of_a, of_b), scale, base = part.gradients, part.view.scale, self.shared.base
-        grad_h, grad_b = grad_NO @ self._b, grad_NO.T @ h
+        grad_h, grad_b = grad_NO @ b, grad_NO.T @ h
         rank = of_b.shape[1]
         for block, of_b_part in zip(self._blocks(grad_b, rank), of_b.split(self.shared.outputs), strict=True):
             of_b_part.add_(block, alpha=scale)
         grad_a = grad_h.T @ x_NI
         of_a.add_(grad_a if base.gain_I is None else grad_a * base.gain_I)
-        return (grad_NO @ base()).addmm_(grad_h, self._a)
+        return (grad_NO @ base()).addmm_(grad_h, a)
 
     def _blocks(self, b: Tensor, rank: int) -> list[Tensor]:
         rows = b.split(self.shared.outputs)
