@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.devices import DEVICE, pretended
+from tests.devices import DEVICE, Tape, pretended
 from tests.engine.models import make_adapter
 from tests.tiny import VOCABULARY_SIZE
+from tunesmith.decoder import replays
 from tunesmith.decoder.quantizing import quantize
-from tunesmith.engine.base import GenerateRequest, Precision, PromptScored, SamplingParams, TokenScore
+from tunesmith.engine.base import (
+    GenerateRequest,
+    Precision,
+    PromptScored,
+    SampledToken,
+    SamplingParams,
+    TokenScore,
+)
 from tunesmith.engine.messages import Produced
 from tunesmith.engine.process import EngineProcess
 from tunesmith.engine.runner import Runner
@@ -34,14 +43,16 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def _answers(device: str, precision: Precision, base: Path, adapters: list[Path | None]) -> list[list[TokenScore]]:
+def _answers(
+    device: str, precision: Precision, base: Path, adapters: list[Path | None], max_tokens: int = 6
+) -> list[list[TokenScore]]:
     chance = random.Random(3)
     prompts = [tuple(chance.choices(range(VOCABULARY_SIZE), k=length)) for length in (3, 40, 90, 1, 33, 12)]
     runner = Runner(precision=precision, device=device)
     for index, adapter in enumerate(adapters):
         runner.load(str(index), str(base), None if adapter is None else str(adapter))
     for number, prompt in enumerate(prompts):
-        handle, sampling = str(number // 2), WAYS[number % 3]
+        handle, sampling = str(number // 2), replace(WAYS[number % 3], max_tokens=max_tokens)
         assert runner.submit(number, GenerateRequest(handle, prompt, sampling, 3, score_prompt=number < 3)) == []
     found: list[list[TokenScore]] = [[] for _ in prompts]
     while runner.busy:
@@ -78,6 +89,59 @@ def test_answers_are_those_of_the_processor(base: Path, tmp_path: Path, pretend:
                 assert mine.logprob == pytest.approx(other.logprob, abs=BOUND_NATS[precision])
             compared += 1
     assert compared > 100
+
+
+@pytest.mark.parametrize("base", [32, 4], indirect=True)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recorded_steps_say_what_others_do(
+    base: Path, tmp_path: Path, pretend: None, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = [None, *(make_adapter(base, tmp_path / str(seed), seed=seed, rank=2 * seed) for seed in (1, 2))]
+    tape, found = Tape(), []
+    for recorder in (None, tape):
+        monkeypatch.setattr(replays, "recorder_of", lambda _, recorder=recorder: recorder)
+        found.append(_answers(DEVICE, precision, base, adapters, max_tokens=12))
+    assert found[0] == found[1]
+    assert tape.replayed > tape.recorded > 0
+
+
+def test_sequences_and_adapters_come_and_go_while_steps_are_recorded(
+    tiny_base: Path, tmp_path: Path, pretend: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each answer is the one of a processor, whatever is generated beside it: models, lengths and ends all differ."""
+    tape, chance = Tape(), random.Random(5)
+    monkeypatch.setattr(replays, "recorder_of", lambda _: tape)
+    adapters = [
+        None,
+        *(make_adapter(tiny_base, tmp_path / str(seed), seed=seed, rank=1 + seed % 5) for seed in range(1, 6)),
+    ]
+    there, here = (Runner(device=device, max_running=6, cache_bytes=1 << 20) for device in (DEVICE, "cpu"))
+    asked = [
+        GenerateRequest(
+            str(chance.randrange(6)),
+            tuple(chance.choices(range(VOCABULARY_SIZE), k=chance.choice([1, 5, 31, 32, 70]))),
+            SamplingParams(max_tokens=chance.choice([1, 8, 30]), temperature=0),
+            top_logprobs=0,
+        )
+        for _ in range(24)
+    ]
+    answers: list[list[list[TokenScore]]] = []
+    for runner in (there, here):
+        for index, adapter in enumerate(adapters):
+            runner.load(str(index), str(tiny_base), None if adapter is None else str(adapter))
+        found: list[list[TokenScore]] = [[] for _ in asked]
+        for number, request in enumerate(asked):
+            assert runner.submit(number, request) == []
+        while runner.busy:
+            for event in runner.step():
+                if isinstance(event, Produced):
+                    assert isinstance(event.output, SampledToken)
+                    found[event.number].append(event.output.score)
+        answers.append(found)
+    for ours, theirs in zip(*answers, strict=True):
+        assert [score.token_id for score in ours] == [score.token_id for score in theirs]
+        assert [score.logprob for score in ours] == pytest.approx([score.logprob for score in theirs], abs=1e-4)
+    assert tape.recorded > 3 and tape.replayed > 40, (tape.recorded, tape.replayed)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -16,7 +16,7 @@ from tests import devices
 from tests.architectures import OWN, Bits, make_base
 from tests.devices import DEVICE, Tape, pretended
 from tests.training.rows import CLASSIFY, examples, make_run, random_lora, random_model, random_rows
-from tunesmith.decoder import loading
+from tunesmith.decoder import loading, replays
 from tunesmith.decoder.llama import Llama
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import RunDir
@@ -175,7 +175,7 @@ def test_recorded_passes_are_those_that_were_recorded(
     steps = [[(10, 3), (9, 1), (18 + step, 7)] for step in range(3)] + [[(60, 20)]] * 2
     tape, found = Tape(), []
     for recorder in (None, tape):
-        monkeypatch.setattr(device, "recorder", lambda _, recorder=recorder: recorder)
+        monkeypatch.setattr(replays, "recorder_of", lambda _, recorder=recorder: recorder)
         lora = random_lora(model.config.layout, rank=4, alpha=8.0, seed=3)
         lora = lora if embedding else replace(lora, embedding=None)
         jobs = [TrainableLora(lora.to(torch.device(DEVICE))) for _ in range(2)]
@@ -224,7 +224,7 @@ def test_a_run_of_recorded_steps_has_the_same_bytes(
     tape = Tape()
     runs = [_run(tmp_path / name, tiny_base, on=DEVICE) for name in ("plain", "recorded", "halting")]
     for run_dir, recorder in zip(runs, (None, tape, Tape()), strict=True):
-        monkeypatch.setattr(device, "recorder", lambda _, recorder=recorder: recorder)
+        monkeypatch.setattr(replays, "recorder_of", lambda _, recorder=recorder: recorder)
         run_dir.write_spec(replace(run_dir.read_spec(), precision="bfloat16"))
         while train(run_dir, stop_asked=lambda run_dir=run_dir: run_dir is runs[2]) is None:
             pass

@@ -18,7 +18,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-RECORDINGS_KEPT = 32
+RECORDINGS_KEPT = 64
 """Of a GPU's memory each takes some megabytes for its list of operations; what they compute with they share."""
 
 Work = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -50,6 +50,33 @@ class GraphRecorder:
         ):
             results = work()
         return graph.replay, results
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same there. A GPU is not waited for: from other memory than pinned it would be, until all it has is done."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def recorder_of(device: torch.device) -> Recorder | None:
+    """None: nothing is gained by recording there."""
+    return GraphRecorder(device) if device.type == "cuda" else None
+
+
+def power(number: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << (number - 1).bit_length()
+
+
+def recurring(number: int, least: int) -> int:
+    """The least of 4, 5, 6 and 7 times a power of two that is no less, and so at most a quarter more; below 8 all are.
+
+    Sizes that are rounded up come again.
+    """
+    number = max(number, least)
+    step = max(1, power(number + 1) // 8)
+    return -(-number // step) * step
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,33 @@ class KVCache:
         ]
         return PagedAttention(self._keys, self._values, positions_N.to(device), rows_NK.flatten().to(device), groups)
 
+    def settle(self) -> int:
+        """Takes all the memory that it may ever have, so that it lies where it is from now on.
+
+        Returns a block that is in no sequence: what fills a step up may write there.
+        """
+        self._grow(self.pool.blocks + 1)
+        return self.pool.blocks
+
+    def attend_next(self, tables_Bb: Tensor, positions_B: Tensor) -> PagedAttention:
+        """Attention for the token at a position of each of some sequences, whose blocks are in `tables_Bb`.
+
+        After `settle`. All of it is computed on the device, from tensors there.
+        """
+        heads_K = torch.arange(self._kv_heads, device=self.device)
+        blocks_B1, places_B1 = tables_Bb.gather(1, positions_B[:, None] // BLOCK_TOKENS), positions_B[:, None]
+        rows_BK = (blocks_B1 * self._kv_heads + heads_K) * BLOCK_TOKENS + places_B1 % BLOCK_TOKENS
+        hidden_BL = torch.arange(tables_Bb.shape[1] * BLOCK_TOKENS, device=self.device) > positions_B[:, None]
+        mask_BL = torch.zeros(hidden_BL.shape, dtype=self.dtype, device=self.device)
+        group = _Group(
+            tokens_BT=torch.arange(len(positions_B), device=self.device)[:, None],
+            real=None,
+            gather=(tables_Bb[:, None] * self._kv_heads + heads_K[:, None]).flatten(),
+            positions_BT=positions_B[:, None],
+            mask_BTL=mask_BL.masked_fill_(hidden_BL, -torch.inf)[:, None],
+        )
+        return PagedAttention(self._keys, self._values, positions_B, rows_BK.flatten(), [group])
+
     def _group(self, spans: list[Span], tables: Tensor, firsts_B: Tensor, device: torch.device) -> _Group:
         blocks = max(map(_blocks, spans))
         lengths_B = torch.tensor([span.end - span.start for span in spans])
@@ -97,7 +124,7 @@ class KVCache:
         have = self._values[-1].shape[0]  # the last that grows: where memory ran out in between, the others are larger
         if rows <= have:
             return
-        rows = min(max(rows, 2 * have), self.pool.blocks * self._kv_heads * BLOCK_TOKENS)
+        rows = max(rows, min(2 * have, self.pool.blocks * self._kv_heads * BLOCK_TOKENS))
         for stored in (self._keys, self._values):
             for layer, tensor in enumerate(stored):
                 # Zeros, not empty: a position past the end is multiplied by a weight of 0, and 0 * NaN is NaN.

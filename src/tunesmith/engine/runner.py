@@ -21,7 +21,7 @@ from torch import Tensor
 from tunesmith.adapters import checkpoint
 from tunesmith.adapters.lora import Lora
 from tunesmith.adapters.stack import AdapterStacks, Mixture, PackedAdapter
-from tunesmith.decoder import loading
+from tunesmith.decoder import loading, replays
 from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama
 from tunesmith.decoder.panels import Bits
@@ -35,6 +35,7 @@ from tunesmith.engine.messages import Ended, Event, Produced
 from tunesmith.engine.native import MOST_ROWS, NativeStep
 from tunesmith.engine.paneled import PaneledLlama
 from tunesmith.engine.prompts import PromptStep
+from tunesmith.engine.recorded import RecordedStep
 from tunesmith.engine.scheduler import Chunk, Scheduler
 from tunesmith.engine.tiled import TiledAdapter, TiledStep
 from tunesmith.rundir import holds_all_weights
@@ -75,6 +76,7 @@ class LoadedBase:
         self.panels: PaneledLlama | None = None
         self.native: NativeStep | None = None
         self.prompts: PromptStep | None = None
+        self.recorded: RecordedStep | None = None
         if cache.dtype == torch.bfloat16 and isinstance(weights, Llama) and tiled.covers(weights):
             self.tiled = TiledStep(weights, cache, eight=precision == "int8")
         elif (
@@ -88,6 +90,8 @@ class LoadedBase:
             self.native = NativeStep(decode, weights, self.panels, cache)
         elif precision == "int8":
             raise ValueError(WITHOUT_EIGHT)
+        elif isinstance(weights, Llama) and cache.device.type != "cpu":
+            self.recorded = RecordedStep(weights, cache, replays.recorder_of(cache.device))
 
     @classmethod
     def load(cls, folder: Path, precision: Precision, device: str, cache_bytes: int) -> LoadedBase:
@@ -273,13 +277,18 @@ class Runner:
         self.tokens_computed += sum(chunk.length for chunk in chunks)
         logits_WV: Tensor | None = None
         mixture: Mixture | None = None
-        if base.tiled is None and base.panels is None:
+        one_each = all(chunk.length == 1 for chunk in chunks)
+        recorded = base.recorded if one_each else None
+        if base.tiled is None and base.panels is None and recorded is None:
             chunks, mixture = _arrange(base.stacks, chunks)
         tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
         wanted = [_wanted(chunk) for chunk in chunks]
         if base.tiled is not None:
             hidden_WD = base.tiled.hidden(tokens, chunks, _adapters(TiledAdapter, chunks), wanted)
-        elif base.native is not None and len(chunks) <= MOST_ROWS and all(chunk.length == 1 for chunk in chunks):
+        elif recorded is not None:
+            step = recorded([ids[0] for ids in tokens], chunks, _adapters(PackedAdapter, chunks))
+            hidden_WD, logits_WV = (_select(each, chunks, wanted) for each in step)
+        elif base.native is not None and len(chunks) <= MOST_ROWS and one_each:
             step = base.native([ids[0] for ids in tokens], chunks, _adapters(PanelAdapter, chunks))
             hidden_WD, logits_WV = (_select(each, chunks, wanted) for each in step)
         elif base.prompts is not None:

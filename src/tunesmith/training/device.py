@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama
-from tunesmith.decoder.replays import GraphRecorder, Recorder
 from tunesmith.errors import InvalidRequest
 from tunesmith.training.attention import FlashRows, RowAttention, attend
 from tunesmith.training.kernels import Eager, Heads, Kernels, RowGroup, Turn
@@ -89,11 +88,6 @@ def kernels(device: torch.device) -> Kernels:
     except Exception as error:  # its own compilers, a C compiler, Python's headers: much may be missing
         logger.warning("torch's compiler does not work here, and a step takes longer: %s", error)
         return Eager()
-
-
-def recorder(device: torch.device) -> Recorder | None:
-    """Of small steps, where the device has that."""
-    return GraphRecorder(device) if device.type == "cuda" else None
 
 
 def attention(model: Llama, dtype: torch.dtype) -> RowAttention | None:

@@ -14,9 +14,9 @@ from functools import partial
 
 import torch
 
+from tunesmith.decoder import replays
 from tunesmith.decoder.base import Decoder
 from tunesmith.decoder.llama import Llama
-from tunesmith.decoder.replays import Replays
 from tunesmith.training import device as of_device
 from tunesmith.training import panels, step
 from tunesmith.training.batches import Row
@@ -101,8 +101,8 @@ class Learner:
                 held = of_device.has_room(device, model.config.matrix_numbers * dtype.itemsize)
                 attention = of_device.attention(model, dtype)
                 plain = PlainWeights(model, site_outputs, dtype, chosen, held=held, attention=attention)
-                replays = None if attention is None else Replays(of_device.recorder(device))
-                self._by_hand = FoldedLlama(model, plain, chosen, free_bytes, replays)
+                recorded = None if attention is None else replays.Replays(replays.recorder_of(device))
+                self._by_hand = FoldedLlama(model, plain, chosen, free_bytes, recorded)
             elif kernels is None and dtype == torch.bfloat16 and step.covers(model):
                 self._by_hand = CompiledLlama(model)
             else:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.decoder.replays import to_device
 from tunesmith.training.batches import Row
 
 MICRO_BATCH_TOKENS = 2_048
@@ -26,13 +27,6 @@ MICRO_BATCH_TOKENS = 2_048
 MOST_PADDED = 4
 """Cells of a part whose rows are all as long as the longest: at most so many for each token that it may have."""
 PROCESSOR = torch.device("cpu")
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same there. A GPU is not waited for: from other memory than pinned it would be, until all it has is done."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.decoder.replays import power, recurring
 from tunesmith.training.attention import SQUARES, grouped
 from tunesmith.training.factors import FactorView
 from tunesmith.training.kernels import CELL_ROUNDING, RowGroup
@@ -92,11 +93,11 @@ class Pass:
         """
         batch, lengths = piece.batch, piece.batch.row_lengths
         n_tokens, n_positions = len(batch.token_ids_N), len(batch.predicting_M)
-        framed = _recurring(n_tokens + 1, LEAST_FRAMED_TOKENS)
-        more, positions = framed - n_tokens, _recurring(n_positions, LEAST_FRAMED_POSITIONS) - n_positions
-        empty = _power(len(lengths) + 1) - len(lengths) - 1
+        framed = recurring(n_tokens + 1, LEAST_FRAMED_TOKENS)
+        more, positions = framed - n_tokens, recurring(n_positions, LEAST_FRAMED_POSITIONS) - n_positions
+        empty = power(len(lengths) + 1) - len(lengths) - 1
         starts = [*accumulate(lengths, initial=0), *[framed] * empty]
-        cells = max(_power(max(*lengths, more)), LEAST_FRAMED_CELLS)
+        cells = max(power(max(*lengths, more)), LEAST_FRAMED_CELLS)
         rows = RowGroup(torch.tensor(starts), torch.tensor([*lengths, more, *[0] * empty]), cells, framed)
         work = cls(
             [piece],
@@ -160,15 +161,3 @@ def _row_groups(batches: Sequence[MicroBatch], starts: Sequence[int], squares: f
             by_cells[key][1].extend(batch.row_lengths[first:end])
     groups = by_cells.values()
     return [RowGroup(torch.tensor(at), torch.tensor(n), max(n) + -max(n) % CELL_ROUNDING) for at, n in groups]
-
-
-def _power(number: int) -> int:
-    """The least power of two that is no less."""
-    return 1 << (number - 1).bit_length()
-
-
-def _recurring(number: int, least: int) -> int:
-    """The least of 4, 5, 6 and 7 times a power of two that is no less, and so at most a quarter more."""
-    number = max(number, least)
-    step = _power(number + 1) // 8
-    return -(-number // step) * step
