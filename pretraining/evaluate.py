@@ -28,14 +28,14 @@ def bits_per_byte(model: Decoder, tokenizer: Tokenizer, documents: list[str]) ->
     for document in documents:
         ids = tokenizer.encode(document).ids
         for start in range(0, len(ids), model.config.context_tokens):
-            window = torch.tensor([0, *ids[start : start + model.config.context_tokens]])
+            window = torch.tensor([0, *ids[start : start + model.config.context_tokens]], device=model.head_VD.device)
             nats += _negative_log_likelihood(model, window)
     return nats / math.log(2) / sum(len(document.encode()) for document in documents)
 
 
 @torch.inference_mode()
 def _negative_log_likelihood(model: Decoder, window: torch.Tensor) -> float:
-    hidden_ND = model.hidden(window[:-1], torch.arange(len(window) - 1), CausalRows(1))
+    hidden_ND = model.hidden(window[:-1], torch.arange(len(window) - 1, device=window.device), CausalRows(1))
     losses = [
         torch.nn.functional.cross_entropy(model.logits(h).float(), target, reduction="sum")
         for h, target in zip(hidden_ND.split(512), window[1:].split(512), strict=True)
@@ -49,11 +49,13 @@ def main() -> None:
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=None, help="only the first so many")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     documents = read_documents(arguments.corpus)[: arguments.documents]
     for folder in arguments.models:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        print(f"{folder}: {bits_per_byte(loading.load(folder), tokenizer, documents):.4f} bits per byte")
+        model = loading.load(folder, device=arguments.device)
+        print(f"{folder}: {bits_per_byte(model, tokenizer, documents):.4f} bits per byte")
 
 
 if __name__ == "__main__":

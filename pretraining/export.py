@@ -12,6 +12,13 @@ from pathlib import Path
 from tunesmith.core import box
 
 
+def export(model: Path, packed: Path, tokenizer: Path) -> None:
+    """Packs a model, whose folder gets the tokenizer too."""
+    if tokenizer.resolve() != (model / "tokenizer.json").resolve():
+        shutil.copyfile(tokenizer, model / "tokenizer.json")
+    box.pack(model, packed)
+
+
 def main() -> None:
     """Command line: a model folder and its tokenizer in, a packed folder out."""
     parser = argparse.ArgumentParser(description="Pack a trained model into the box.")
@@ -19,9 +26,7 @@ def main() -> None:
     parser.add_argument("packed", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
     arguments = parser.parse_args()
-    if arguments.tokenizer.resolve() != (arguments.model / "tokenizer.json").resolve():
-        shutil.copyfile(arguments.tokenizer, arguments.model / "tokenizer.json")
-    box.pack(arguments.model, arguments.packed)
+    export(arguments.model, arguments.packed, arguments.tokenizer)
     print(f"{arguments.packed / box.PACKED}: {(arguments.packed / box.PACKED).stat().st_size:,} bytes")
 
 

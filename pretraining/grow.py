@@ -104,6 +104,19 @@ def tokens_read(folder: Path, batch_tokens: int) -> int:
     return progress.tokens_before + progress.step * batch_tokens
 
 
+def grow_folder(small: Path, name: str, out: Path, *, batch_tokens: int, seed: int = 0) -> int:
+    """A folder to go on with, of a larger shape, from that of a trained model; returns the tokens that has read.
+
+    `batch_tokens` are those of the run that made the small one.
+    """
+    with torch.no_grad():
+        grown = grow(load(small), SHAPES[name], torch.Generator().manual_seed(seed))
+    before = tokens_read(small, batch_tokens)
+    out.mkdir(parents=True, exist_ok=True)
+    save(out, Optimizer.over(list(grown.parameters())), Progress(step=0, tokens_before=before))
+    return before
+
+
 def main() -> None:
     """Command line: a trained folder and a larger shape in, a folder to go on with out."""
     parser = argparse.ArgumentParser(description="Make a larger model that computes what a smaller one does.")
@@ -113,11 +126,8 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=8_192, help="of the run that made the small model")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    with torch.no_grad():
-        grown = grow(load(arguments.small), SHAPES[arguments.shape], torch.Generator().manual_seed(arguments.seed))
-    before = tokens_read(arguments.small, arguments.batch_tokens)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    save(arguments.out, Optimizer.over(list(grown.parameters())), Progress(step=0, tokens_before=before))
+    chosen = {"batch_tokens": arguments.batch_tokens, "seed": arguments.seed}
+    before = grow_folder(arguments.small, arguments.shape, arguments.out, **chosen)
     print(json.dumps({"out": str(arguments.out), "shape": arguments.shape, "tokens_before": before}))
 
 

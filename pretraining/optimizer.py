@@ -30,21 +30,31 @@ class Optimizer:
         """One update from the `.grad` of every parameter."""
         rate = recipe.rate(step)
         matrices = [i for i, p in enumerate(self.parameters) if p.ndim == 2 and i > 0]  # 0 is the embedding
-        for index in matrices:
-            self.first[index].mul_(0.95).add_(gradient(self.parameters[index]))
+        parameters, first, gradients = self._of(matrices)
+        torch._foreach_mul_(first, 0.95)
+        torch._foreach_add_(first, gradients)
         directions = self._directions(matrices, workers)
+        torch._foreach_mul_(parameters, 1 - 0.01 * rate * recipe.muon_learning_rate)
         for index in matrices:
             parameter = self.parameters[index]
             scale = max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
-            parameter.mul_(1 - 0.01 * rate * recipe.muon_learning_rate)
-            parameter.sub_(directions[index].float() * (rate * recipe.muon_learning_rate * scale))
-        for index in sorted(set(range(len(self.parameters))) - set(matrices)):
-            parameter, first, second = self.parameters[index], self.first[index], self.second[index]
-            first.lerp_(gradient(parameter), 0.1)
-            second.mul_(0.95).addcmul_(gradient(parameter), gradient(parameter), value=0.05)
-            bias_1, bias_2 = 1 - 0.9 ** (step + 1), 1 - 0.95 ** (step + 1)
-            divisor = second.div(bias_2).sqrt_().add_(1e-8)
-            parameter.addcdiv_(first, divisor, value=-rate * recipe.adam_learning_rate / bias_1)
+            parameter.sub_(directions[index].float(), alpha=rate * recipe.muon_learning_rate * scale)
+        others = sorted(set(range(len(self.parameters))) - set(matrices))
+        parameters, first, gradients = self._of(others)
+        second = [self.second[index] for index in others]
+        torch._foreach_lerp_(first, gradients, 0.1)
+        torch._foreach_mul_(second, 0.95)
+        torch._foreach_addcmul_(second, gradients, gradients, value=0.05)
+        bias_1, bias_2 = 1 - 0.9 ** (step + 1), 1 - 0.95 ** (step + 1)
+        divisors = torch._foreach_div(second, bias_2)
+        torch._foreach_sqrt_(divisors)
+        torch._foreach_add_(divisors, 1e-8)
+        torch._foreach_addcdiv_(parameters, first, divisors, value=-rate * recipe.adam_learning_rate / bias_1)
+
+    def _of(self, indices: list[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Parameters, their first moments, and their gradients: what is done to all of them is one call on a GPU."""
+        parameters = [self.parameters[index] for index in indices]
+        return parameters, [self.first[index] for index in indices], [gradient(parameter) for parameter in parameters]
 
     def _directions(self, matrices: list[int], workers: Workers) -> dict[int, Tensor]:
         """The orthogonal update of each matrix: equal shapes in one batch, the work shared by the processes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -22,10 +23,23 @@ class Recipe:
     decay_share: float = 0.45
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where batches are no whole micro-batches, or those no whole rows."""
+        rows = [self.row_tokens, *([self.long_row_tokens] if self.long_share > 0 else [])]
+        for whole, parts in ((self.batch_tokens, [self.micro_batch_tokens]), (self.micro_batch_tokens, rows)):
+            for part in parts:
+                if whole % part:
+                    raise ValueError(f"{whole} tokens of a batch or micro-batch are not made of whole parts of {part}")
+
     @property
     def steps(self) -> int:
         """Number of optimizer updates."""
         return self.tokens // self.batch_tokens
+
+    @property
+    def decay_begins(self) -> int:
+        """The step from which on the rate falls."""
+        return math.ceil(self.steps * (1 - self.decay_share))
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate at `step`."""

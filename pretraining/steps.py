@@ -5,14 +5,16 @@ Legend: N = tokens of a micro-batch, D = width, V = vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pretraining.kernels import CausalRows, HeadLoss, softmax_gradient
 from pretraining.precision import products
-from tunesmith.decoder.llama import Llama
+from tunesmith.decoder.llama import Layer, Llama, LlamaConfig, rotation
 from tunesmith.training import whole_step
 from tunesmith.training.native import available
 from tunesmith.training.whole import TrainableWeights
@@ -90,7 +92,7 @@ class TorchSteps:
         self._scratch_nV = torch.empty(0, start.config.vocabulary_size, dtype=self._dtype, device=device)
         self.parameters = [p.to(device).requires_grad_() for p in start.parameters()]
         compiling = torch.compile(fullgraph=True, dynamic=False, disable=not compiled)
-        self._layers = compiling(self._hidden)
+        self._through = compiling(_through)  # of one layer: they are all alike, and the compiler takes long
         self._to_gradient = gradient_on_cpu if device == "cpu" else compiling(softmax_gradient)
 
     def begin(self) -> None:
@@ -104,12 +106,35 @@ class TorchSteps:
         if len(self._scratch_nV) != scored:
             self._scratch_nV = self._scratch_nV.new_empty(scored, self._scratch_nV.shape[1])
         weights = [p.to(self._dtype) for p in self.parameters]
-        hidden_ND = self._layers(weights, ids_N, row)
+        hidden_ND = self._hidden(weights, ids_N, row)
         loss: Tensor = HeadLoss.apply(hidden_ND, weights[0], next_N, self._scratch_nV, self._to_gradient)
         (loss * share).backward()
         return loss.detach()
 
     def _hidden(self, weights: list[Tensor], ids_N: Tensor, row: int) -> Tensor:
         count = len(ids_N) // row
+        model = self._start.over(weights)
         positions_N = torch.arange(row, device=ids_N.device).repeat(count)
-        return self._start.over(weights).hidden(ids_N, positions_N, CausalRows(count, self._compiled_on_cpu))
+        turn = rotation(positions_N, model.config, self._dtype)
+        x_ND = F.embedding(ids_N, model.embedding_VD)
+        for layer in model.layers:
+            parts = (layer.attention_norm_D, layer.qkv, layer.o, layer.feed_norm_D, layer.gate_up, layer.down)
+            x_ND = self._through(model.config, parts, x_ND, turn, count, self._compiled_on_cpu)
+        return F.rms_norm(x_ND, model.norm_D.shape, model.norm_D, model.config.norm_epsilon)
+
+
+def _through(
+    config: LlamaConfig,
+    parts: Sequence[Tensor],
+    x_ND: Tensor,
+    turn: tuple[Tensor, Tensor],
+    count: int,
+    compiled_on_cpu: bool,
+) -> Tensor:
+    """The states of `count` rows behind a layer of such weights."""
+    attention_norm_D, qkv, o, feed_norm_D, gate_up, down = parts
+    layer = Layer(attention_norm_D, [qkv], None, None, None, o, feed_norm_D, gate_up, down)
+    one = Llama(
+        config, attention_norm_D, [layer], attention_norm_D, attention_norm_D
+    )  # embedding and head are not used
+    return one.through(0, x_ND, turn, CausalRows(count, compiled_on_cpu))

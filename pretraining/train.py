@@ -31,6 +31,7 @@ from pretraining.rows import rows
 from pretraining.shapes import SHAPES, flops_per_token, random_llama, to_json
 from pretraining.steps import steps
 from tunesmith.decoder.llama import Llama
+from tunesmith.decoder.replays import to_device
 
 # N = tokens of a micro-batch, R = its rows, T = tokens of a row
 
@@ -42,6 +43,8 @@ class Progress:
     step: int
     tokens_before: int = 0
     """Tokens that the models this one was grown from had read."""
+    tokens: int = 0
+    """Of the whole run, where they follow from the time that it was given; 0: not told yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,10 @@ class Run:
     autograd: bool = False
     """Whether gradients are torch's where compiled code of ours could make them."""
     checkpoint_every_steps: int = 100
+    minutes: float | None = None
+    """Instead of the recipe's tokens as many are read as fit into that, by the speed of the first steps."""
+    keep_hot: bool = False
+    """Keeps the model in `hot` as it is before the rate falls: what a larger one is to be grown from."""
 
 
 def train(name: str, data: Path, out: Path, recipe: Recipe, run: Run) -> None:
@@ -65,7 +72,9 @@ def train(name: str, data: Path, out: Path, recipe: Recipe, run: Run) -> None:
     parameters = learner.parameters
     optimizer = Optimizer.over(parameters)
     progress = resume(out, optimizer)
-    started, start_step = time.monotonic(), progress.step
+    pace = Pace(time.monotonic(), progress.step)
+    if run.minutes is not None:
+        recipe = replace(recipe, tokens=progress.tokens or NEVER)
     micro_batches = range(workers.rank, recipe.batch_tokens // recipe.micro_batch_tokens, workers.count)
 
     while progress.step < recipe.steps:
@@ -74,7 +83,8 @@ def train(name: str, data: Path, out: Path, recipe: Recipe, run: Run) -> None:
         learner.begin()
         for micro in micro_batches:
             begin = progress.tokens_before + progress.step * recipe.batch_tokens + micro * recipe.micro_batch_tokens
-            read_RT = torch.from_numpy(rows(stream, begin // row, recipe.micro_batch_tokens // row, row)).to(run.device)
+            read_RT = torch.from_numpy(rows(stream, begin // row, recipe.micro_batch_tokens // row, row))
+            read_RT = to_device(read_RT, torch.device(run.device))
             ids_N, next_N = read_RT[:, :-1].flatten(), read_RT[:, 1:].flatten()
             loss_sum += learner.learn(ids_N, next_N, row, 1 / recipe.batch_tokens)
         workers.sum([loss_sum, *(gradient(p) for p in parameters)])
@@ -82,21 +92,76 @@ def train(name: str, data: Path, out: Path, recipe: Recipe, run: Run) -> None:
         optimizer.step(progress.step, recipe, workers)
         progress = replace(progress, step=progress.step + 1)
 
+        if run.minutes is not None and not progress.tokens:
+            float(loss_sum)  # once it can be read, a device has computed it
+            pace.step(progress.step)
+            if pace.seconds:
+                progress = replace(progress, tokens=pace.tokens(progress.step, recipe, 60 * run.minutes))
+                recipe = replace(recipe, tokens=progress.tokens)
+                print(
+                    f"{recipe.tokens:,} tokens in {recipe.steps} steps fit into {run.minutes:.3g} minutes", flush=True
+                )
         last = progress.step == recipe.steps
         if workers.rank == 0 and (progress.step % 20 == 0 or last):
-            speed = (progress.step - start_step) * recipe.batch_tokens / (time.monotonic() - started)
+            speed = (progress.step - pace.first_step) * recipe.batch_tokens / (time.monotonic() - pace.started)
             rate = speed * flops_per_token(SHAPES[name], row) / 1e12
+            steps_in_all = "?" if recipe.tokens == NEVER else recipe.steps
             print(
-                f"step {progress.step}/{recipe.steps} loss {float(loss_sum) / recipe.batch_tokens:.4f}"
+                f"step {progress.step}/{steps_in_all} loss {float(loss_sum) / recipe.batch_tokens:.4f}"
                 f" {speed:,.0f} tokens/s {rate:.3g} TFLOP/s",
                 flush=True,
             )
         if workers.rank == 0 and (progress.step % run.checkpoint_every_steps == 0 or last):
             save(out, optimizer, progress)
+        if workers.rank == 0 and run.keep_hot and progress.step == recipe.decay_begins:
+            keep(out / "hot", template, optimizer, progress)
     if workers.rank == 0:
         write_model(out, template.over([p.detach().cpu() for p in parameters]))
     if workers.count > 1:
         dist.destroy_process_group()
+
+
+NEVER = 1 << 60
+"""Tokens of a run before it is known how many there is time for: so many that the rate never falls."""
+SETTLED, MEASURED = 10, 20
+"""Steps that a run takes before its speed is measured, and then over how many."""
+ROOM = 0.9
+"""Share of the time left that is planned for: long rows take longer."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long steps take."""
+
+    started: float
+    first_step: int
+    first_s: float = 0.0
+    """What the first step took, the compiler's work among it: it has as much again to do for long rows."""
+    settled_at: float = 0.0
+    seconds: float = 0.0
+    """Of a step, once it is known."""
+
+    def step(self, step: int) -> None:
+        """One more step has ended."""
+        now, taken = time.monotonic(), step - self.first_step
+        if taken == 1:
+            self.first_s = now - self.started
+        if taken == SETTLED:
+            self.settled_at = now
+        if taken == SETTLED + MEASURED:
+            self.seconds = (now - self.settled_at) / MEASURED
+
+    def tokens(self, step: int, recipe: Recipe, budget_s: float) -> int:
+        """Of the whole run, if it is to end in `budget_s` after its start: at least two steps more."""
+        left_s = budget_s - (time.monotonic() - self.started) - self.first_s
+        return (step + max(2, int(ROOM * left_s / self.seconds))) * recipe.batch_tokens
+
+
+def keep(out: Path, template: Llama, optimizer: Optimizer, progress: Progress) -> None:
+    """A folder that `pretraining.grow` makes larger models from."""
+    out.mkdir(exist_ok=True)
+    save(out, optimizer, progress)
+    write_model(out, template.over([p.detach().cpu() for p in optimizer.parameters]))
 
 
 def save(out: Path, optimizer: Optimizer, progress: Progress) -> None:
@@ -133,7 +198,9 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(SHAPES))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, required=True)
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--tokens", type=float, default=0)
+    length.add_argument("--minutes", type=float, help="as many tokens as fit into that")
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--micro-batch-tokens", type=int, default=4_096)
     parser.add_argument("--muon-learning-rate", type=float, default=0.01)
@@ -149,6 +216,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint-every-steps", type=int, default=100)
+    parser.add_argument(
+        "--keep-hot", action="store_true", help="keep the model as it is before the rate falls, in OUT/hot"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = Recipe(
@@ -162,7 +232,14 @@ def main() -> None:
         warmup_steps=arguments.warmup_steps,
         decay_share=arguments.decay_share,
     )
-    run = Run(arguments.device, arguments.compile, arguments.autograd, arguments.checkpoint_every_steps)
+    run = Run(
+        arguments.device,
+        arguments.compile,
+        arguments.autograd,
+        arguments.checkpoint_every_steps,
+        arguments.minutes,
+        arguments.keep_hot,
+    )
     train(arguments.name, arguments.data, arguments.out, recipe, run)
 
 

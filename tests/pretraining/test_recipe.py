@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 import os
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from pretraining import pack, shapes, tokenizer, train
+from pretraining import family, pack, shapes, tokenizer, train
 from pretraining.corpus import DOCUMENT_SEPARATOR, read_documents
 from pretraining.evaluate import bits_per_byte
+from pretraining.grow import tokens_read
+from pretraining.optimizer import Optimizer
 from pretraining.recipe import Recipe
 from tunesmith.core import box
 from tunesmith.decoder.llama import load
@@ -142,3 +148,58 @@ def test_two_processes_share_a_run(data: Path, tmp_path: Path) -> None:
         # Directions cross the processes in bf16, and Adam makes a whole step of a gradient that is rounding alone.
         assert (alone - shared).abs().mean() < 3e-4
         assert alone.std() > 0
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "SETTLED", 1)
+    monkeypatch.setattr(train, "MEASURED", 2)
+
+
+SMALL = Recipe(
+    tokens=train.NEVER, batch_tokens=256, micro_batch_tokens=128, row_tokens=64, long_row_tokens=128, warmup_steps=2
+)
+
+
+def test_a_family_is_trained_in_the_time_there_is(
+    corpus: Path, data: Path, tmp_path: Path, quickly: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = read_documents(corpus)[:1]
+    chosen = family.Family(data, BOX_TOKENIZER, tmp_path, SMALL, "cpu", False, documents)
+    shares = {"tiny": 1.0, "ada": 3.0}
+    family.train_family(chosen, shares, minutes=0.1)
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["name"] for line in told] == ["tiny", "ada"]
+    hot = tokens_read(tmp_path / "tiny" / "hot", 256)
+    # The larger one goes on from where the smaller one was hot, and that one then read on while its rate fell.
+    assert 0 < hot < told[0]["tokens"]
+    assert told[1]["tokens"] > hot
+    assert all(0 < line["bits_per_byte"] < 20 for line in told)
+    assert not (tmp_path / "ada" / "hot").exists()
+    unpacked = load(box.unpack(tmp_path / "packed" / "ada", tmp_path / "home"))
+    assert unpacked.config == shapes.SHAPES["ada"]
+
+    before = [(tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in shares]
+    family.train_family(chosen, shares, minutes=0.1)  # what is there stays
+    assert before == [(tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in shares]
+
+
+def test_tokens_that_fit_into_a_time_stay_when_a_run_goes_on(data: Path, tmp_path: Path, quickly: None) -> None:
+    pace = train.Pace(started=time.monotonic() - 20, first_step=0, first_s=5, seconds=0.5)
+    assert pace.tokens(10, SMALL, 60) == pytest.approx((10 + 0.9 * 35 / 0.5) * 256, abs=2 * 256)
+    assert pace.tokens(10, SMALL, 0) == 12 * 256
+
+    train.train("tiny", data, tmp_path, SMALL, train.Run(minutes=0.05))
+    optimizer = Optimizer.over([tensor.clone() for tensor in load(tmp_path).parameters()])
+    reached = train.resume(tmp_path, optimizer)
+    assert reached.tokens == reached.step * 256
+    train.save(tmp_path, optimizer, replace(reached, step=reached.step - 1))
+    train.train("tiny", data, tmp_path, SMALL, train.Run(minutes=60))
+    assert train.resume(tmp_path, optimizer) == reached
+
+
+@pytest.mark.parametrize("sizes", [(256, 96, 32, 64), (250, 125, 25, 25), (256, 128, 48, 64), (256, 32, 32, 64)])
+def test_batches_are_whole_rows(sizes: tuple[int, int, int, int]) -> None:
+    batch, micro, row, long_row = sizes
+    with pytest.raises(ValueError, match="not made of whole parts") if sizes != (250, 125, 25, 25) else nullcontext():
+        Recipe(tokens=1, batch_tokens=batch, micro_batch_tokens=micro, row_tokens=row, long_row_tokens=long_row)

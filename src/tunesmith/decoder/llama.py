@@ -236,31 +236,38 @@ class Llama:
         self, token_ids_N: Tensor, positions_N: Tensor, attend: Attend, adapters: Adapters | None = None
     ) -> Tensor:
         """The normed output of the last layer, [N, D]: `logits` of a row is the prediction of the token after it."""
-        config, dtype = self.config, self.norm_D.dtype
-        cos_Nd, sin_Nd = rotation(positions_N, config, dtype)
+        dtype = self.norm_D.dtype
+        turn = rotation(positions_N, self.config, dtype)
         x_ND = F.embedding(token_ids_N, self.embedding_VD).to(dtype)
         delta_ND = None if adapters is None else adapters.embedding_delta(token_ids_N)
         x_ND = x_ND if delta_ND is None else x_ND + delta_ND
         for index in range(len(self.layers)):
-            layer, matrix = self.bare(index), partial(self.matrix, index, dtype=dtype)
-            y_ND = self._norm(x_ND, layer.attention_norm_D)
-            qkv = _adapted(y_ND, matrix("qkv"), layer.qkv_bias, adapters, index, "qkv")
-            q, k, v = qkv.split_with_sizes([config.query_width, config.key_width, config.key_width], dim=-1)
-            q_NHd = q.unflatten(-1, (config.heads, config.head_width))
-            k_NKd = k.unflatten(-1, (config.kv_heads, config.head_width))
-            if layer.q_norm_d is not None and layer.k_norm_d is not None:
-                q_NHd, k_NKd = self._norm(q_NHd, layer.q_norm_d), self._norm(k_NKd, layer.k_norm_d)
-            q_NHd, k_NKd = _rotate(q_NHd, cos_Nd, sin_Nd), _rotate(k_NKd, cos_Nd, sin_Nd)
-            v_NKd = v.unflatten(-1, (config.kv_heads, config.head_width))
-            a_ND = attend(index, q_NHd, k_NKd, v_NKd).flatten(-2)
-            x_ND = x_ND + _adapted(a_ND, matrix("o"), None, adapters, index, "o")
-
-            y_ND = self._norm(x_ND, layer.feed_norm_D)
-            gate_up = _adapted(y_ND, matrix("gate_up"), None, adapters, index, "gate_up")
-            gate_NF, up_NF = gate_up.chunk(2, dim=-1)
-            z_NF = F.silu(gate_NF) * up_NF
-            x_ND = x_ND + _adapted(z_NF, matrix("down"), None, adapters, index, "down")
+            x_ND = self.through(index, x_ND, turn, attend, adapters)
         return self._norm(x_ND, self.norm_D)
+
+    def through(
+        self, index: int, x_ND: Tensor, turn: tuple[Tensor, Tensor], attend: Attend, adapters: Adapters | None = None
+    ) -> Tensor:
+        """The states behind a layer, from those before it; `turn` is the `rotation` of their positions."""
+        config, (cos_Nd, sin_Nd) = self.config, turn
+        layer, matrix = self.bare(index), partial(self.matrix, index, dtype=self.norm_D.dtype)
+        y_ND = self._norm(x_ND, layer.attention_norm_D)
+        qkv = _adapted(y_ND, matrix("qkv"), layer.qkv_bias, adapters, index, "qkv")
+        q, k, v = qkv.split_with_sizes([config.query_width, config.key_width, config.key_width], dim=-1)
+        q_NHd = q.unflatten(-1, (config.heads, config.head_width))
+        k_NKd = k.unflatten(-1, (config.kv_heads, config.head_width))
+        if layer.q_norm_d is not None and layer.k_norm_d is not None:
+            q_NHd, k_NKd = self._norm(q_NHd, layer.q_norm_d), self._norm(k_NKd, layer.k_norm_d)
+        q_NHd, k_NKd = _rotate(q_NHd, cos_Nd, sin_Nd), _rotate(k_NKd, cos_Nd, sin_Nd)
+        v_NKd = v.unflatten(-1, (config.kv_heads, config.head_width))
+        a_ND = attend(index, q_NHd, k_NKd, v_NKd).flatten(-2)
+        x_ND = x_ND + _adapted(a_ND, matrix("o"), None, adapters, index, "o")
+
+        y_ND = self._norm(x_ND, layer.feed_norm_D)
+        gate_up = _adapted(y_ND, matrix("gate_up"), None, adapters, index, "gate_up")
+        gate_NF, up_NF = gate_up.chunk(2, dim=-1)
+        z_NF = F.silu(gate_NF) * up_NF
+        return x_ND + _adapted(z_NF, matrix("down"), None, adapters, index, "down")
 
     def logits(self, hidden_ND: Tensor, token_ids: Sequence[int] | None = None) -> Tensor:
         """See `Decoder`."""
