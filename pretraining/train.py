@@ -30,8 +30,8 @@ from pretraining.recipe import Recipe
 from pretraining.rows import rows
 from pretraining.shapes import SHAPES, flops_per_token, random_llama, to_json
 from pretraining.steps import steps
+from tunesmith.decoder.base import to_device
 from tunesmith.decoder.llama import Llama
-from tunesmith.decoder.replays import to_device
 
 # N = tokens of a micro-batch, R = its rows, T = tokens of a row
 

@@ -27,6 +27,8 @@ WAITING = (
     torch.ops.aten.nonzero.default,
     torch.ops.aten.masked_select.default,
     torch.ops.aten.equal.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.bincount.default,
 )
 """What a device has to be waited for."""
 
@@ -198,10 +200,31 @@ class Tape:
         """One more operation of what is recorded. Raises RuntimeError."""
         sides = {isinstance(leaf, _There) for leaf in tree_leaves((args, results)) if isinstance(leaf, Tensor)}
         masks = [leaf for leaf in tree_leaves(args[1:]) if isinstance(leaf, Tensor) and leaf.dtype == torch.bool]
-        if operation in WAITING or (operation in CROSSING and len(sides) > 1) or (operation in INDEXING and masks):
+        counted = operation is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
+        if (
+            operation in WAITING
+            or counted
+            or (operation in CROSSING and len(sides) > 1)
+            or (operation in INDEXING and masks)
+        ):
             raise RuntimeError(f"{operation} is not permitted when stream is capturing")
         if True in sides:
             self._taken.append((operation, args, kwargs, _made(results, (args, kwargs))))
+
+
+class Broken(Tape):
+    """Says something else than it recorded, from its second replay on."""
+
+    def record(self, work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        """See `Recorder`."""
+        replay, results = super().record(work)
+
+        def wrong() -> None:
+            replay()
+            if self.replayed > 1:
+                results[0].add_(1e-3)
+
+        return wrong, results
 
 
 _UNDER_WAY: list[Tape] = []

@@ -35,7 +35,7 @@ def test_the_second_time_it_is_recorded_and_then_replayed() -> None:
         doubled, more = replays.run("double", [_given(number, number + 1)], work)
         assert doubled.tolist() == [2 * number + 1, 2 * number + 3]
         assert more.tolist() == [number > 1.5, number > 0.5]
-    assert len(asked) == 3  # once, and then once to compare with and once to be recorded
+    assert len(asked) == 4  # once, then once to compare with and once to be recorded, then once more to compare with
     assert (tape.recorded, tape.replayed) == (1, 4)
 
 
@@ -77,7 +77,11 @@ def _picks(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     return [inputs[0][inputs[0] > 1.5]]
 
 
-@pytest.mark.parametrize("work", [_waits, _brings, _picks])
+def _repeats(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return [inputs[0].repeat_interleave(inputs[0].long())]
+
+
+@pytest.mark.parametrize("work", [_waits, _brings, _picks, _repeats])
 def test_what_cannot_be_recorded_is_done_again_each_time(
     work: Callable[[Sequence[Tensor]], Sequence[Tensor]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -97,6 +101,84 @@ def test_what_depends_on_more_than_it_says_is_found_out(caplog: pytest.LogCaptur
     assert found == [[0], [1], [3], [4]]  # by the recording it would have been 2, and 2 ever after
     assert "says something else than what was recorded" in caplog.text
     assert (tape.recorded, tape.replayed) == (1, 1)
+
+
+class _Idle(Tape):
+    """Records nothing, though the results lie where the work has put them."""
+
+    def record(self, work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        return lambda: None, work()
+
+
+class _Forgetful(Tape):
+    """Forgets the first operation on inputs, and so has them as they were when it recorded."""
+
+    def record(self, work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        replay, results = super().record(work)
+
+        def less() -> None:
+            if self.replayed == 1:
+                self._taken.pop(0)
+            replay()
+
+        return less, results
+
+
+@pytest.mark.parametrize("recorder", [_Idle(), _Forgetful()])
+def test_a_recording_that_does_too_little_is_found_out(recorder: Tape, caplog: pytest.LogCaptureFixture) -> None:
+    replays, kept = Replays(recorder), torch.zeros(1).to(DEVICE)
+
+    def work(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        kept.copy_(inputs[0])
+        return [kept * 2.0]
+
+    found = [replays.run("", [_given(number)], work, changed=[kept])[0].tolist() for number in range(5)]
+    assert found == [[0], [2], [4], [6], [8]]
+    assert kept.tolist() == [4]
+    assert "says something else than what was recorded" in caplog.text
+
+
+def test_what_else_it_changes_is_as_if_it_had_been_done() -> None:
+    tape, kept = Tape(), torch.zeros(2).to(DEVICE)
+    replays = Replays(tape)
+
+    def work(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        kept.copy_(inputs[0])
+        kept.add_(1.0)
+        return []
+
+    for number in range(5):
+        assert list(replays.run("", [_given(number, 0)], work, changed=[kept])) == []
+        assert kept.tolist() == [number + 1, 1]
+    assert (tape.recorded, tape.replayed) == (1, 4)
+
+
+def test_where_memory_runs_out_only_that_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    class Short(Tape):
+        def record(self, work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
+            if not self.recorded:
+                self.recorded += 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().record(work)
+
+    tape = Short()
+    replays = Replays(tape)
+    for key in ("a", "b"):
+        for number in range(4):
+            (result,) = replays.run(key, [_given(number)], lambda inputs: [inputs[0] + 1])
+            assert result.tolist() == [number + 1]
+    assert "too little memory to record a step" in caplog.text
+    assert (tape.recorded, tape.replayed) == (2, 3)
+
+
+def test_what_is_cleared_is_recorded_anew() -> None:
+    tape = Tape()
+    replays = Replays(tape)
+    for number in range(6):
+        if number == 3:
+            replays.clear()
+        replays.run("", [_given(number)], lambda inputs: [inputs[0] + 1])
+    assert (tape.recorded, tape.replayed) == (2, 4)
 
 
 def test_what_is_no_number_is_the_same_as_itself() -> None:

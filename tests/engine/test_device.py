@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.devices import DEVICE, Tape, pretended
+from tests.devices import DEVICE, Broken, Tape, pretended
 from tests.engine.models import make_adapter
 from tests.tiny import VOCABULARY_SIZE
 from tunesmith.decoder import replays
 from tunesmith.decoder.quantizing import quantize
+from tunesmith.engine import recorded
 from tunesmith.engine.base import (
     GenerateRequest,
     Precision,
@@ -97,12 +100,13 @@ def test_recorded_steps_say_what_others_do(
     base: Path, tmp_path: Path, pretend: None, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapters = [None, *(make_adapter(base, tmp_path / str(seed), seed=seed, rank=2 * seed) for seed in (1, 2))]
-    tape, found = Tape(), []
-    for recorder in (None, tape):
+    tape, broken, found = Tape(), Broken(), []
+    for recorder in (None, tape, broken):
         monkeypatch.setattr(replays, "recorder_of", lambda _, recorder=recorder: recorder)
         found.append(_answers(DEVICE, precision, base, adapters, max_tokens=12))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert tape.replayed > tape.recorded > 0
+    assert broken.replayed == 2
 
 
 def test_sequences_and_adapters_come_and_go_while_steps_are_recorded(
@@ -142,6 +146,57 @@ def test_sequences_and_adapters_come_and_go_while_steps_are_recorded(
         assert [score.token_id for score in ours] == [score.token_id for score in theirs]
         assert [score.logprob for score in ours] == pytest.approx([score.logprob for score in theirs], abs=1e-4)
     assert tape.recorded > 3 and tape.replayed > 40, (tape.recorded, tape.replayed)
+
+
+def test_a_long_sequence_among_short_ones_is_not_recorded(
+    tiny_base: Path, pretend: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tape = Tape()
+    monkeypatch.setattr(replays, "recorder_of", lambda _: tape)
+    monkeypatch.setattr(recorded, "SPARE_BLOCKS", 0)
+    runner = Runner(device=DEVICE)
+    runner.load("0", str(tiny_base), None)
+    chance = random.Random(2)
+    counts = []
+    for lengths in ([5] * 8, [5] * 7 + [400], [400]):
+        before = tape.replayed
+        for number, length in enumerate(lengths):
+            prompt = tuple(chance.choices(range(VOCABULARY_SIZE), k=length))
+            sampling = SamplingParams(max_tokens=8, temperature=0)
+            assert runner.submit(number, GenerateRequest("0", prompt, sampling, None)) == []
+        while runner.busy:
+            runner.step()
+        counts.append(tape.replayed - before)
+    assert counts == [6, 0, 6]  # of seven steps behind the prompts the first is computed
+
+
+def test_a_model_with_all_weights_tuned_shares_the_cache_and_not_the_recordings(
+    tiny_base: Path, tmp_path: Path, pretend: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replays, "recorder_of", lambda _: Tape())
+    tuned = tmp_path / "tuned"
+    shutil.copytree(tiny_base, tuned)
+    state = load_file(tuned / "model.safetensors")
+    save_file({name: weight * 1.1 for name, weight in state.items()}, tuned / "model.safetensors", {"format": "pt"})
+    there, here = Runner(device=DEVICE), Runner()
+    answers = []
+    for runner in (there, here):
+        runner.load("0", str(tiny_base), None)
+        runner.load("1", str(tiny_base), str(tuned))
+        found: list[list[int]] = [[], [], [], []]
+        for number in range(4):
+            request = GenerateRequest(
+                str(number % 2), tuple(range(3, 40)), SamplingParams(max_tokens=9, temperature=0), None
+            )
+            assert runner.submit(number, request) == []
+        while runner.busy:
+            for event in runner.step():
+                if isinstance(event, Produced):
+                    assert isinstance(event.output, SampledToken)
+                    found[event.number].append(event.output.score.token_id)
+        answers.append(found)
+    assert answers[0] == answers[1]
+    assert answers[0][0] != answers[0][1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -27,19 +27,14 @@ from tunesmith.engine.messages import Produced
 from tunesmith.engine.runner import LoadedBase, Runner
 from tunesmith.runs.parity import BOUNDS
 
+WIDE = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 VOCABULARY = 2_048
-WIDE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
+"""Fewer than the tokenizer has: here are ids alone."""
+_LLAMA = OWN["llama"] | WIDE | {"vocab_size": VOCABULARY}
 KINDS: dict[str, dict[str, Any]] = {
-    "llama": OWN["llama"] | WIDE,
-    "biases": OWN["qwen2"] | WIDE | {"hidden_size": 128},
-    "wide heads": OWN["llama"] | WIDE | {"num_key_value_heads": 1, "head_dim": 64},
+    "llama": _LLAMA,
+    "biases": OWN["qwen2"] | WIDE | {"hidden_size": 128, "vocab_size": VOCABULARY},
+    "wide heads": _LLAMA | {"num_key_value_heads": 1, "head_dim": 64},
     "odd vocabulary": OWN["mistral"] | WIDE | {"vocab_size": VOCABULARY + 7},
 }
 RANKS = (4, 16, 33)

@@ -25,6 +25,13 @@ def without_a_weight(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def without_most_tokens(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:300].copy()
+    save_file(tensors, folder / "model.safetensors")
+    with_config(vocab_size=300)(folder)
+
+
 def with_config(**fields: object) -> Change:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -41,6 +48,7 @@ def with_config(**fields: object) -> Change:
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "header"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "the tokenizer's decoder is none"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json in odd"),
+        (without_most_tokens, "have rows for 300 tokens: they do not belong together"),
         (with_config(model_type="no-such-model"), "transformers cannot load this model"),
     ],
 )

@@ -23,7 +23,9 @@ Pair = tuple[Tensor, Tensor]
 class AdapterTable:
     """Factors of adapters, one below the other. Place 0 adds nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int) -> None:
+        """It takes no more than `most_bytes` of memory."""
+        self._most_bytes = most_bytes
         self.version = 0
         """Another number whenever the factors came to lie elsewhere."""
         self._layers: tuple[dict[Site, Pair], ...] = ()
@@ -35,12 +37,16 @@ class AdapterTable:
         """When each place was asked for last, counted in calls."""
         self._calls = 0
 
-    def places(self, adapters: Sequence[PackedAdapter | None]) -> list[int]:
-        """Where the factors of each are. They stay there at least until the next call."""
+    def places(self, adapters: Sequence[PackedAdapter | None]) -> list[int] | None:
+        """Where the factors of each are. They stay there at least until the next call.
+
+        None where so many, of such ranks, would take too much memory.
+        """
         self._calls += 1
         wanted = dict.fromkeys(adapter for adapter in adapters if adapter is not None)
-        if not all(map(self._holds, wanted)) or len(wanted) >= max(1, len(self._used_at)):
-            self._lay_out(list(wanted))
+        missing = len(wanted) >= max(1, len(self._used_at))
+        if (missing or not all(map(self._holds, wanted))) and not self._lay_out(list(wanted)):
+            return None
         known = [adapter for adapter in wanted if adapter in self._place_of]
         for adapter in known:
             self._used_at[self._place_of[adapter]] = self._calls
@@ -60,33 +66,34 @@ class AdapterTable:
         pairs = zip(self._tables(), _factors(adapter), strict=True)
         return all(own is None or (table is not None and _ranks(own) <= table[0].shape[2]) for table, own in pairs)
 
-    def _lay_out(self, wanted: Sequence[PackedAdapter]) -> None:
-        """Anew, for these and as many again: all are copied again when they are asked for."""
-        places = max(len(self._used_at), 1 << len(wanted).bit_length())
-        made: list[Pair | None] = []
-        tables = self._tables() if self._layers else [None] * (1 + sum(map(len, wanted[0].factors)))
-        for table, *own in zip(tables, *map(_factors, wanted), strict=True):
-            ranks = max([0 if table is None else table[0].shape[2], *(_ranks(pair) for pair in own if pair)])
-            like = next((pair for pair in own if pair), None)
-            if like is not None:
-                a_IR, b_RO = like
-                made.append((a_IR.new_zeros(places, len(a_IR), ranks), b_RO.new_zeros(places, ranks, b_RO.shape[1])))
-            elif table is not None:
-                a_SIR, b_SRO = table
-                made.append((a_SIR.new_zeros(places, *a_SIR.shape[1:]), b_SRO.new_zeros(places, *b_SRO.shape[1:])))
-            else:
-                made.append(None)
-        supply = iter(made)
+    def _lay_out(self, wanted: Sequence[PackedAdapter]) -> bool:
+        """Anew, for these, a quarter more and the ranks there were, if that is not too much: else without the latter.
+
+        All are copied again when they are asked for. Returns whether there is a table for these.
+        """
+        before, places = self._tables() if self._layers else None, 1 + len(wanted) + len(wanted) // 4
+        for known, count in ((before, max(places, len(self._used_at))), (None, places)):
+            shapes = list(_shapes(wanted, known or [None] * (1 + sum(map(len, wanted[0].factors)))))
+            like = next(pair for pair in _factors(wanted[0]) if pair)[0]
+            if count * sum(sum(pair) * ranks for *pair, ranks in shapes) * like.itemsize <= self._most_bytes:
+                break
+        else:
+            return False
+        self._layers, self._embedding, before, known = (), None, None, None  # first of all that memory is to be free
+        self._place_of, self._used_at = WeakKeyDictionary(), [0] * count
+        self.version += 1
+        supply = iter(
+            (like.new_zeros(count, inputs, ranks), like.new_zeros(count, ranks, outputs)) if ranks else None
+            for inputs, outputs, ranks in shapes
+        )
         self._embedding = next(supply)
         self._layers = tuple({site: pair for site in layer if (pair := next(supply))} for layer in wanted[0].factors)
-        self._place_of, self._used_at = WeakKeyDictionary(), [0] * places
-        self.version += 1
+        return True
 
     def _put(self, adapter: PackedAdapter) -> None:
         place = min(range(1, len(self._used_at)), key=self._used_at.__getitem__)
         for other in [other for other, at in self._place_of.items() if at == place]:
             del self._place_of[other]
-        self._place_of[adapter], self._used_at[place] = place, self._calls
         for table, own in zip(self._tables(), _factors(adapter), strict=True):
             if table is None:
                 continue
@@ -95,6 +102,7 @@ class AdapterTable:
                 if factor is not None:
                     rows, columns = factor.shape
                     whole[place, :rows, :columns] = factor
+        self._place_of[adapter], self._used_at[place] = place, self._calls
 
     def _tables(self) -> list[Pair | None]:
         return [self._embedding, *(pair for layer in self._layers for pair in layer.values())]
@@ -127,6 +135,15 @@ def _factors(adapter: PackedAdapter) -> Iterator[Pair | None]:
     yield adapter.embedding
     for layer in adapter.factors:
         yield from layer.values()
+
+
+def _shapes(adapters: Sequence[PackedAdapter], tables: Sequence[Pair | None]) -> Iterator[tuple[int, int, int]]:
+    """Inputs, outputs and ranks of what holds `adapters`, with no fewer ranks than `tables`; 0: there are none."""
+    for table, *own in zip(tables, *map(_factors, adapters), strict=True):
+        known = [(len(a_IR), b_RO.shape[1], a_IR.shape[1]) for a_IR, b_RO in filter(None, own)]
+        if table is not None:
+            known.append((table[0].shape[1], table[1].shape[2], table[0].shape[2]))
+        yield max(known, key=lambda sizes: sizes[2], default=(0, 0, 0))
 
 
 def _ranks(pair: Pair) -> int:

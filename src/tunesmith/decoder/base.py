@@ -8,9 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tunesmith.adapters.lora import Adapters, Layout
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same there. A GPU is not waited for: from other memory than pinned it would be, until all it has is done."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class Attend(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -19,7 +20,9 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 RECORDINGS_KEPT = 64
-"""Of a GPU's memory each takes some megabytes for its list of operations; what they compute with they share."""
+"""Beside its inputs and results each takes some megabytes of a GPU for its list of operations; what is between they
+share."""
+SEEN_KEPT = 1_024
 
 Work = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -39,24 +42,30 @@ class GraphRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
+        self._latest: torch.cuda.CUDAGraph | None = None
+        """Held on to: a pool without any graph cannot be gone on with."""
 
     def record(self, work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
         """See `Recorder`."""
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
-            results = work()
+        # Not by `torch.cuda.graph`: where a recording breaks, that leaves the thread on its stream.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            torch.cuda.synchronize()
+            try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    results = work()
+                finally:
+                    graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # which a broken one leaves undone
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                raise
+        self._latest = graph
         return graph.replay, results
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same there. A GPU is not waited for: from other memory than pinned it would be, until all it has is done."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def recorder_of(device: torch.device) -> Recorder | None:
@@ -79,11 +88,13 @@ def recurring(number: int, least: int) -> int:
     return -(-number // step) * step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Recording:
     inputs: list[Tensor]
     replay: Callable[[], None]
     results: Sequence[Tensor]
+    trusted: bool = False
+    """Whether it has said the right thing of other inputs than those it was recorded with."""
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         for own, given in zip(self.inputs, inputs, strict=True):
@@ -93,56 +104,97 @@ class _Recording:
 
 
 class Replays:
-    """What was recorded, or None for what was asked for once: the latest few. For one thread at a time."""
+    """The latest recordings. For one thread at a time."""
 
     def __init__(self, recorder: Recorder | None, kept: int = RECORDINGS_KEPT) -> None:
         """Without a recorder, all is done as if it were the first time."""
         self._recorder, self._kept = recorder, kept
-        self._known: OrderedDict[Hashable, _Recording | None] = OrderedDict()
+        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
+        self._seen: OrderedDict[Hashable, bool] = OrderedDict()
+        """What was asked for once, and whether it may be recorded: not where there was too little memory for it."""
 
-    def run(self, key: Hashable, inputs: Sequence[Tensor], work: Work) -> Sequence[Tensor]:
+    def clear(self) -> None:
+        """Forgets all: what they read or write beyond inputs and results has come to lie elsewhere."""
+        self._recordings.clear()
+        self._seen.clear()
+
+    def run(
+        self, key: Hashable, inputs: Sequence[Tensor], work: Work, changed: Sequence[Tensor] = ()
+    ) -> Sequence[Tensor]:
         """The results of `work(inputs)`, to the bit. Raises what `work` raises.
 
-        `key`, with the shapes of the inputs, says all that the work depends on besides; tensors that it reads or writes
-        beyond those given must lie where they lay, and must be such that doing it twice is as good as once. Done the
-        second time, it is recorded too, and what the recording says is held against what it said: where that is not the
-        same, or nothing can be recorded, nothing is from then on.
+        `key`, with the shapes of the inputs, says all that the work depends on besides. Tensors that it reads or writes
+        beyond those given must lie where they lay, and doing it twice must be as good as once; `changed` are those that
+        others read afterwards. Done the second time, it is recorded too. Then and the next time what the recording says
+        is held against what the work says: where that is not the same, or nothing can be recorded, nothing is from then
+        on.
         """
         if self._recorder is None:
             return work(inputs)
         whole = key, tuple((given.shape, given.dtype) for given in inputs)
-        recording = self._known.get(whole)
-        if recording is not None:
-            self._known.move_to_end(whole)
+        recording = self._recordings.get(whole)
+        if recording is None:
+            if self._seen.get(whole):
+                return self._record(self._recorder, whole, inputs, work, changed)
+            self._see(whole, recordable=whole not in self._seen)
+            return work(inputs)
+        self._recordings.move_to_end(whole)
+        if recording.trusted:
             return recording.run(inputs)
-        if whole in self._known:
-            return self._record(self._recorder, whole, inputs, work)
-        self._keep(whole, None)
-        return work(inputs)
+        found = _copies([*recording.run(inputs), *changed])
+        results = work(inputs)
+        recording.trusted = self._judged(found, [*results, *changed])
+        return results
 
-    def _record(self, recorder: Recorder, key: Hashable, inputs: Sequence[Tensor], work: Work) -> Sequence[Tensor]:
-        own = [given.clone() for given in inputs]
-        expected = [result.clone() for result in work(own)]
+    def _record(
+        self, recorder: Recorder, key: Hashable, inputs: Sequence[Tensor], work: Work, changed: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        own = _copies(inputs)
+        results = _copies(work(own))
+        expected = [*results, *_copies(changed)]
         try:
             recording = _Recording(own, *recorder.record(partial(work, own)))
-            if not all(map(_same_bits, recording.run(inputs), expected)):
-                raise RuntimeError("a recording says something else than what was recorded")
-        except RuntimeError as error:
-            logger.warning("steps cannot be recorded here, and small ones take longer: %s", error)
-            self._recorder = None
-            self._known.clear()
-            return expected
-        self._keep(key, recording)
-        return expected
+            for tensor in (*recording.results, *changed):
+                _bytes(tensor).fill_(255)  # a recording that does nothing is not to find its results there
+            if self._judged([*recording.run(inputs), *changed], expected):
+                self._recordings[key] = recording
+                while len(self._recordings) > self._kept:
+                    self._recordings.popitem(last=False)
+        except torch.OutOfMemoryError as error:
+            logger.warning("there is too little memory to record a step, which takes longer: %s", error)
+            self._see(key, recordable=False)
+        except Exception as error:
+            self._give_up(error)
+        for tensor, known in zip(changed, expected[len(results) :], strict=True):
+            tensor.copy_(known)
+        return results
 
-    def _keep(self, key: Hashable, recording: _Recording | None) -> None:
-        self._known[key] = recording
-        self._known.move_to_end(key)
-        while len(self._known) > self._kept:
-            self._known.popitem(last=False)
+    def _judged(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+        same = all(map(_same_bits, found, expected))
+        if not same:
+            self._give_up("a recording says something else than what was recorded")
+        return same
+
+    def _give_up(self, reason: object) -> None:
+        logger.warning("steps cannot be recorded here, and small ones take longer: %s", reason)
+        self._recorder = None
+        self.clear()
+
+    def _see(self, key: Hashable, *, recordable: bool) -> None:
+        self._seen[key] = recordable
+        self._seen.move_to_end(key)
+        while len(self._seen) > SEEN_KEPT:
+            self._seen.popitem(last=False)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether they are the same, be they numbers or none."""
-    flat = (each.contiguous().flatten().view(torch.uint8) for each in (one, other))
-    return one.shape == other.shape and torch.equal(*flat)
+    return one.shape == other.shape and torch.equal(_bytes(one.contiguous()), _bytes(other.contiguous()))

@@ -40,6 +40,8 @@ class KVCache:
         self, pool: BlockPool, *, layers: int, kv_heads: int, head_width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.pool = pool
+        self.version = 0
+        """Another number whenever keys and values came to lie elsewhere."""
         self.dtype, self.device = dtype, device
         self._kv_heads = kv_heads
         self._head_width = head_width
@@ -73,18 +75,10 @@ class KVCache:
         ]
         return PagedAttention(self._keys, self._values, positions_N.to(device), rows_NK.flatten().to(device), groups)
 
-    def settle(self) -> int:
-        """Takes all the memory that it may ever have, so that it lies where it is from now on.
-
-        Returns a block that is in no sequence: what fills a step up may write there.
-        """
-        self._grow(self.pool.blocks + 1)
-        return self.pool.blocks
-
     def attend_next(self, tables_Bb: Tensor, positions_B: Tensor) -> PagedAttention:
         """Attention for the token at a position of each of some sequences, whose blocks are in `tables_Bb`.
 
-        After `settle`. All of it is computed on the device, from tensors there.
+        After `reserve`. All of it is computed on the device, from tensors there. Sequences may be there twice.
         """
         heads_K = torch.arange(self._kv_heads, device=self.device)
         blocks_B1, places_B1 = tables_Bb.gather(1, positions_B[:, None] // BLOCK_TOKENS), positions_B[:, None]
@@ -124,7 +118,8 @@ class KVCache:
         have = self._values[-1].shape[0]  # the last that grows: where memory ran out in between, the others are larger
         if rows <= have:
             return
-        rows = max(rows, min(2 * have, self.pool.blocks * self._kv_heads * BLOCK_TOKENS))
+        rows = min(max(rows, 2 * have), self.pool.blocks * self._kv_heads * BLOCK_TOKENS)
+        self.version += 1
         for stored in (self._keys, self._values):
             for layer, tensor in enumerate(stored):
                 # Zeros, not empty: a position past the end is multiplied by a weight of 0, and 0 * NaN is NaN.

@@ -278,16 +278,18 @@ class Runner:
         logits_WV: Tensor | None = None
         mixture: Mixture | None = None
         one_each = all(chunk.length == 1 for chunk in chunks)
-        recorded = base.recorded if one_each else None
+        tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
+        recorded: tuple[Tensor, Tensor] | None = None
+        if base.recorded is not None and one_each:
+            recorded = base.recorded([ids[0] for ids in tokens], chunks, _adapters(PackedAdapter, chunks))
         if base.tiled is None and base.panels is None and recorded is None:
             chunks, mixture = _arrange(base.stacks, chunks)
-        tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
+            tokens = [chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks]
         wanted = [_wanted(chunk) for chunk in chunks]
         if base.tiled is not None:
             hidden_WD = base.tiled.hidden(tokens, chunks, _adapters(TiledAdapter, chunks), wanted)
         elif recorded is not None:
-            step = recorded([ids[0] for ids in tokens], chunks, _adapters(PackedAdapter, chunks))
-            hidden_WD, logits_WV = (_select(each, chunks, wanted) for each in step)
+            hidden_WD, logits_WV = (_select(each, chunks, wanted) for each in recorded)
         elif base.native is not None and len(chunks) <= MOST_ROWS and one_each:
             step = base.native([ids[0] for ids in tokens], chunks, _adapters(PanelAdapter, chunks))
             hidden_WD, logits_WV = (_select(each, chunks, wanted) for each in step)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from functools import cache
+from inspect import signature
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -196,11 +198,19 @@ class FlashRows:
         with torch.enable_grad():
             q, k, v = _ready(given.unflatten(1, (-1, heads.width)), turn.at(rows.position_n), heads, norms)
             lengths = (rows.edges, rows.edges, rows.cells, rows.cells)
-            grouped = heads.queries != heads.keys
-            out = varlen_attn(q, k, v.contiguous(), *lengths, window_size=(-1, 0), enable_gqa=grouped)
+            options: dict[str, Any] = {"enable_gqa": heads.queries != heads.keys} if _asks_for_groups() else {}
+            out = varlen_attn(q, k, v.contiguous(), *lengths, window_size=(-1, 0), **options)
         assert isinstance(out, Tensor)  # more only where more is asked for
         into.copy_(out.detach().flatten(1))
         return _Flash(given, out)
+
+
+@cache
+def _asks_for_groups() -> bool:
+    """Whether this torch wants to be told that keys have fewer heads: up to 2.11 its kernel sees for itself."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from tunesmith.errors import InvalidRequest
 from tunesmith.training.attention import FlashRows, RowAttention, attend
 from tunesmith.training.kernels import Eager, Heads, Kernels, RowGroup, Turn
 from tunesmith.training.memory import is_lost, is_shortage
+from tunesmith.training.passes import LEAST_FRAMED_CELLS
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +125,12 @@ def _hold_against_groups(way: RowAttention, device: torch.device, dtype: torch.d
     end = sum(lengths)
     starts = torch.tensor([sum(lengths[:index]) for index in range(len(lengths))])
     rows = RowGroup(starts, torch.tensor(lengths), max(lengths), end).to(device)
+    # As rows of a frame come (`Pass.framed`): the last without a token, and all said to be longer than they are.
+    ends = torch.tensor([end])
+    framed = RowGroup(torch.cat([starts, ends]), torch.tensor([*lengths, 0]), LEAST_FRAMED_CELLS, end).to(device)
     angle = torch.arange(max(lengths), device=device)[:, None] / torch.arange(1, heads.width // 2 + 1, device=device)
     turn = Turn(angle.cos(), angle.sin())
+    assert max(lengths) < LEAST_FRAMED_CELLS
     chance = torch.Generator().manual_seed(0)
     stacked, inner = (heads.queries + 2 * heads.keys) * heads.width, heads.queries * heads.width
     qkv, grad_N = (torch.randn(end, width, generator=chance).to(device, dtype) for width in (stacked, inner))
@@ -135,13 +140,13 @@ def _hold_against_groups(way: RowAttention, device: torch.device, dtype: torch.d
         attended = (
             attend(Eager(), qkv, rows, turn, heads, out_N)
             if each is None
-            else each.attend(qkv, rows, turn, heads, out_N)
+            else each.attend(qkv, framed if found else rows, turn, heads, out_N)
         )
         attended.backward(grad_N, of_qkv)
         found.append((out_N, of_qkv))
     for one, again, known in zip(*found, strict=True):
         if not bool(torch.equal(one, again)):
-            raise RuntimeError("it gives other bits the second time")
+            raise RuntimeError("it gives other bits the second time, or in a frame")
         if not bool((one.float() - known.float()).abs().max() <= LARGEST_DIFFERENCE * known.float().abs().max()):
             raise RuntimeError("it gives other numbers than attention by groups")
 

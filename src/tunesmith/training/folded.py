@@ -11,6 +11,7 @@ d = head width, M = weighed positions, V = vocabulary.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
@@ -64,6 +65,9 @@ KEPT_SHARE = 0.5
 """Of free memory, what the layers of a pass may keep for the way back: the rest is for the pass itself."""
 
 
+STAGES_KEPT = 8
+
+
 @dataclass(frozen=True, slots=True)
 class _AttentionSaved:
     """What the backward pass of a layer needs of what comes before its site `o`."""
@@ -113,7 +117,7 @@ class _Walk:
 
 
 class FoldedLlama:
-    """A model's weights, laid out for training steps. Threads may share it."""
+    """A model's weights, laid out for training steps. Without `replays` threads may share it."""
 
     def __init__(
         self,
@@ -131,7 +135,9 @@ class FoldedLlama:
         """
         self._model, self._weights, self._kernels, self._free_bytes = model, weights, kernels, free_bytes
         self._replays = replays
-        self._stages: dict[Hashable, TrainableLora] = {}
+        self._stages: OrderedDict[Hashable, TrainableLora] = OrderedDict()
+        self._recomputing: dict[int, bool] = {}
+        """Of small passes, by their tokens: to ask how much memory is free takes as long as to ask for one."""
         # Behind its attention the last layer is of use to tokens that predict alone. Products of torch, where they are
         # shared by jobs, take whole pieces: what they say of a token may depend on how many there are.
         self._of_predicting = weights.grid == 1 or not weights.shares
@@ -149,7 +155,10 @@ class FoldedLlama:
 
     @torch.no_grad()
     def learn(self, pieces: Sequence[Piece], *, single: bool) -> tuple[Pass, Scores]:
-        """A pass over `pieces`: adds its gradient to their views. With `single` all are of the job taken last."""
+        """A pass over `pieces`: adds its gradient to their views.
+
+        With `single` all are of the job taken last, or with `replays` of any one.
+        """
         if self._replays is not None:
             (piece,) = pieces
             if len(piece.batch.token_ids_N) <= MOST_FRAMED_TOKENS:
@@ -164,23 +173,26 @@ class FoldedLlama:
         work, rows = Pass.framed(piece)
         stage = self._stage(piece.view.owner)
         (view,) = stage.views(1)
-        again = self._computes_again(len(work.token_ids_N))
+        n_tokens = len(work.token_ids_N)
+        if n_tokens not in self._recomputing:
+            self._recomputing[n_tokens] = self._computes_again(n_tokens)
+        again = self._recomputing[n_tokens]
 
         def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-            flat, token_ids_N, predicting_M, target_M, weight_M, start_B, length_B = inputs
-            staged = Pass(
-                [replace(piece, view=view)], work.spans, token_ids_N, predicting_M, target_M, weight_M, predicting_M[:0]
-            )
-            group = RowGroup(start_B, length_B, rows.cells, rows.end)
-            stage.flat.copy_(flat)
+            token_ids_N, predicting_M, target_M, weight_M, start_B, length_B = inputs
+            batch = replace(piece.batch, predicting_M=predicting_M)
+            tensors = token_ids_N, predicting_M, target_M, weight_M, work.completion_C
+            staged = Pass([replace(piece, batch=batch, view=view)], work.spans, *tensors)
             view.begin()
             self._weights.take(stage, single=True)
+            group = RowGroup(start_B, length_B, rows.cells, rows.end)
             scores = self._learn(staged, [group], single=True, again=again)
-            return scores.nll_M, scores.right_M, view.flat_gradient
+            return scores.nll_M, scores.right_M
 
+        stage.flat.copy_(piece.view.owner.flat)
         given = (work.token_ids_N, work.predicting_M, work.target_M, work.weight_M, rows.start_B, rows.length_B)
-        nll_M, right_M, gradient = replays.run((stage, rows.cells, again), (piece.view.owner.flat, *given), run)
-        piece.view.flat_gradient.add_(gradient)
+        nll_M, right_M = replays.run((stage, rows.cells, again), given, run, changed=[view.flat_gradient])
+        piece.view.flat_gradient.add_(view.flat_gradient)
         known = slice(len(piece.batch.predicting_M))
         return work, Scores(nll_M[known], right_M[known])
 
@@ -188,6 +200,9 @@ class FoldedLlama:
         """Factors of the same shapes and scale, which are written over in each pass: jobs that are alike share one."""
         if factors.likeness not in self._stages:
             self._stages[factors.likeness] = TrainableLora(factors.lora)
+            if len(self._stages) > STAGES_KEPT:
+                self._stages.popitem(last=False)
+        self._stages.move_to_end(factors.likeness)
         return self._stages[factors.likeness]
 
     def _learn(self, work: Pass, groups: list[RowGroup], *, single: bool, again: bool) -> Scores:

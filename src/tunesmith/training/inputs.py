@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +107,7 @@ def read_inputs(
 
     rows = read(run_dir.training_file, "training_file")
     validation = read(run_dir.validation_file, "validation_file") if run_dir.validation_file.exists() else []
+    _check_tokens([*rows, *validation], model, Path(spec.base_dir).name)
     classes = Classes.find([*rows, *validation], spec.hyperparameters, tokenizer)
     return Inputs(model, rows, validation, classes, trained)
 
@@ -122,6 +123,17 @@ def read_base(folder: Path, device: torch.device = PROCESSOR) -> ReadBase:
     except (FileNotFoundError, ValueError) as error:
         reason = str(error).replace(str(folder), folder.name)
         raise InvalidRequest(f"The base model cannot be trained here: {reason}.", param="model") from error
+
+
+def _check_tokens(rows: Sequence[Row], model: Decoder, base: str) -> None:
+    """Raises InvalidRequest where the model has no row for a token of its tokenizer."""
+    largest, known = max(max(row.token_ids) for row in rows), model.config.vocabulary_size
+    if largest >= known:
+        raise InvalidRequest(
+            f"The base model cannot be trained here: its tokenizer gives token {largest}, and the weights of {base} "
+            f"have rows for {known} tokens: they do not belong together. tunesmith models check tells more.",
+            param="model",
+        )
 
 
 def _whole(spec: RunSpec, model: Decoder, device: torch.device) -> TrainableWeights:

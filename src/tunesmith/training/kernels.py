@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.decoder.replays import to_device
+from tunesmith.decoder.base import to_device
 
 CELL_ROUNDING = 16
 """Cells of a row are rounded up to a multiple: bf16 products are compiled for each shape that they meet."""

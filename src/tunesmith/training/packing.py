@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.decoder.replays import to_device
+from tunesmith.decoder.base import to_device
 from tunesmith.training.batches import Row
 
 MICRO_BATCH_TOKENS = 2_048

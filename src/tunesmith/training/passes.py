@@ -89,12 +89,14 @@ class Pass:
         """A piece alone, and its rows without a gap, in few shapes that come again.
 
         Behind its tokens others follow as one more row, and rows without tokens. Positions that are added, all of them
-        of the last of those, weigh nothing.
+        that of the last token of that row, weigh nothing.
         """
         batch, lengths = piece.batch, piece.batch.row_lengths
         n_tokens, n_positions = len(batch.token_ids_N), len(batch.predicting_M)
         framed = recurring(n_tokens + 1, LEAST_FRAMED_TOKENS)
-        more, positions = framed - n_tokens, recurring(n_positions, LEAST_FRAMED_POSITIONS) - n_positions
+        # Most tokens predict something that is weighed, or few do: else there would be shapes of every sort.
+        few = max(power(n_positions), LEAST_FRAMED_POSITIONS)
+        more, positions = framed - n_tokens, (few if few <= framed // 2 else framed) - n_positions
         empty = power(len(lengths) + 1) - len(lengths) - 1
         starts = [*accumulate(lengths, initial=0), *[framed] * empty]
         cells = max(power(max(*lengths, more)), LEAST_FRAMED_CELLS)
