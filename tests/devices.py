@@ -3,15 +3,19 @@
 Whatever is made on it, brought to it or computed there is marked, and says that its device is `meta`. An operation on
 tensors of both sides fails, as it does with CUDA; so does all that a device has no answer to, such as `numpy`. What the
 numbers come to can be held against the processor's, and no device is needed.
+
+Where there is one, `TUNESMITH_TEST_DEVICE=cuda` has the same tests use that, without pretence.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Self
 
+import pytest
 import torch
 import torch.nn.attention.varlen
 from torch import Tensor
@@ -19,7 +23,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-DEVICE = "meta"
+from tunesmith.decoder.replays import recorder_of
+
+DEVICE = os.environ.get("TUNESMITH_TEST_DEVICE", "meta")
+PRETENDED = DEVICE == "meta"
+of_pretence = pytest.mark.skipif(not PRETENDED, reason="the device is a real one")
 CROSSING = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
 WAITING = (
@@ -176,8 +184,10 @@ class Tape:
 
     def record(self, work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
         """See `Recorder`."""
-        self._taken = taken = []
         self.recorded += 1
+        if not PRETENDED:
+            return self._record_truly(work)
+        self._taken = taken = []
         _UNDER_WAY.append(self)
         try:
             results = work()
@@ -193,6 +203,17 @@ class Tape:
                 again = _made(_computed(operation, args, kwargs), (args, kwargs))
                 for new, old in zip(again, made, strict=True):
                     old.held.detach().copy_(new.held.detach())
+
+        return replay, results
+
+    def _record_truly(self, work: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        recorder = recorder_of(torch.device(DEVICE))
+        assert recorder is not None
+        again, results = recorder.record(work)
+
+        def replay() -> None:
+            self.replayed += 1
+            again()
 
         return replay, results
 
@@ -243,5 +264,8 @@ def _place(tensor: _There) -> int:
 @contextmanager
 def pretended() -> Iterator[str]:
     """The name of the device. In this thread alone."""
+    if not PRETENDED:
+        yield DEVICE
+        return
     with _Literals(), _Making():
         yield DEVICE

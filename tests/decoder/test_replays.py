@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.devices import DEVICE, Tape, pretended
+from tests.devices import DEVICE, Tape, of_pretence, pretended
 from tunesmith.decoder.replays import Replays
 
 
@@ -81,6 +81,7 @@ def _repeats(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     return [inputs[0].repeat_interleave(inputs[0].long())]
 
 
+@of_pretence  # CUDA has its own words for each
 @pytest.mark.parametrize("work", [_waits, _brings, _picks, _repeats])
 def test_what_cannot_be_recorded_is_done_again_each_time(
     work: Callable[[Sequence[Tensor]], Sequence[Tensor]], caplog: pytest.LogCaptureFixture
@@ -124,6 +125,7 @@ class _Forgetful(Tape):
         return less, results
 
 
+@of_pretence
 @pytest.mark.parametrize("recorder", [_Idle(), _Forgetful()])
 def test_a_recording_that_does_too_little_is_found_out(recorder: Tape, caplog: pytest.LogCaptureFixture) -> None:
     replays, kept = Replays(recorder), torch.zeros(1).to(DEVICE)
