@@ -1,6 +1,7 @@
 """Claim: our training step is several times as fast as the peers', in at most half the memory, at the same work.
 
     python -m benchmarks.training.compare --peers /path/to/peers/bin/python [--quick] [--model 10M] [--json]
+    python -m benchmarks.training.compare --peers /path/to/peers/bin/python --device cuda --model 1B
 
 The peers are TRL's SFTTrainer and transformers' Trainer, both with PEFT, each at several settings; per shape the
 fastest counts. How to make their environment, and what was found: README.md beside this file.
@@ -8,7 +9,7 @@ fastest counts. How to make their environment, and what was found: README.md bes
 Everybody gets the same checkpoint (random weights), the same rows as token ids, adapters of rank 16 on every linear
 layer, the same batch, and loss on completion tokens alone. Measurements take turns, each in a fresh process with one
 thread. The peers' settings are all tried in the first round; the two fastest go on to the others. Rates are medians of
-the rounds, tokens without padding.
+the rounds, tokens without padding: for a second of processor time, or with `--device cuda` for a second.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ FINALISTS = 2
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 """For the libraries of the peers."""
 TARGETS = {"10M": 4.0, "31M": 3.0, "126M": 2.0}
-"""Ours over the best peer, in tokens per second of processor time."""
+ON_A_GPU = 1.5
+"""Ours over the best peer, in tokens per second of processor time, or of a GPU's."""
 GEMM_SHARE, MEMORY_SHARE = 0.45, 0.5
 LARGE_BATCH = 64
 """From this batch on the share of the GEMM rate has a target."""
-GEMM_SIZES = (512, 1_024, 2_048)
+GEMM_SIZES = {"cpu": (512, 1_024, 2_048), "cuda": (4_096, 8_192)}
 HEADER = ("shape", "ours", "best peer", "its setting", "ratio", "wall", "GEMM", "MiB", "TRL MiB")
 
 
@@ -58,32 +60,36 @@ class Cell:
     """Everything measured of one shape."""
 
     shape: Shape
+    device: str
     flops_per_token: float
     ours: list[Result] = field(default_factory=list)
     peers: dict[str, list[Result]] = field(default_factory=dict)
 
     def summary(self, gemm_gflops: float) -> dict[str, Any]:
         """The medians, and how they compare."""
-        rates = {setting: _rate(results) for setting, results in self.peers.items()}
+        on_cpu = self.device == "cpu"
+        per, memory = ("cpu_s", "peak_rss_mib") if on_cpu else ("wall_s", "peak_device_mib")
+        rates = {setting: _rate(results, per) for setting, results in self.peers.items()}
         best = max(rates, key=lambda setting: rates[setting])
         by_trl = [setting for setting in rates if setting.startswith("TRL")]
         trl = max(by_trl, key=lambda setting: rates[setting], default=None)
-        ours = _rate(self.ours)
+        ours = _rate(self.ours, per)
         return {
             "name": self.shape.name,
             "ratio": round(ours / rates[best], 2),
             "ratio_wall": round(_rate(self.ours, "wall_s") / _rate(self.peers[best], "wall_s"), 2),
-            "tokens_per_cpu_s": round(ours),
+            "per": per,
+            "rate": round(ours),
             "tokens_per_s": round(_rate(self.ours, "wall_s")),
             "best_peer": best,
-            "peer_tokens_per_cpu_s": {setting: round(rate) for setting, rate in rates.items()},
+            "peer_rates": {setting: round(rate) for setting, rate in rates.items()},
             "peer_tokens_per_s": round(_rate(self.peers[best], "wall_s")),
             "gemm_share": round(ours * self.flops_per_token / 1e9 / gemm_gflops, 3),
-            "peak_rss_mib": round(_median(self.ours, "peak_rss_mib")),
+            "peak_mib": round(_median(self.ours, memory)),
             "trl_setting": trl,
-            "trl_peak_rss_mib": None if trl is None else round(_median(self.peers[trl], "peak_rss_mib")),
+            "trl_peak_mib": None if trl is None else round(_median(self.peers[trl], memory)),
             "system_share": round(_median(self.ours, "system_share"), 3),
-            "target": TARGETS[self.shape.model.name],
+            "target": TARGETS[self.shape.model.name] if on_cpu else ON_A_GPU,
         }
 
 
@@ -93,7 +99,8 @@ def main() -> int:
     shapes = [
         shape
         for shape in _shapes(options.quick)
-        if options.model in (None, shape.model.name) and (not options.rows or shape.rows.name in options.rows)
+        if shape.model.name in ([options.model] if options.model else TARGETS)
+        and (not options.rows or shape.rows.name in options.rows)
     ]
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tunesmith-benchmark-")))
@@ -108,7 +115,7 @@ def main() -> int:
     if not options.json:
         print(_table(summaries))
     misses = [miss for summary, cell in zip(summaries, cells, strict=True) for miss in _misses(summary, cell.shape)]
-    facts = {"threads": options.threads, "gemm_gflops_per_cpu_s": round(statistics.median(gemm)), "misses": misses}
+    facts = {"threads": options.threads, "gemm_gflops": round(statistics.median(gemm)), "misses": misses}
     return conclude("training", not misses, {"shapes": summaries, **facts})
 
 
@@ -120,8 +127,9 @@ def _options() -> argparse.Namespace:
     options.add_argument(
         "--rounds", type=int, default=3, help="of which the medians are taken; at least 3 to be quoted"
     )
-    options.add_argument("--budget-s", type=float, help="processor time of one measurement; by default 8, quick 3")
+    options.add_argument("--budget-s", type=float, help="seconds of one measurement; by default 8, quick 3")
     options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--device", choices=GEMM_SIZES, default="cpu")
     options.add_argument("--precision", default="auto", help="of our products: auto, bfloat16 or float32")
     options.add_argument("--rows", choices=ROWS, action="append", help="only these")
     options.add_argument("--setting", choices=SETTINGS, action="append", help="try only these of the peers")
@@ -152,20 +160,22 @@ def _measure(
     if not tokens.exists():
         _checked(ours.perform({"task": "rows", "kind": rows, "n": 2_048, "text": str(text), "tokens": str(tokens)}))
     every = read_tokens(tokens)
-    cell = Cell(shape, useful_flops(shape.model, every) / sum(len(row.token_ids) for row in every))
+    cell = Cell(shape, options.device, useful_flops(shape.model, every) / sum(len(row.token_ids) for row in every))
     task = {"base": str(base), "tokens": str(tokens), "batch": shape.batch, "threads": options.threads}
-    task["budget_s"] = options.budget_s
+    task |= {"budget_s": options.budget_s, "device": options.device}
     mine = {**task, "task": "train", "text": str(text), "precision": options.precision}
-    how = {"threads": options.threads, "precision": options.precision}
+    how = {"threads": options.threads, "precision": options.precision, "device": options.device}
+    sizes = GEMM_SIZES[options.device]
     settings: Sequence[str] = options.setting or SETTINGS
     for number in range(options.rounds):
-        rates = [_checked(ours.perform({"task": "gemm", "size": size, "budget_s": 0.3, **how})) for size in GEMM_SIZES]
-        gemm.append(max(float(rate["gflops_per_cpu_s"]) for rate in rates))
+        rates = [_checked(ours.perform({"task": "gemm", "size": size, "budget_s": 0.3, **how})) for size in sizes]
+        gemm.append(max(float(rate["gflops"]) for rate in rates))
         cell.ours.append(_checked(ours.perform(mine)))
         for setting in settings:
             cell.peers.setdefault(setting, []).append(_checked(peers.perform({**task, "setting": setting})))
         if number == 0:
-            settings = sorted(settings, key=lambda setting: -_rate(cell.peers[setting]))[:FINALISTS]
+            per = "cpu_s" if options.device == "cpu" else "wall_s"
+            settings = sorted(settings, key=lambda setting: -_rate(cell.peers[setting], per))[:FINALISTS]
     print(json.dumps({"measured": shape.name, **cell.summary(statistics.median(gemm))}), file=sys.stderr, flush=True)
     return cell
 
@@ -176,7 +186,7 @@ def _checked(result: Result) -> Result:
     return result
 
 
-def _rate(results: Sequence[Result], per: str = "cpu_s") -> float:
+def _rate(results: Sequence[Result], per: str) -> float:
     """Tokens per second."""
     return statistics.median(result["tokens"] / result[per] for result in results)
 
@@ -191,21 +201,19 @@ def _misses(summary: Mapping[str, Any], shape: Shape) -> Iterator[str]:
         yield f"{shape.name}: ratio {summary['ratio']} < {summary['target']}"
     if shape.batch >= LARGE_BATCH and summary["gemm_share"] < GEMM_SHARE:
         yield f"{shape.name}: {summary['gemm_share']} of the GEMM rate < {GEMM_SHARE}"
-    by_trl = summary["trl_peak_rss_mib"]
-    if by_trl is not None and summary["peak_rss_mib"] > MEMORY_SHARE * by_trl:
-        yield f"{shape.name}: {summary['peak_rss_mib']} MiB > {MEMORY_SHARE} of {by_trl}"
+    by_trl = summary["trl_peak_mib"]
+    if by_trl is not None and summary["peak_mib"] > MEMORY_SHARE * by_trl:
+        yield f"{shape.name}: {summary['peak_mib']} MiB > {MEMORY_SHARE} of {by_trl}"
 
 
 def _table(summaries: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for each in summaries:
         best = each["best_peer"]
-        rate = each["peer_tokens_per_cpu_s"][best]
+        rate = each["peer_rates"][best]
         share = f"{each['gemm_share']:.1%}"
-        memory = (each["peak_rss_mib"], each["trl_peak_rss_mib"])
-        lines.append(
-            (each["name"], each["tokens_per_cpu_s"], rate, best, each["ratio"], each["ratio_wall"], share, *memory)
-        )
+        memory = (each["peak_mib"], each["trl_peak_mib"])
+        lines.append((each["name"], each["rate"], rate, best, each["ratio"], each["ratio_wall"], share, *memory))
     return table(HEADER, lines)
 
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -55,6 +55,8 @@ MANY_EPOCHS = 10_000
 """More than a measurement ever sees."""
 TOKENIZER = Path(tunesmith.__file__).parent / "weights" / "tokenizer.json"
 WORDS = 4_000
+MOST_IN_FULL = 500_000_000
+"""Larger models come in bf16, as they are found."""
 
 
 def perform(task: Task) -> Result:
@@ -68,7 +70,9 @@ def make_base(model: str, folder: str) -> Result:
     shape, path = MODELS[model], Path(folder)
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(shape.config(), indent=2))
-    save_file(dict(_weights(shape)), path / "model.safetensors", metadata={"format": "pt"})
+    dtype = torch.bfloat16 if shape.parameters > MOST_IN_FULL else torch.float32
+    state = {name: weight.to(dtype) for name, weight in _weights(shape)}
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(TOKENIZER, path / "tokenizer.json")
     layout = llama.load(path).config.layout
     # Adapters of ours cover the embedding too; here everybody trains the linear layers alone.
@@ -116,13 +120,15 @@ def make_rows(kind: str, n: int, text: str, tokens: str) -> Result:
     return {"rows": len(rows), "tokens": sum(len(row.token_ids) for row in rows)}
 
 
-def measure(base: str, text: str, tokens: str, batch: int, budget_s: float, threads: int, precision: str) -> Result:
+def measure(
+    base: str, text: str, tokens: str, batch: int, budget_s: float, threads: int, precision: str, device: str
+) -> Result:
     """Steps of a whole run: the loop asks after each whether it is to stop, and that is the clock."""
     with tempfile.TemporaryDirectory(prefix="tunesmith-benchmark-") as scratch:
         run_dir = RunDir(Path(scratch))
         shutil.copy(text, run_dir.training_file)
-        run_dir.write_spec(_spec(base, batch, threads, precision))
-        clock = Clock(budget_s)
+        run_dir.write_spec(replace(_spec(base, batch, threads, precision), device=device))
+        clock = Clock(budget_s, device)
         train(run_dir, stop_asked=clock.tick)
     with Path(tokens).open() as file:
         lengths = [len(json.loads(line)["token_ids"]) for line in file]
@@ -150,10 +156,12 @@ def _spec(base: str, batch: int, threads: int, precision: Any) -> RunSpec:
     )
 
 
-def gemm(size: int, budget_s: float, threads: int, precision: str) -> Result:
-    """Rate of a square product as a step of this precision has them, per second of one thread."""
+def gemm(size: int, budget_s: float, threads: int, precision: str, device: str) -> Result:
+    """Rate of a square product as a step of this precision has them, per second of one thread, or of a GPU."""
     torch.set_num_threads(threads)
-    dtype = product_dtype(precision, torch.device("cpu"))
+    dtype = product_dtype(precision, torch.device(device))
+    if device != "cpu":
+        return {"gflops": _gemm_on(torch.device(device), size, budget_s, dtype)}
     library = panels.library() if dtype == torch.int16 else None
     a, b = (torch.randn(size, size, dtype=torch.float32 if dtype == torch.int16 else dtype) for _ in range(2))
     multiply = partial(torch.mm, a, b) if library is None else partial(Panels(library, b, bits=16).product, a)
@@ -162,7 +170,18 @@ def gemm(size: int, budget_s: float, threads: int, precision: str) -> Result:
     while time.process_time() - began < budget_s:
         multiply()
         n += 1
-    return {"gflops_per_cpu_s": 2e-9 * size**3 * n / (time.process_time() - began)}
+    return {"gflops": 2e-9 * size**3 * n / (time.process_time() - began)}
+
+
+def _gemm_on(device: torch.device, size: int, budget_s: float, dtype: torch.dtype) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    n, began = 0, 0.0
+    while n < 3 or time.perf_counter() - began < budget_s:
+        torch.mm(a, b)
+        torch.cuda.synchronize()
+        n += 1
+        began = time.perf_counter() if n == 3 else began  # the first are to warm up
+    return 2e-9 * size**3 * (n - 3) / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ MODELS = {
         ModelShape("10M", width=256, layers=8, heads=8, kv_heads=4, feed_forward_width=704),
         ModelShape("31M", width=512, layers=8, heads=8, kv_heads=4, feed_forward_width=1_408),
         ModelShape("126M", width=768, layers=16, heads=12, kv_heads=12, feed_forward_width=2_048),
+        ModelShape("1B", width=2_048, layers=16, heads=32, kv_heads=8, feed_forward_width=8_192),
     )
 }
 ROWS = {kind.name: kind for kind in (RowKind("short", 34, 1), RowKind("long", 290, 8), RowKind("generation", 50, 120))}
