@@ -30,6 +30,9 @@ from tunesmith.decoder import loading
 SHARES = {"ada": 0.10, "babbage": 0.15, "curie": 0.25, "davinci": 0.50}
 """Of the time, by default. A larger model needs more for each token, and more of them."""
 
+CHECKPOINT_EVERY_STEPS = 500
+"""On a GPU that is a minute or less, and half a gigabyte to be written."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -58,7 +61,11 @@ def train_family(family: Family, shares: dict[str, float], minutes: float) -> No
             if smaller is not None and not (out / "checkpoint.safetensors").exists():
                 grow_folder(smaller, name, out, batch_tokens=family.recipe.batch_tokens)
             run = Run(
-                family.device, family.compile, minutes=left_s / 60 * behind[0] / sum(behind), keep_hot=len(behind) > 1
+                family.device,
+                family.compile,
+                checkpoint_every_steps=CHECKPOINT_EVERY_STEPS,
+                minutes=left_s / 60 * behind[0] / sum(behind),
+                keep_hot=len(behind) > 1,
             )
             train(name, family.data, out, family.recipe, run)
             export(out, family.out / "packed" / name, family.tokenizer)
