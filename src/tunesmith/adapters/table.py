@@ -19,6 +19,10 @@ from tunesmith.adapters.stack import PackedAdapter
 
 Pair = tuple[Tensor, Tensor]
 
+PATIENCE = 64
+"""Calls that a table lasts for at least before it is given up for one of fewer ranks: laying it out takes as long as
+many steps."""
+
 
 class AdapterTable:
     """Factors of adapters, one below the other. Place 0 adds nothing."""
@@ -35,12 +39,13 @@ class AdapterTable:
         self._place_of: WeakKeyDictionary[PackedAdapter, int] = WeakKeyDictionary()
         self._used_at: list[int] = []
         """When each place was asked for last, counted in calls."""
-        self._calls = 0
+        self._calls = self._laid_out_at = 0
 
     def places(self, adapters: Sequence[PackedAdapter | None]) -> list[int] | None:
         """Where the factors of each are. They stay there at least until the next call.
 
-        None where so many, of such ranks, would take too much memory.
+        None where so many, of such ranks, would take too much memory, or where there is no room beside what was there
+        a moment ago.
         """
         self._calls += 1
         wanted = dict.fromkeys(adapter for adapter in adapters if adapter is not None)
@@ -72,7 +77,8 @@ class AdapterTable:
         All are copied again when they are asked for. Returns whether there is a table for these.
         """
         before, places = self._tables() if self._layers else None, 1 + len(wanted) + len(wanted) // 4
-        for known, count in ((before, max(places, len(self._used_at))), (None, places)):
+        recent = before is not None and self._calls - self._laid_out_at < PATIENCE
+        for known, count in ((before, max(places, len(self._used_at))), *([] if recent else [(None, places)])):
             shapes = list(_shapes(wanted, known or [None] * (1 + sum(map(len, wanted[0].factors)))))
             like = next(pair for pair in _factors(wanted[0]) if pair)[0]
             if count * sum(sum(pair) * ranks for *pair, ranks in shapes) * like.itemsize <= self._most_bytes:
@@ -82,6 +88,7 @@ class AdapterTable:
         self._layers, self._embedding, before, known = (), None, None, None  # first of all that memory is to be free
         self._place_of, self._used_at = WeakKeyDictionary(), [0] * count
         self.version += 1
+        self._laid_out_at = self._calls
         supply = iter(
             (like.new_zeros(count, inputs, ranks), like.new_zeros(count, ranks, outputs)) if ranks else None
             for inputs, outputs, ranks in shapes
