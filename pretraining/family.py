@@ -30,6 +30,15 @@ from tunesmith.decoder import loading
 SHARES = {"ada": 0.10, "babbage": 0.15, "curie": 0.25, "davinci": 0.50}
 """Of the time, by default. A larger model needs more for each token, and more of them."""
 
+FOR_A_GPU: dict[str, float] = {
+    "batch_tokens": 131_072,
+    "micro_batch_tokens": 65_536,
+    "muon_learning_rate": 0.02,
+    "adam_learning_rate": 0.006,
+    "row_tokens": 1_024,
+    "long_share": 0.1,
+    "decay_share": 0.5,
+}
 CHECKPOINT_EVERY_STEPS = 500
 """On a GPU that is a minute or less, and half a gigabyte to be written."""
 
@@ -54,8 +63,8 @@ def train_family(family: Family, shares: dict[str, float], minutes: float) -> No
     ends = time.monotonic() + 60 * minutes
     smaller: Path | None = None
     for index, name in enumerate(shares):
-        out = family.out / name
-        if not (out / "model.safetensors").exists():
+        out, packed = family.out / name, family.out / "packed" / name
+        if not packed.exists():  # which is made last
             left_s = max(0.0, ends - time.monotonic())
             behind = [*shares.values()][index:]
             if smaller is not None and not (out / "checkpoint.safetensors").exists():
@@ -68,7 +77,7 @@ def train_family(family: Family, shares: dict[str, float], minutes: float) -> No
                 keep_hot=len(behind) > 1,
             )
             train(name, family.data, out, family.recipe, run)
-            export(out, family.out / "packed" / name, family.tokenizer)
+            export(out, packed, family.tokenizer)
         print(json.dumps({"name": name, **judge(family, out)}), flush=True)
         smaller = out / "hot" if (out / "hot").exists() else out  # a run of few steps has none
 
@@ -77,10 +86,8 @@ def judge(family: Family, folder: Path) -> dict[str, float]:
     """What is to be known of a model that was trained."""
     found: dict[str, float] = {"tokens": tokens_read(folder, family.recipe.batch_tokens)}
     if family.valid:
-        model, tokenizer = (
-            loading.load(folder, device=family.device),
-            Tokenizer.from_file(str(folder / "tokenizer.json")),
-        )
+        model = loading.load(folder, device=family.device)
+        tokenizer = Tokenizer.from_file(str(family.tokenizer))
         found["bits_per_byte"] = round(bits_per_byte(model, tokenizer, family.valid), 4)
     return found
 
@@ -96,31 +103,14 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, help="of the time, one for each model")
     parser.add_argument("--valid", type=Path, help="held-out text")
     parser.add_argument("--documents", type=int, default=60, help="of that, the first so many")
-    parser.add_argument("--batch-tokens", type=int, default=131_072)
-    parser.add_argument("--micro-batch-tokens", type=int, default=65_536)
-    parser.add_argument("--muon-learning-rate", type=float, default=0.02)
-    parser.add_argument("--adam-learning-rate", type=float, default=0.006)
-    parser.add_argument("--row-tokens", type=int, default=1_024)
-    parser.add_argument("--long-share", type=float, default=0.1)
-    parser.add_argument("--warmup-steps", type=int, default=100)
-    parser.add_argument("--decay-share", type=float, default=0.5)
+    Recipe.add_options(parser, **FOR_A_GPU)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shares = arguments.shares or [SHARES[name] for name in arguments.models]
-    recipe = Recipe(
-        tokens=NEVER,
-        batch_tokens=arguments.batch_tokens,
-        micro_batch_tokens=arguments.micro_batch_tokens,
-        muon_learning_rate=arguments.muon_learning_rate,
-        adam_learning_rate=arguments.adam_learning_rate,
-        row_tokens=arguments.row_tokens,
-        long_share=arguments.long_share,
-        warmup_steps=arguments.warmup_steps,
-        decay_share=arguments.decay_share,
-    )
+    recipe = Recipe.of(arguments, tokens=NEVER)
     valid = read_documents(arguments.valid)[: arguments.documents] if arguments.valid else []
     paths = (arguments.data, arguments.tokenizer, arguments.out)
     family = Family(*paths, recipe, arguments.device, arguments.compile, valid)

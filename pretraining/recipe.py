@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass
+
+_CHOSEN = (
+    "batch_tokens",
+    "micro_batch_tokens",
+    "muon_learning_rate",
+    "adam_learning_rate",
+    "row_tokens",
+    "long_share",
+    "warmup_steps",
+    "decay_share",
+)
+"""Fields that have an option on the command line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +35,18 @@ class Recipe:
     warmup_steps: int = 100
     decay_share: float = 0.45
     seed: int = 0
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser, **defaults: float) -> None:
+        """One for each field that users choose; `defaults` where they are others than the fields'."""
+        for name in _CHOSEN:
+            default = defaults.get(name, cls.__dataclass_fields__[name].default)
+            parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, *, tokens: int) -> Recipe:
+        """As these options say. Raises ValueError as `Recipe`."""
+        return cls(tokens, **{name: getattr(arguments, name) for name in _CHOSEN})
 
     def __post_init__(self) -> None:
         """Raises ValueError where batches are no whole micro-batches, or those no whole rows."""

@@ -201,14 +201,7 @@ def main() -> None:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--tokens", type=float, default=0)
     length.add_argument("--minutes", type=float, help="as many tokens as fit into that")
-    parser.add_argument("--batch-tokens", type=int, default=16_384)
-    parser.add_argument("--micro-batch-tokens", type=int, default=4_096)
-    parser.add_argument("--muon-learning-rate", type=float, default=0.01)
-    parser.add_argument("--adam-learning-rate", type=float, default=0.003)
-    parser.add_argument("--row-tokens", type=int, default=512)
-    parser.add_argument("--long-share", type=float, default=0.15)
-    parser.add_argument("--warmup-steps", type=int, default=100)
-    parser.add_argument("--decay-share", type=float, default=0.45)
+    Recipe.add_options(parser)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile the layers; needs a C++ compiler or CUDA")
     parser.add_argument(
@@ -221,17 +214,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    recipe = Recipe(
-        tokens=int(arguments.tokens),
-        batch_tokens=arguments.batch_tokens,
-        micro_batch_tokens=arguments.micro_batch_tokens,
-        muon_learning_rate=arguments.muon_learning_rate,
-        adam_learning_rate=arguments.adam_learning_rate,
-        row_tokens=arguments.row_tokens,
-        long_share=arguments.long_share,
-        warmup_steps=arguments.warmup_steps,
-        decay_share=arguments.decay_share,
-    )
+    recipe = Recipe.of(arguments, tokens=int(arguments.tokens))
     run = Run(
         arguments.device,
         arguments.compile,

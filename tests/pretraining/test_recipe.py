@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -182,6 +183,11 @@ def test_a_family_is_trained_in_the_time_there_is(
     before = [(tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in shares]
     family.train_family(chosen, shares, minutes=0.1)  # what is there stays
     assert before == [(tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in shares]
+    weights = (tmp_path / "ada" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "packed" / "ada")  # as if it had been stopped before the end
+    family.train_family(chosen, shares, minutes=0.1)
+    assert (tmp_path / "ada" / "model.safetensors").read_bytes() == weights
+    assert load(box.unpack(tmp_path / "packed" / "ada", tmp_path / "home")).config == shapes.SHAPES["ada"]
 
 
 def test_tokens_that_fit_into_a_time_stay_when_a_run_goes_on(data: Path, tmp_path: Path, quickly: None) -> None:

@@ -1,7 +1,8 @@
 """Keys and values of all sequences of one base, in blocks, and attention over them.
 
 Legend: N = tokens of a step, B = sequences of a group, T = tokens of the longest of them, L = positions they attend
-to, H = query heads, K = key/value heads, G = query heads that share one (H / K), d = head width, P = tokens of a block.
+to, H = query heads, K = key/value heads, G = query heads that share one (H / K), d = head width, P = tokens of a block,
+b = blocks of a sequence.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One token of each sequence, whatever their adapters. What differs from step to step comes as one tensor of numbers.
 
-Legend: D = model width, V = vocabulary.
+Legend: B = sequences, rounded up, b = blocks of the longest, rounded up, D = model width, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class RecordedStep:
         return self._compute(*inputs, adapted=True)
 
     def _compute(self, step: Tensor, *, adapted: bool) -> Sequence[Tensor]:
+        """`step` [B, 3 + b], int64; states [B, D] and logits [B, V]."""
         token_ids_B, positions_B, places_B = step[:, :HEADER].unbind(1)
         attention = self._cache.attend_next(step[:, HEADER:], positions_B)
         adapters = self._table.at(places_B) if adapted else None
