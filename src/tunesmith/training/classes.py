@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tunesmith.errors import InvalidRequest
 from tunesmith.rundir import ResolvedHyperparameters
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.training.batches import Row
-from tunesmith.training.evaluate import Evaluator
 from tunesmith.training.metrics import binary_metrics, multiclass_metrics
 
 SHOWN = 5
@@ -84,9 +84,11 @@ class Classes:
             "max_tokens=1 to get what is measured, or make each class a single token, such as ' yes' and ' no'."
         )
 
-    def metrics(self, evaluator: Evaluator, rows: Sequence[Row]) -> dict[str, float | None]:
-        """The metrics over `rows`, by the names of `metric_names`; None where one is undefined."""
-        probabilities = evaluator.class_probabilities(rows, self.token_ids)
+    def metrics(self, rows: Sequence[Row], probabilities: NDArray[np.float64]) -> dict[str, float | None]:
+        """The metrics over `rows`, by the names of `metric_names`; None where one is undefined.
+
+        Of the probabilities of `token_ids` [rows, classes].
+        """
         actual = np.array([self.token_ids.index(row.token_ids[row.completion_start]) for row in rows])
         if self.positive_id is None:
             return multiclass_metrics(actual, probabilities.argmax(1))

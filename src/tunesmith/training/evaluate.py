@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from tunesmith.adapters.lora import Adapters
 from tunesmith.decoder.base import Decoder
 from tunesmith.training.batches import Row
-from tunesmith.training.loss import score
+from tunesmith.training.loss import Head, measure
 from tunesmith.training.memory import Room
 from tunesmith.training.metrics import Tally
 from tunesmith.training.packing import MicroBatch, micro_batches
@@ -34,44 +35,48 @@ class Evaluator:
     beat: Callable[[], None]
     """Called before each forward pass."""
     room: Room
+    prompt_head: Head | None = None
+    """See `loss.measure`."""
 
     def tally(self, rows: Sequence[Row], *, prompt_loss_weight: float) -> Tally:
         """Loss and accuracies over `rows`."""
-        total = Tally()
-
-        def add(batch: MicroBatch, hidden_MD: Tensor) -> Tally:
-            tally = Tally()
-            tally.add(batch, score(self.model, hidden_MD, batch))
-            return tally
-
-        for _, _, tally in self._each(add, rows, prompt_loss_weight):
-            total.merge(tally)
-        return total
+        return _total([tally for _, _, tally in self._each(self._tally, rows, prompt_loss_weight)])
 
     def completion_logprobs(self, rows: Sequence[Row]) -> list[list[float]]:
         """Log-probabilities of the completion tokens of each row, nats, in fp32."""
         found: list[list[float]] = [[] for _ in rows]
 
         def nll(batch: MicroBatch, hidden_MD: Tensor) -> Tensor:
-            return score(self.model, hidden_MD, batch).nll_M.cpu()
+            return measure(self.model, hidden_MD, batch).nll_M.cpu()
 
         for indices, batch, nll_M in self._each(nll, rows, prompt_loss_weight=0.0):
             for index, part in zip(indices, nll_M.split(batch.completion_lengths), strict=True):
                 found[index] = part.neg().tolist()
         return found
 
-    def class_probabilities(self, rows: Sequence[Row], class_ids: Sequence[int]) -> NDArray[np.float64]:
-        """Probability of each class for each row, [rows, classes]: of its first token, normalised over the classes."""
+    def classified(
+        self, rows: Sequence[Row], class_ids: Sequence[int], *, prompt_loss_weight: float
+    ) -> tuple[Tally, NDArray[np.float64]]:
+        """What `tally` says, and the probability of each class for each row, [rows, classes].
+
+        It is that of the first token of the completion, normalised over the classes.
+        """
         found = np.empty((len(rows), len(class_ids)))
-        # Cut after the first completion token: the rest would be computed for nothing.
-        first_only = [Row(row.token_ids[: row.completion_start + 1], row.completion_start) for row in rows]
 
-        def probabilities(_: MicroBatch, hidden_MD: Tensor) -> NDArray[np.float64]:
-            return self.model.logits(hidden_MD, class_ids).double().softmax(1).cpu().numpy()
+        def both(batch: MicroBatch, hidden_MD: Tensor) -> tuple[Tally, NDArray[np.float64]]:
+            firsts = list(accumulate(batch.completion_lengths[:-1], initial=0))
+            logits = self.model.logits(hidden_MD[batch.completion_C[firsts]], class_ids)
+            return self._tally(batch, hidden_MD), logits.double().softmax(1).cpu().numpy()
 
-        for indices, _, each in self._each(probabilities, first_only, prompt_loss_weight=0.0):
+        measured = self._each(both, rows, prompt_loss_weight)
+        for indices, _, (_, each) in measured:
             found[indices] = each
-        return found
+        return _total([tally for _, _, (tally, _) in measured]), found
+
+    def _tally(self, batch: MicroBatch, hidden_MD: Tensor) -> Tally:
+        tally = Tally()
+        tally.add(batch, measure(self.model, hidden_MD, batch, self.prompt_head))
+        return tally
 
     def _each(
         self, measure: Callable[[MicroBatch, Tensor], T], rows: Sequence[Row], prompt_loss_weight: float
@@ -99,3 +104,10 @@ class Evaluator:
             return [entry for entries in parts for entry in entries]
 
         return self.room.fit(all_shares)
+
+
+def _total(tallies: Iterable[Tally]) -> Tally:
+    total = Tally()
+    for tally in tallies:
+        total.merge(tally)
+    return total

@@ -28,7 +28,7 @@ from tunesmith.training.attention import Attended, attend
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.frozen import FrozenWeights, Sites
 from tunesmith.training.kernels import HeadNorms, Heads, Kernels, RowGroup, Turn
-from tunesmith.training.loss import Scores
+from tunesmith.training.loss import Head, Scores
 from tunesmith.training.passes import MOST_FRAMED_TOKENS, Pass, Piece
 from tunesmith.training.sites import Part
 
@@ -147,6 +147,11 @@ class FoldedLlama:
     def shares(self) -> bool:
         """Whether a pass may hold pieces of several jobs."""
         return self._weights.shares
+
+    @property
+    def head(self) -> Head:
+        """As products of steps have it."""
+        return self._weights.head
 
     def take(self, factors: TrainableLora, *, single: bool) -> None:
         """See `FrozenWeights`."""

@@ -17,7 +17,7 @@ from tunesmith.decoder.llama import Llama
 from tunesmith.training.attention import RowAttention
 from tunesmith.training.factors import TrainableLora
 from tunesmith.training.kernels import Kernels
-from tunesmith.training.loss import PlainHead, Scores, Weighed, score, score_frozen
+from tunesmith.training.loss import Head, PlainHead, Scores, Weighed, score, score_frozen
 from tunesmith.training.sites import BaseWeight, SharedSite, SingleSite, Site
 
 Sites = dict[SiteName, Site]
@@ -38,6 +38,8 @@ class FrozenWeights(Protocol):
     """Tokens of a piece are rounded up to a multiple; None: as torch's products like it."""
     attention: RowAttention | None
     """For rows of any lengths; None: `training.attention`, for groups of similar ones."""
+    head: Head
+    """As products of steps have it."""
 
     def take(self, factors: TrainableLora, *, single: bool) -> None:
         """The factors of a job as they are now, for the passes of a step: with `single` passes of that job alone."""
@@ -72,7 +74,8 @@ class PlainWeights:
         on_processor = model.embedding_VD.device.type == "cpu"
         self.shares = on_processor and model.config.matrix_numbers <= MOST_SHARED_WEIGHTS
         self._model, self._kernels = model, kernels
-        self._head = PlainHead(model.head_VD.to(dtype))
+        self._head_VD = model.head_VD.to(dtype)
+        self.head: Head = PlainHead(self._head_VD)
         outputs = iter(site_outputs)
         self._shared: list[dict[SiteName, SharedSite]] = []
         for index, layout in enumerate(model.config.layout.layers):
@@ -103,6 +106,6 @@ class PlainWeights:
     def score(self, states_MD: Tensor, work: Weighed, grad_MD: Tensor, *, single: bool) -> Scores:
         """See `FrozenWeights`."""
         if single:
-            return score_frozen(self._kernels, self._head, states_MD, work, grad_MD)
-        coarse_VD = None if self.dtype == torch.float32 else self._head.head_VD
+            return score_frozen(self._kernels, self.head, states_MD, work, grad_MD)
+        coarse_VD = None if self.dtype == torch.float32 else self._head_VD
         return score(self._model, states_MD, work, grad_MD, prompt_head_VD=coarse_VD)

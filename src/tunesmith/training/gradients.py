@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -24,7 +24,7 @@ from tunesmith.training.factors import FactorView, TrainableLora
 from tunesmith.training.folded import FoldedLlama, covers
 from tunesmith.training.frozen import FrozenWeights, PlainWeights
 from tunesmith.training.kernels import Kernels
-from tunesmith.training.loss import Scores, score
+from tunesmith.training.loss import Head, PlainHead, Scores, score
 from tunesmith.training.metrics import Tally
 from tunesmith.training.native import available
 from tunesmith.training.packing import MICRO_BATCH_TOKENS, MicroBatch, micro_batches
@@ -113,6 +113,16 @@ class Learner:
         self._prompt_head_VD = model.head_VD.to(dtype) if by_autograd else None
         self._workers = workers
         self._beat = beat
+
+    @cached_property
+    def prompt_head(self) -> Head | None:
+        """That of steps, for what is measured of tokens that weigh little; None: it is the model's own."""
+        if isinstance(self._by_hand, FoldedLlama):
+            return self._by_hand.head
+        coarse_VD = self._prompt_head_VD
+        if self._by_hand is not None:  # which has it in tiles
+            coarse_VD = self._model.head_VD.to(torch.bfloat16)
+        return None if coarse_VD is None else PlainHead(coarse_VD)
 
     def learn(self, lessons: Sequence[Lesson]) -> list[Tally]:
         """Leaves the gradient of the weighted mean loss over each lesson's rows in its `factors.flat_gradient`."""

@@ -84,6 +84,7 @@ def lessons(
     optimizer = FlatAdamW(
         trained.flat, trained.flat_gradient, weight_decay=WEIGHT_DECAY, largest_norm=LARGEST_GRADIENT_NORM
     )
+    weight = asked.prompt_loss_weight
     peak_learning_rate = spec.base_learning_rate * asked.learning_rate_multiplier
     report_every = math.ceil(schedule.n_steps / REPORTS_PER_RUN)
 
@@ -102,7 +103,9 @@ def lessons(
         Progress(run_dir.progress, position.progress_bytes, position.progress_seq) as progress,
     ):
         room = Room(run_dir) if device.type == "cpu" else Room(run_dir, MICRO_BATCH_TOKENS)
-        evaluator = Evaluator(inputs.model, trained.adapters, shared.workers(spec.threads), beat, room)
+        workers = shared.workers(spec.threads)
+        prompt_head = shared.prompt_head(inputs.model, trained, spec) if validation else None
+        evaluator = Evaluator(inputs.model, trained.adapters, workers, beat, room, prompt_head)
         epochs = Epochs(run_dir, spec, trained, evaluator, validation or rows, position.standing, best)
 
         if position.step == 0 and classes is not None and classes.warning is not None:
@@ -139,17 +142,18 @@ def lessons(
             reporting = step % report_every == 0 or bool(ended)
             if validation and reporting:
                 chosen = validation_batch(len(validation), asked.batch_size, spec.seed, step)
-                measured = evaluator.tally(
-                    [validation[index] for index in chosen], prompt_loss_weight=asked.prompt_loss_weight
-                )
+                measured = evaluator.tally([validation[index] for index in chosen], prompt_loss_weight=weight)
                 values = (measured.loss, measured.sequence_accuracy, measured.token_accuracy)
                 cells |= dict(zip(VALIDATION_COLUMNS, values, strict=True))
-            if classes is not None and validation and ended:
-                metrics = classes.metrics(evaluator, validation)
+            full: Tally | None = None
+            if validation and ended and classes is not None:
+                full, probabilities = evaluator.classified(validation, classes.token_ids, prompt_loss_weight=weight)
+                metrics = classes.metrics(validation, probabilities)
                 cells |= {CLASSIFICATION_PREFIX + name: value for name, value in metrics.items()}
+            elif validation and ended:
+                full = evaluator.tally(validation, prompt_loss_weight=weight)
             results.write(cells)
-            if ended and validation:
-                full = evaluator.tally(validation, prompt_loss_weight=asked.prompt_loss_weight)
+            if full is not None:
                 cells |= dict(zip(FULL_VALIDATION, (full.loss, full.token_accuracy), strict=True))
             measures = {name: value for name, value in cells.items() if value is not None and math.isfinite(value)}
             if reporting:

@@ -6,7 +6,7 @@ Legend: M = weighed positions, C = those of completion tokens, D = model width, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torch import Tensor
 from tunesmith.decoder.base import Decoder
 from tunesmith.training.kernels import Kernels
 from tunesmith.training.sites import product
+
+T = TypeVar("T")
 
 _CHUNK_LOGITS = 1 << 21
 """Logits held at once: 8 MiB of fp32, which the caches of a processor still serve ..."""
@@ -61,29 +63,21 @@ def score(
     model: Decoder,
     hidden_MD: Tensor,
     batch: Weighed,
-    gradient_MD: Tensor | None = None,
+    gradient_MD: Tensor,
     *,
     prompt_head_VD: Tensor | None = None,
     head_gradient_VD: Tensor | None = None,
 ) -> Scores:
-    """Scores of the `batch` whose weighed positions have the states `hidden_MD`.
+    """Scores of the `batch` whose weighed positions have the states `hidden_MD`, and their gradient.
 
-    `gradient_MD`, where given, receives that of sum(weight * nll) with respect to the states. It is made here, chunk by
-    chunk beside the logits, since the head is frozen: all logits of a batch never exist at once. For weight w,
-    probabilities p and target y it is w (p W - W_y), with W the head. Prompt tokens are many and weigh little: with
-    `prompt_head_VD`, the head in another dtype, theirs are computed in that. To `head_gradient_VD`, where given, the
-    gradient of the head is added, for each position w (p - one-hot(y)) times its state.
+    `gradient_MD` receives that of sum(weight * nll) with respect to the states. It is made here, chunk by chunk beside
+    the logits, since the head is frozen: all logits of a batch never exist at once. For weight w, probabilities p and
+    target y it is w (p W - W_y), with W the head. Prompt tokens are many and weigh little: with `prompt_head_VD`, the
+    head in another dtype, theirs are computed in that. To `head_gradient_VD`, where given, the gradient of the head is
+    added, for each position w (p - one-hot(y)) times its state.
     """
-    scores, device = Scores.of(hidden_MD), hidden_MD.device
-    size = max(1, _chunk_logits(device) // model.config.vocabulary_size // _ROUNDING) * _ROUNDING
-    kinds: list[tuple[Tensor, Tensor | None]]
-    if prompt_head_VD is None:
-        kinds = [(torch.arange(len(hidden_MD), device=device), None)]
-    else:
-        is_prompt_M = torch.ones(len(hidden_MD), dtype=torch.bool, device=device)
-        is_prompt_M.index_fill_(0, batch.completion_C, False)
-        kinds = [(batch.completion_C, None), (is_prompt_M.nonzero().squeeze(1), prompt_head_VD)]
-    for positions, coarse_VD in kinds:
+    scores, size = Scores.of(hidden_MD), _rounded_chunk(model, hidden_MD.device)
+    for positions, coarse_VD in _kinds(hidden_MD, batch, prompt_head_VD):
         for chunk_m in positions.split(size):
             states_mD = hidden_MD[chunk_m]
             rounded_mD = _rounded(states_mD)
@@ -93,10 +87,9 @@ def score(
                 logits_mV = (rounded_mD.to(coarse_VD.dtype) @ coarse_VD.T).float()[: len(chunk_m)]
             target_m, weight_m1 = batch.target_M[chunk_m], batch.weight_M[chunk_m, None]
             total_m1 = _score_chunk(logits_mV, target_m, chunk_m, scores)
-            if gradient_MD is not None:
-                head_VD = model.head_VD if coarse_VD is None else coarse_VD
-                expected_mD = product(_rounded(logits_mV).to(head_VD.dtype), head_VD)[: len(chunk_m)].div_(total_m1)
-                gradient_MD[chunk_m] = expected_mD.sub_(head_VD[target_m]).mul_(weight_m1)
+            head_VD = model.head_VD if coarse_VD is None else coarse_VD
+            expected_mD = product(_rounded(logits_mV).to(head_VD.dtype), head_VD)[: len(chunk_m)].div_(total_m1)
+            gradient_MD[chunk_m] = expected_mD.sub_(head_VD[target_m]).mul_(weight_m1)
             if head_gradient_VD is not None:
                 head_gradient_VD.addmm_(logits_mV.T, states_mD * (weight_m1 / total_m1))
                 head_gradient_VD.index_add_(0, target_m, states_mD * weight_m1, alpha=-1.0)
@@ -149,6 +142,30 @@ def score_frozen(kernels: Kernels, head: Head, hidden_MD: Tensor, batch: Weighed
         )
         gradient_MD[chunk] = head.back(logits_mV)  # no longer logits: their gradient
     return scores
+
+
+def measure(model: Decoder, hidden_MD: Tensor, batch: Weighed, prompt_head: Head | None = None) -> Scores:
+    """Scores alone, in fp32. Those of prompt tokens, which are many and weigh little, by `prompt_head` where given."""
+    scores, size = Scores.of(hidden_MD), _rounded_chunk(model, hidden_MD.device)
+    for positions, coarse in _kinds(hidden_MD, batch, prompt_head):
+        for chunk_m in positions.split(size):
+            rounded_mD = _rounded(hidden_MD[chunk_m])
+            logits_mV = model.logits(rounded_mD) if coarse is None else coarse.logits(rounded_mD).float()
+            _score_chunk(logits_mV[: len(chunk_m)], batch.target_M[chunk_m], chunk_m, scores)
+    return scores
+
+
+def _kinds(hidden_MD: Tensor, batch: Weighed, coarse: T | None) -> list[tuple[Tensor, T | None]]:
+    """Which of M have the head that is the model's, and which the other."""
+    if coarse is None:
+        return [(torch.arange(len(hidden_MD), device=hidden_MD.device), None)]
+    is_prompt_M = torch.ones(len(hidden_MD), dtype=torch.bool, device=hidden_MD.device)
+    is_prompt_M.index_fill_(0, batch.completion_C, False)
+    return [(batch.completion_C, None), (is_prompt_M.nonzero().squeeze(1), coarse)]
+
+
+def _rounded_chunk(model: Decoder, device: torch.device) -> int:
+    return max(1, _chunk_logits(device) // model.config.vocabulary_size // _ROUNDING) * _ROUNDING
 
 
 def _chunk_logits(device: torch.device) -> int:

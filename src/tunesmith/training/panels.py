@@ -33,7 +33,7 @@ from tunesmith.training.causal import CausalRows
 from tunesmith.training.factors import Pair, TrainableLora
 from tunesmith.training.frozen import Sites
 from tunesmith.training.kernels import Kernels
-from tunesmith.training.loss import Scores, Weighed, score_frozen
+from tunesmith.training.loss import Head, Scores, Weighed, score_frozen
 from tunesmith.training.sites import Part
 
 SOURCE, *INCLUDED = (Path(__file__).with_name(name) for name in ("panels.cpp", "causal.h"))
@@ -172,7 +172,7 @@ class PanelWeights:
         """
         self._kernels = kernels
         self.attention: RowAttention | None = CausalRows(library)
-        self._head = PanelHead(library, model.head_VD, bits)
+        self.head: Head = PanelHead(library, model.head_VD, bits)
         self._layers: list[dict[SiteName, PanelSite]] = []
         for layer, names, weights in zip(model.layers, model.config.layout.layers, sites(model), strict=True):
             gains = (layer.attention_norm_D, None, layer.feed_norm_D, None)
@@ -198,4 +198,4 @@ class PanelWeights:
 
     def score(self, states_MD: Tensor, work: Weighed, grad_MD: Tensor, *, single: bool) -> Scores:
         """See `FrozenWeights`."""
-        return score_frozen(self._kernels, self._head, states_MD, work, grad_MD)
+        return score_frozen(self._kernels, self.head, states_MD, work, grad_MD)

@@ -19,6 +19,7 @@ from tunesmith.training.factors import TrainableLora
 from tunesmith.training.folded import product_dtype
 from tunesmith.training.gradients import Learner, Lesson
 from tunesmith.training.inputs import Encoded, ReadBase, read_base
+from tunesmith.training.loss import Head
 from tunesmith.training.memory import Room, is_shortage
 from tunesmith.training.metrics import Tally
 from tunesmith.training.packing import PROCESSOR
@@ -43,11 +44,6 @@ class Wanted:
     def prompt_loss_weight(self) -> float:
         """As the run asks."""
         return self.spec.hyperparameters.prompt_loss_weight
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the products."""
-        return product_dtype(self.spec.precision, self.model.head_VD.device)
 
 
 class Shared:
@@ -108,7 +104,7 @@ class Shared:
         for index, each in enumerate(wanted):
             if isinstance(each.trained, TrainableLora):
                 lesson = Lesson(each.trained, each.rows, each.prompt_loss_weight, each.room.tokens)
-                groups[self._learner(each, each.trained)][index] = lesson
+                groups[self._learner(each.model, each.trained, each.spec)][index] = lesson
         for learner, lessons in groups.items():
             if len(lessons) == 1:
                 continue
@@ -129,16 +125,24 @@ class Shared:
         trained, weight = wanted.trained, wanted.prompt_loss_weight
         if isinstance(trained, TrainableLora):
             lesson = Lesson(trained, wanted.rows, weight, max_tokens)
-            return self._learner(wanted, trained).learn([lesson])[0]
+            return self._learner(wanted.model, trained, wanted.spec).learn([lesson])[0]
         workers = self.workers(wanted.spec.threads)
-        whole = WholeLearner(trained, workers, beat=self.beat, dtype=wanted.dtype)
+        whole = WholeLearner(trained, workers, beat=self.beat, dtype=_dtype(wanted.model, wanted.spec))
         return whole.learn(wanted.rows, prompt_loss_weight=weight, max_tokens=max_tokens)
 
-    def _learner(self, wanted: Wanted, factors: TrainableLora) -> Learner:
-        key = id(wanted.model), wanted.dtype, wanted.spec.threads
+    def prompt_head(self, model: Decoder, trained: TrainableLora | TrainableWeights, spec: RunSpec) -> Head | None:
+        """For what a run measures, see `Learner.prompt_head`; None where the head itself is trained."""
+        return self._learner(model, trained, spec).prompt_head if isinstance(trained, TrainableLora) else None
+
+    def _learner(self, model: Decoder, factors: TrainableLora, spec: RunSpec) -> Learner:
+        dtype = _dtype(model, spec)
+        key = id(model), dtype, spec.threads
         if key not in self._learners:
-            workers = self.workers(wanted.spec.threads)
-            self._learners[key] = Learner(
-                wanted.model, factors.site_outputs, workers, beat=self.beat, dtype=wanted.dtype
-            )
+            workers = self.workers(spec.threads)
+            self._learners[key] = Learner(model, factors.site_outputs, workers, beat=self.beat, dtype=dtype)
         return self._learners[key]
+
+
+def _dtype(model: Decoder, spec: RunSpec) -> torch.dtype:
+    """That of the products."""
+    return product_dtype(spec.precision, model.head_VD.device)
