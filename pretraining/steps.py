@@ -1,4 +1,4 @@
-"""Loss and gradient of a micro-batch: by compiled code of ours where the processor has tiles of bf16, else by torch.
+"""Loss and gradient of a micro-batch: by compiled code of ours where the processor multiplies bf16, else by torch.
 
 Legend: N = tokens of a micro-batch, D = width, V = vocabulary.
 """

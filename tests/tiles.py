@@ -1,4 +1,4 @@
-"""Tests of code that multiplies tiles of bf16: on those of the processor or, where it has none, on emulated ones.
+"""Tests of code that multiplies bf16: by the processor's tiles or vectors or, where it has none, by emulated tiles.
 
 What the processor has is asked here and not of the code under test: where that fails to compile, its tests are to fail.
 """
@@ -22,10 +22,13 @@ from tunesmith.decoder import packed
 from tunesmith.engine import tiled
 from tunesmith.training import folded, native, step, whole_step
 
-MACROS = frozenset({"__AMX_BF16__", "__AMX_INT8__", "__AVX512BF16__", "__AVX512VNNI__"})
-"""What a compiler that builds for a processor with tiles defines ..."""
+VECTORS = frozenset({"__AVX512BF16__", "__AVX512VNNI__"})
+"""What a compiler that builds for a processor with products of bf16 defines ..."""
+TILES_TOO = VECTORS | {"__AMX_BF16__", "__AMX_INT8__"}
+"""... where they are of tiles, which the code then takes ..."""
 EMULATION = frozenset({"__AVX2__", "__FMA__"})
 """... and what it does where they can be emulated."""
+CANNOT = "tiles of bf16 can be emulated with GCC or Clang on x86-64 with AVX2 alone"
 TILES = Path(packed.__file__).with_name("tiles.h")
 EMULATED = Path(__file__).parent / "native" / "emulated_tiles.h"
 
@@ -41,16 +44,31 @@ def _macros() -> frozenset[str]:
     return frozenset(line.split()[1] for line in found.splitlines())
 
 
+def _emulating() -> list[str]:
+    version = hashlib.sha256(EMULATED.read_bytes()).hexdigest()[:16]
+    return ["-include", str(EMULATED), f"-DEMULATED_TILES=0x{version}"]
+
+
+def built(source: Path, to: Path, *, vectors: bool) -> ctypes.CDLL:
+    """A source of tests, compiled with what the processor has of tiles or vectors, and else emulated."""
+    compiler = next(filter(None, map(shutil.which, compiled.COMPILERS)), None)
+    has = _macros() >= (VECTORS if vectors else TILES_TOO)
+    if compiler is None or not (has or _macros() >= EMULATION):
+        pytest.skip(CANNOT)
+    flags = [*compiled.FLAGS, *([] if has else _emulating()), *(["-DVECTORS"] if vectors else [])]
+    subprocess.run([compiler, *flags, str(source), "-o", str(to)], check=True, timeout=compiled.COMPILE_WITHIN_S)
+    return ctypes.CDLL(str(to))
+
+
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In this process; those that it starts have what the processor has."""
-    if _macros() >= MACROS:
+    if _macros() >= VECTORS:
         yield
         return
     if not _macros() >= EMULATION:
-        pytest.skip("tiles of bf16 can be emulated with GCC or Clang on x86-64 with AVX2 alone")
-    version = hashlib.sha256(EMULATED.read_bytes()).hexdigest()[:16]
-    flags = (*compiled.FLAGS, "-include", str(EMULATED), f"-DEMULATED_TILES=0x{version}")
+        pytest.skip(CANNOT)
+    flags = (*compiled.FLAGS, *_emulating())
 
     @cache
     def load(source: Path, *included: Path, reordering: bool = True) -> ctypes.CDLL | None:
@@ -71,5 +89,5 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 needs_tiles = pytest.mark.usefixtures("tiles")
-needs_real_tiles = pytest.mark.skipif(not _macros() >= MACROS, reason="compiler or processor have no tiles of bf16")
+needs_real_tiles = pytest.mark.skipif(not _macros() >= VECTORS, reason="compiler or processor have no bf16")
 """For what other processes do."""

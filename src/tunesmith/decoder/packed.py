@@ -1,4 +1,4 @@
-"""A model of the Llama family laid out for processors that multiply tiles of bf16: what compiled steps are given.
+"""A model of the Llama family laid out for processors that multiply bf16: what compiled steps are given.
 
 Frozen weights are packed once, forth and back; `packed.h` beside this has the same structures.
 
@@ -20,7 +20,7 @@ from tunesmith.decoder.llama import KeptLayers, Layer, Llama, rotation
 from tunesmith.decoder.mapped import release, stacked
 from tunesmith.decoder.panels import Room, plain_room
 
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("packed.h", "tiles.h", "bf16.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("packed.h", "tiles.h", "sums.h", "bf16.h"))
 """What sources that work on packed models include."""
 GRID = 32
 """Rows and columns of a block: tokens go in multiples of it, and the widths of a model have to be multiples."""
@@ -56,7 +56,7 @@ class Model(ctypes.Structure):
 def library(source: Path, *included: Path) -> ctypes.CDLL | None:
     """Compiled code that works on packed models.
 
-    None where there are no tiles: for want of a compiler, in the processor, or in what the system permits.
+    None for want of a compiler, of products of bf16 in the processor, or of tiles in what the system permits.
     """
     found = compiled.load(source, *included, *HEADERS)
     if found is None:

@@ -1,5 +1,5 @@
-// Blocks of 32 x 32 in the shapes in which a processor with tiles of bf16 (AMX) multiplies them, and what is done to
-// vectors between products. For training/step.cpp and engine/tiles.cpp.
+// Blocks of 32 x 32 in the shapes in which a processor with products of bf16 multiplies them, and what is done to vectors
+// between products. For training/step.cpp and engine/tiles.cpp.
 
 #pragma once
 
@@ -9,13 +9,11 @@
 
 #include <cmath>
 
-#include "bf16.h"
+#include "sums.h"
 
 namespace {
 
-constexpr int64_t SIDE = 32;            // rows and columns of a block of a product: two tiles each way
-constexpr int64_t BLOCK = SIDE * SIDE;  // elements of a block of an operand
-constexpr int64_t DEEPEST = 12;         // blocks of weights, 24 KiB, that are multiplied with all tokens in turn
+constexpr int64_t DEEPEST = 12;  // blocks of weights, 24 KiB, that are multiplied with all tokens in turn
 
 inline int64_t rounded_up(int64_t n) { return (n + SIDE - 1) / SIDE * SIDE; }
 inline int64_t packed_size(int64_t depth, int64_t wide) { return rounded_up(depth) * rounded_up(wide); }
@@ -160,80 +158,7 @@ void pack_backward(const float *from, int64_t rows, int64_t columns, const float
             }
 }
 
-// ---- tiles: the sums of a block of a product are in tiles 0 to 3 ------------------------------------------------------
-
-// Tile instructions read memory behind the compiler's back.
-inline void settle() { __asm__ volatile("" ::: "memory"); }
-
-void configure_tiles() {
-    struct alignas(64) {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
-    settle();
-    _tile_loadconfig(&config);
-}
-
-inline void clear() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
-struct Nothing {
-    void operator()(int64_t) const {}
-};
-
-// Adds 32 rows of `a`, `steps` blocks that lie `stride` apart, times packed blocks `b`. Meanwhile `lines` cache lines a
-// step are asked for from `next` on, and meanwhile(step) is called: what it does costs little beside a product. Without
-// BOTTOM or RIGHT that half of the sums is left as it is: what is known to be nothing need not be multiplied.
-template <bool BOTTOM = true, bool RIGHT = true, typename Meanwhile = Nothing>
-inline void accumulate(const bf16 *a, int64_t stride, const bf16 *b, int64_t steps, const bf16 *next = nullptr,
-                       int64_t lines = 0, Meanwhile meanwhile = {}) {
-    settle();
-    for (int64_t s = 0; s < steps; ++s, a += stride, b += BLOCK) {
-        _tile_loadd(4, a, 64);
-        _tile_loadd(6, b, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (RIGHT) {
-            _tile_loadd(7, b + BLOCK / 2, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if (BOTTOM) {
-            _tile_loadd(5, a + BLOCK / 2, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            if (RIGHT) _tile_dpbf16ps(3, 5, 7);
-        }
-        for (int64_t i = 0; i < lines; ++i, next += SIDE) _mm_prefetch(next, _MM_HINT_T1);
-        meanwhile(s);
-    }
-}
-
-// The same where it is known while it runs which halves of the sums are nothing.
-inline void accumulate_part(bool bottom, bool right, const bf16 *a, int64_t stride, const bf16 *b, int64_t steps) {
-    if (bottom)
-        right ? accumulate(a, stride, b, steps) : accumulate<true, false>(a, stride, b, steps);
-    else
-        right ? accumulate<false, true>(a, stride, b, steps) : accumulate<false, false>(a, stride, b, steps);
-}
-
-inline void take_sums(float *c) {  // [32, 32]
-    _tile_stored(0, c, 128);
-    _tile_stored(1, c + 16, 128);
-    _tile_stored(2, c + BLOCK / 2, 128);
-    _tile_stored(3, c + BLOCK / 2 + 16, 128);
-}
-
-inline void give_sums(const float *c) {
-    settle();
-    _tile_loadd(0, c, 128);
-    _tile_loadd(1, c + 16, 128);
-    _tile_loadd(2, c + BLOCK / 2, 128);
-    _tile_loadd(3, c + BLOCK / 2 + 16, 128);
-}
+// ---- products ---------------------------------------------------------------------------------------------------------
 
 // A block of sums as a block of bf16.
 inline void round_block(const float *c, bf16 *to) {

@@ -10,9 +10,6 @@
 
 namespace {
 
-constexpr int64_t DEEP = 64;               // numbers of depth of a tile
-constexpr int64_t TILE_BYTES = 16 * DEEP;
-
 inline int64_t rounded_deep(int64_t n) { return (n + DEEP - 1) / DEEP * DEEP; }
 
 // Rows 0 to 16, of which `rows` are there, of a matrix [.., depth] as a column; their scales. A column is `fours` rows long.
@@ -92,21 +89,8 @@ inline __m512 scaled(__m512i high, __m512i low, Fine in, int64_t row, __m512 sca
 inline void multiply_eight(Bytes in, int64_t at, const uint8_t *left, const uint8_t *right, int64_t steps, int32_t *sums,
                            const uint8_t *next = nullptr, int64_t lines = 0) {
     clear();
-    settle();
-    for (int64_t s = 0; s < steps; ++s, left += TILE_BYTES, right += TILE_BYTES) {
-        const int8_t *a = in.block(s, at);
-        _tile_loadd(4, a, DEEP);
-        _tile_loadd(6, left, DEEP);
-        _tile_dpbsud(0, 4, 6);
-        _tile_loadd(7, right, DEEP);
-        _tile_dpbsud(1, 4, 7);
-        _tile_loadd(5, a + TILE_BYTES, DEEP);
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
-        for (int64_t i = 0; i < lines; ++i, next += DEEP) _mm_prefetch(next, _MM_HINT_T1);
-    }
+    accumulate_eight(in.block(0, at), in.rows * DEEP, left, right, steps, next, lines);
     take_sums(reinterpret_cast<float *>(sums));
-    settle();
 }
 
 inline __m512i four_of(const int8_t *x) {

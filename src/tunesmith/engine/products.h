@@ -13,22 +13,10 @@ constexpr int64_t FEW = 3;      // up to so many rows are multiplied one by one,
 
 // As `accumulate` of blocks side by side, and `take_sums`, where `top` of the first 16 rows alone.
 inline void accumulate_rows(bool top, const bf16 *a, const bf16 *b, int64_t steps) {
-    if (!top) return accumulate(a, BLOCK, b, steps);
-    settle();
-    for (int64_t s = 0; s < steps; ++s, a += BLOCK, b += BLOCK) {
-        _tile_loadd(4, a, 64);
-        _tile_loadd(6, b, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + BLOCK / 2, 64);
-        _tile_dpbf16ps(1, 4, 7);
-    }
+    top ? accumulate<false>(a, BLOCK, b, steps) : accumulate(a, BLOCK, b, steps);
 }
 
-inline void take_rows(bool top, float *c) {
-    if (!top) return take_sums(c);
-    _tile_stored(0, c, 128);
-    _tile_stored(1, c + 16, 128);
-}
+inline void take_rows(bool top, float *c) { top ? take_sums<false>(c) : take_sums(c); }
 
 // What products need beside their operands.
 struct Scratch {

@@ -45,7 +45,7 @@ SCORED_ROWS = 128
 
 
 BITS: dict[Precision, Bits] = {"float32": 32, "bfloat16": 16, "int8": 8}
-"""Of weights where there are no tiles: 16 and 8 bits are fixed point, and 16 closer to the weights than bf16 is."""
+"""Of weights that `tiled` does not cover: 16 and 8 bits are fixed point, and 16 closer to the weights than bf16 is."""
 WITHOUT_EIGHT = (
     "int8 needs a C++ compiler and a model of the Llama family on a processor; float32 and bfloat16 run everywhere"
 )

@@ -1,4 +1,4 @@
-"""Steps of the engine in bf16 or int8, in one call of compiled code, on processors that multiply tiles: `tiles.cpp`.
+"""Steps of the engine in bf16 or int8, in one call of compiled code, on processors that multiply bf16: `tiles.cpp`.
 
 Prompts and single tokens, of any sequences and adapters, go through the model together; keys and values lie in the
 cache as tiles, so a cache belongs to these steps alone. Factors of adapters have 8 bits either way. Numbers differ from

@@ -1,4 +1,4 @@
-// A step of the engine on processors that multiply tiles of bf16 (AMX): the next tokens of any sequences, whole prompts and
+// A step of the engine on processors that multiply bf16 (AMX, AVX-512): the next tokens of any sequences, whole prompts and
 // single tokens alike, through a model of the Llama family and each its own adapter, in one call. Keys and values lie in the
 // cache as tiles. What comes of a token depends on its own sequence alone, whatever lies beside it in the step. The weights
 // of the model are bf16, or 8 bits (int8.h); adapters have 8 bits (factors.h), all else is bf16 either way.
@@ -9,7 +9,7 @@
 // d = head width, W = (H + 2K) d, R = rank, S = rank rounded up to a block, P = linear layers stacked in a site,
 // V = vocabulary.
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__linux__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__linux__)
 
 #include <vector>
 
@@ -425,7 +425,7 @@ struct Step {
 
     void run() {
         const Flush flush;
-        configure_tiles();
+        const Products multiplying;
         embed();
         for (int64_t layer = 0; layer < m.layers; ++layer) {
             by_chunks(live, [&](int64_t first, int64_t tokens) {
@@ -454,7 +454,6 @@ struct Step {
             });
         }
         for (int64_t i = 0; i < late; ++i) finish(i);
-        _tile_release();
     }
 
     void finish(int64_t token) {
@@ -492,7 +491,7 @@ void logits_of(const Model &m, bool eight, const float *hidden, int64_t rows, fl
     const size_t size = lay_out(nullptr) + 64;
     if (memory.size() < size) memory.resize(size);
     lay_out(reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64));
-    configure_tiles();
+    const Products multiplying;
     for (int64_t first = 0; first < rows; first += CHUNK) {
         const int64_t live = rows - first < CHUNK ? rows - first : CHUNK;
         for (int64_t i = 0; i < live; ++i) narrow(hidden + (first + i) * d, d, in, i);
@@ -506,7 +505,6 @@ void logits_of(const Model &m, bool eight, const float *hidden, int64_t rows, fl
             for (int64_t i = at; i < at + SIDE && i < live; ++i) put(panel, i, c + (i - at) * SIDE);
         });
     }
-    _tile_release();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The layers of a Llama in training, forward and backward, on processors that multiply tiles of bf16 (AMX): what a step
+// The layers of a Llama in training, forward and backward, on processors that multiply bf16 (AMX, AVX-512): what a step
 // is, whatever it learns. step.cpp learns adapters, whole.cpp all weights.
 //
 // Layers are walked in chunks of tokens that stay in the cache. What comes of a token depends on its own row alone. Behind
@@ -375,7 +375,7 @@ struct Layers {
     }
 
     void run() {
-        configure_tiles();
+        const Products multiplying;
         self().embed();
         for (int64_t layer = 0; layer < m.layers; ++layer) forward_layer(layer);
         finish();
@@ -384,7 +384,6 @@ struct Layers {
         round_grad();
         for (int64_t layer = m.layers; layer-- > 0;) backward_layer(layer);
         self().embed_backward();
-        _tile_release();
     }
 };
 

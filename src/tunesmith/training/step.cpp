@@ -1,4 +1,4 @@
-// A training step of a Llama on processors that multiply tiles of bf16 (AMX): forward and backward in one call.
+// A training step of a Llama on processors that multiply bf16 (AMX, AVX-512): forward and backward in one call.
 //
 // What training/folded.py does with products of torch, for one or more pieces of one or more jobs. Frozen weights lie in
 // memory as tiles from the start, factors of adapters from the start of a step; products of a token's state with weights
@@ -9,7 +9,7 @@
 // W = (H + 2K) d, R = rank, S = rank rounded up to a block, P = linear layers stacked in a site, I, O = inputs and
 // outputs of a site, M = weighed positions, V = vocabulary, T = tokens of a row.
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__linux__)
 
 #include "kernels.cpp"
 #include "head.h"

@@ -1,4 +1,4 @@
-"""A training step of a Llama in one call of compiled code, on processors that multiply tiles of bf16: `step.cpp`.
+"""A training step of a Llama in one call of compiled code, on processors that multiply bf16: `step.cpp`.
 
 What `training.folded` does with torch's products, for any jobs side by side. What stands between two products costs as
 much as the products there; here a step is two to three times faster

@@ -1,4 +1,4 @@
-// A training step of all weights of a Llama on processors that multiply tiles of bf16 (AMX): forward and backward in one
+// A training step of all weights of a Llama on processors that multiply bf16 (AMX, AVX-512): forward and backward in one
 // call, the gradient of every weight in fp32.
 //
 // Packed weights hold the gains of the norms before them, W' = W gain, so products give G, the gradient of W'. That of W
@@ -7,7 +7,7 @@
 //
 // Legend: as in layers.h.
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__linux__)
 
 #include <utility>
 

@@ -1,6 +1,6 @@
 """A training step of all weights of a Llama in one call of compiled code: `whole.cpp`.
 
-For processors that multiply tiles of bf16; elsewhere autograd does it (`training.whole`).
+For processors that multiply bf16; elsewhere autograd does it (`training.whole`).
 
 Legend: N = tokens, M = weighed positions.
 """
