@@ -32,6 +32,8 @@ class Making:
     tokens: int
     """Tokens this model was trained on, those of a model it was grown from not counted."""
     grown_from: str | None
+    tokens_before: int | None
+    """What that one had read when this was grown from it, where it has read on since."""
     bits_per_byte: float
     """Of the packed weights, over the whole validation shard."""
     cost: str
@@ -42,13 +44,22 @@ class Making:
 def family() -> dict[str, Making]:
     """The family, smallest first."""
     entries = tomllib.loads((HERE / "family.toml").read_text())
-    return {name: Making(name=name, **{"grown_from": None, **entry}) for name, entry in entries.items()}
+    return {
+        name: Making(name=name, **{"grown_from": None, "tokens_before": None, **entry})
+        for name, entry in entries.items()
+    }
 
 
 def tokens_read(making: Making, all_of_them: dict[str, Making]) -> int:
     """Tokens that went into the weights, those of the models it was grown from included."""
-    before = tokens_read(all_of_them[making.grown_from], all_of_them) if making.grown_from else 0
-    return before + making.tokens
+    return tokens_before(making, all_of_them) + making.tokens
+
+
+def tokens_before(making: Making, all_of_them: dict[str, Making]) -> int:
+    """Those that the model it was grown from had read by then."""
+    if making.tokens_before is not None or not making.grown_from:
+        return making.tokens_before or 0
+    return tokens_read(all_of_them[making.grown_from], all_of_them)
 
 
 def pages() -> dict[str, str]:
@@ -64,7 +75,7 @@ def _card(making: Making, makings: dict[str, Making], lines: list[dict[str, Any]
     embedding = config.vocabulary_size * config.width
     read = f"{_millions(making.tokens)} of the [corpus](README.md#what-they-have-read)"
     if making.grown_from:
-        before = _millions(tokens_read(makings[making.grown_from], makings))
+        before = _millions(tokens_before(making, makings))
         read += f", grown from [{making.grown_from}]({making.grown_from}.md), which had read {before}"
     facts = [
         (

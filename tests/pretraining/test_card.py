@@ -18,7 +18,11 @@ def test_every_model_in_the_box_has_a_card() -> None:
 
 def test_tokens_of_the_models_it_was_grown_from_count() -> None:
     family = card.family()
-    assert card.tokens_read(family["babbage"], family) == family["ada"].tokens + family["babbage"].tokens
+    babbage, curie = family["babbage"], family["curie"]
+    assert card.tokens_read(curie, family) == card.tokens_read(babbage, family) + curie.tokens
+    assert babbage.tokens_before is not None  # ada has read on since
+    assert babbage.tokens_before < family["ada"].tokens
+    assert card.tokens_read(babbage, family) == babbage.tokens_before + babbage.tokens
 
 
 def test_shapes_have_about_the_parameters_they_are_known_by() -> None:
