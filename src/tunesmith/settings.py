@@ -73,8 +73,7 @@ class Settings:
     engine_device: str = "cpu"
     """Where answers are computed: as `trainer_device`. There `bfloat16` is right to about 0.02 nats, and no `int8`."""
     engine_precision: str = "float32"
-    """`float32`; `bfloat16` (right to about 0.01 nats) and `int8` (0.03) are up to 3 times as fast, where the processor
-    multiplies bf16 (AMX, AVX-512) more."""
+    """`float32`; `bfloat16` (to 0.01 nats) and `int8` (0.03): up to 3 times as fast, with AMX or AVX512-BF16 more."""
     max_resident_adapters: int = 64
     """Adapters kept in memory; the least recently used make room."""
     max_sequences: int = 16_384
