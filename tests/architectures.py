@@ -78,7 +78,20 @@ def fourbit_network(plain: Path, *, nested: bool = False, kind: str = "nf4") -> 
         bnb_4bit_use_double_quant=nested,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    return AutoModelForCausalLM.from_pretrained(plain, quantization_config=asked, dtype=torch.float32)
+    return in_plain_products(
+        AutoModelForCausalLM.from_pretrained(plain, quantization_config=asked, dtype=torch.float32)
+    )
+
+
+def in_plain_products(network: Any) -> Any:
+    """A network of bitsandbytes that multiplies as its compute dtype says on any processor.
+
+    Where the processor multiplies bf16 by vectors it packs weights anew, which fails for rows of less than a block.
+    """
+    for module in network.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return network
 
 
 def make_base(folder: Path, config: dict[str, Any], *, seed: int = 0, bits: Bits = 32) -> Path:

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.architectures import FOREIGN, OWN, Bits, make_base
+from tests.architectures import FOREIGN, OWN, Bits, in_plain_products, make_base
 from tests.e2e.drill import run_dir_of
 from tests.e2e.harness import Server, messages, put_base, reviews, upload, wait_for
 from tests.training.rows import CLASSIFY, examples, make_run
@@ -58,7 +58,7 @@ def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers for it
 def test_peft_gives_what_the_trainer_reports(tuned: tuple[Path, list[RunDir]]) -> None:
     base, (run_dir, _) = tuned
-    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    network = in_plain_products(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     theirs = PeftModel.from_pretrained(network, str(run_dir.adapter)).eval()
     tensors = {name: tensor for name, tensor in theirs.named_parameters() if "lora_" in name}
     assert all(tensor.any() for tensor in tensors.values())  # it found all of ours, and has none besides

@@ -108,10 +108,10 @@ def test_a_job_that_is_no_longer_a_number_spoils_no_other() -> None:
 
 def test_in_a_large_model_every_job_is_computed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     lessons = _lessons(3, longest_prompt=12)
-    monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 0)
-    expected = _learn(lessons, torch.bfloat16, 1, Eager())
     monkeypatch.setattr(gradients, "ALONE_FROM_TOKENS", 10_000)
     monkeypatch.setattr(frozen, "MOST_SHARED_WEIGHTS", 1_000)
+    monkeypatch.setattr(Learner, "_together", lambda *_, **__: pytest.fail("jobs were computed together"))
+    expected = [_learn([lesson], torch.bfloat16, 1, Eager())[0] for lesson in lessons]
 
     found = _learn(lessons, torch.bfloat16, 1, Eager())
 

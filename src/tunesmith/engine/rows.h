@@ -2,6 +2,7 @@
 //
 // A tile product adds, for every 32 numbers of depth, the products of the even ones and those of the odd ones, each from 0
 // on and rounded once a step, and then the sum of both; numbers too small to be normal are 0. So does this, in mode `Flush`.
+// Where there are no tiles, pairs are added one after another, here as there.
 
 #pragma once
 
@@ -26,6 +27,7 @@ constexpr int64_t AHEAD = 4 * BLOCK;  // elements before they are read, weights 
 // the 32 deep after those `deep` apart.
 template <int COLUMNS, int DEEP>
 inline void add_blocks(const float *x, const bf16 *w, int64_t column, int64_t deep, __m512 *c) {
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
     __m512 even[DEEP][COLUMNS], odd[DEEP][COLUMNS];
     for (int k = 0; k < DEEP; ++k)
         for (int j = 0; j < COLUMNS; ++j) even[k][j] = odd[k][j] = _mm512_setzero_ps();
@@ -44,6 +46,20 @@ inline void add_blocks(const float *x, const bf16 *w, int64_t column, int64_t de
         }
     for (int k = 0; k < DEEP; ++k)
         for (int j = 0; j < COLUMNS; ++j) c[j] = plus(c[j], plus(even[k][j], odd[k][j]));
+#else
+    alignas(64) int32_t pairs[16 * DEEP];
+    for (int k = 0; k < DEEP; ++k)
+        _mm512_store_si512(pairs + 16 * k, both(_mm512_loadu_ps(x + SIDE * k), _mm512_loadu_ps(x + SIDE * k + 16)));
+    for (int k = 0; k < DEEP; ++k)
+        for (int64_t i = 0; i < 16; ++i) {
+            const __m512i word = _mm512_set1_epi32(pairs[16 * k + i]);
+            for (int j = 0; j < COLUMNS; ++j) {
+                const bf16 *at = w + i * SIDE + k * deep + j * column;
+                _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+                c[j] = OfBf16::add(c[j], word, _mm512_loadu_si512(at));
+            }
+        }
+#endif
 }
 
 // The same for any depth, in blocks of 32.
