@@ -89,5 +89,5 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 needs_tiles = pytest.mark.usefixtures("tiles")
-needs_real_tiles = pytest.mark.skipif(not _macros() >= VECTORS, reason="compiler or processor have no bf16")
+needs_bf16 = pytest.mark.skipif(not _macros() >= VECTORS, reason="no compiler, or no products of bf16 in the processor")
 """For what other processes do."""

@@ -1,4 +1,4 @@
-"""Sums of blocks of products, in tiles and in registers: equal to numpy's, whichever the processor has.
+"""Sums of blocks of products, in tiles and in registers, equal to numpy's; single rows equal to blocks to the bit.
 
 Legend: S = steps of depth.
 """
@@ -103,3 +103,16 @@ def test_products_of_eight_bits_are_exact(sums: ctypes.CDLL, steps: int) -> None
     )
     expected = np.einsum("sik,skj->ij", a.astype(np.int32), b.astype(np.int32))
     np.testing.assert_array_equal(c.view(np.int32).reshape(SIDE, SIDE), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_row_by_itself_has_the_bits_of_its_block(sums: ctypes.CDLL, steps: int) -> None:
+    generator = np.random.default_rng(steps)
+    rounded = np.uint32(0xFFFF0000)  # to what bf16 can be
+    a, b = (generator.standard_normal((steps, SIDE, SIDE), dtype=np.float32).view(np.uint32) & rounded for _ in "ab")
+    packed_b = np.stack([_by_pairs(block) for block in b.view(np.float32)])
+    packed_a, row = _bf16(a.view(np.float32)), np.ascontiguousarray(a.view(np.float32)[:, 0])
+    c = _aligned(2 * SIDE)
+    sums.tested_row(_address(packed_a), _address(row), _address(packed_b), _size(steps), _address(c))
+    np.testing.assert_array_equal(c[:SIDE], c[SIDE:])
+    np.testing.assert_allclose(c[:SIDE], np.einsum("sk,skj->j", row, b.view(np.float32)), atol=1e-4)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.tiles import needs_real_tiles, needs_tiles
+from tests.tiles import needs_bf16, needs_tiles
 from tests.training.rows import CLASSIFY, examples, make_run
 from tests.waiting import until
 from tunesmith.rundir import ResolvedHyperparameters, RunDir
@@ -154,7 +154,7 @@ def test_runs_in_one_trainer_get_the_bytes_they_get_alone(tiled_base: Path, tmp_
         _assert_same(one, other)
 
 
-@needs_real_tiles
+@needs_bf16
 def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiled_base: Path, tmp_path: Path) -> None:
     chance = random.Random(3)
     whole, killed = (

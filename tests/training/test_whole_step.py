@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiles import needs_real_tiles, needs_tiles
+from tests.tiles import needs_bf16, needs_tiles
 from tests.training.rows import examples, make_run, random_model, random_rows
 from tests.waiting import until
 from tunesmith.decoder.llama import Llama
@@ -180,7 +180,7 @@ def test_stopped_at_every_step_the_bytes_stay(tiled_base: Path, tmp_path: Path, 
     _assert_same(whole, halting)
 
 
-@needs_real_tiles
+@needs_bf16
 def test_killed_it_ends_as_if_undisturbed(tiled_base: Path, tmp_path: Path) -> None:
     asked = replace(FULL, n_epochs=4)
     whole, killed = (
